@@ -1,0 +1,113 @@
+"""What rank 0's Scheduler decided for one step, and what came of it.
+
+BatchPlan is the unit of the TP group's ordered log (I1): rank 0 makes it, every rank applies its `ops` in
+order, checks the relocation version (I8) and runs its rows. StepOutput goes back to the Scheduler.
+No torch: plans are built and encoded on the scheduler side.
+"""
+
+from typing import Literal
+
+import msgspec
+
+from workers.protocol import SamplingParams, TokenLogprobs
+
+Mode = Literal["extend", "decode", "mixed"]
+"""`decode`: one input token in every row. `extend`: prefill chunks only. `mixed`: both."""
+
+
+class RelocationVersion(msgspec.Struct, frozen=True, array_like=True, order=True):
+    """Number of the last change of a replica's device pool: an address began or ceased to be valid (I8)."""
+
+    incarnation: int
+    counter: int
+
+
+class OpenSlot(msgspec.Struct, frozen=True, array_like=True, tag="open"):
+    """A request takes a slot. `token_ids` is all it has so far (prompt, then tokens generated before a
+    preemption), of which `prompt_len` are the prompt: the sampler's penalties and positions need them."""
+
+    slot: int
+    sampling: SamplingParams
+    seed: int
+    prompt_len: int
+    token_ids: list[int]
+
+
+class CloseSlot(msgspec.Struct, frozen=True, array_like=True, tag="close"):
+    """The slot's request finished, was aborted or preempted: its row of the PageTable becomes dummy pages."""
+
+    slot: int
+
+
+class OwnPages(msgspec.Struct, frozen=True, array_like=True, tag="own"):
+    """Pages left the free list under these generations: their addresses begin to be valid (a relocation)."""
+
+    pages: list[int]
+    generations: list[int]
+
+
+class CompletePages(msgspec.Struct, frozen=True, array_like=True, tag="complete"):
+    """Pages whose whole bundle is written: each holds exactly the tokens its key covers."""
+
+    pages: list[int]
+    keys: list[bytes]
+
+
+class SetRow(msgspec.Struct, frozen=True, array_like=True, tag="row"):
+    """PageTable[slot, first : first + len(pages)] = pages.
+
+    `keys` is empty for pages the request will write itself, else one key a page (a shared prefix).
+    """
+
+    slot: int
+    first: int
+    pages: list[int]
+    generations: list[int]
+    keys: list[bytes]
+
+
+class FreePages(msgspec.Struct, frozen=True, array_like=True, tag="free"):
+    """Pages went back to the free list: their addresses cease to be valid (a relocation)."""
+
+    pages: list[int]
+
+
+PlanOp = OpenSlot | CloseSlot | OwnPages | CompletePages | SetRow | FreePages
+
+
+class BatchPlan(msgspec.Struct, frozen=True, array_like=True):
+    """One step of one TP group.
+
+    Row i runs the tokens token_ids[sum(lens[:i]) : sum(lens[:i + 1])] of slot slots[i] at positions
+    starts[i] .. starts[i] + lens[i] - 1. `sampled` lists the rows whose last token's logits are sampled.
+    `ops` come before the rows run. `relocation_version` is the replica's version once `ops` are applied.
+    A plan without rows is legal: it carries ops, or is the heartbeat of an idle group.
+    """
+
+    step: int
+    relocation_version: RelocationVersion
+    ops: list[PlanOp]
+    slots: list[int]
+    starts: list[int]
+    lens: list[int]
+    token_ids: list[int]
+    sampled: list[int]
+
+    @property
+    def mode(self) -> Mode:
+        if all(length == 1 for length in self.lens):
+            return "decode"
+        return "mixed" if 1 in self.lens else "extend"
+
+
+class StepOutput(msgspec.Struct, frozen=True, array_like=True):
+    """What came of a plan on one rank.
+
+    `token_ids` and `logprobs` follow the order of the plan's `sampled`; both are empty on ranks other than 0,
+    which learn the tokens from the next plan. `logprobs[i]` is None where the request did not ask.
+    """
+
+    step: int
+    relocation_version: RelocationVersion
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs | None]
