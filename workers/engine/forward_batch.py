@@ -1,0 +1,53 @@
+"""ForwardBatch: the inputs of one forward pass, staged for it alone (I3). Read by the decoder and attention."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from workers.plan import Mode
+
+IntArray = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class ForwardBatch:
+    """B rows of T tokens; row r owns tokens query_starts[r] .. query_starts[r + 1] - 1.
+
+    Rows num_real_rows .. B - 1 are pads: one token of id 0 at position 0 on the dummy page (I9). With a
+    bucket, the tensors are that bucket's static buffers, at the same addresses on every step; without one
+    they belong to this step. The host arrays repeat two tensors for plans that must not synchronise.
+    """
+
+    mode: Mode
+    bucket: int | None
+    num_real_rows: int
+    token_ids: torch.Tensor
+    """[T] int64"""
+    positions: torch.Tensor
+    """[T] int64"""
+    page_rows: torch.Tensor
+    """[B, P] int32; beyond a row's own pages: 0, the dummy page"""
+    query_starts: torch.Tensor
+    """[B + 1] int32"""
+    context_lens: torch.Tensor
+    """[B] int32: tokens of the row in the pool once this pass has written its own"""
+    out_locations: torch.Tensor
+    """[T] int64: page * page_size + offset of each token's KV"""
+    sample_indices: torch.Tensor
+    """[S] int64: tokens whose logits are wanted; on decode all T, in order"""
+    host_query_starts: IntArray
+    host_context_lens: IntArray
+
+    @property
+    def num_tokens(self) -> int:
+        return self.token_ids.shape[0]
+
+    @property
+    def num_rows(self) -> int:
+        return self.context_lens.shape[0]
+
+    @property
+    def max_context_len(self) -> int:
+        return int(self.host_context_lens.max())
