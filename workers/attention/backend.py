@@ -13,7 +13,7 @@ from workers.engine.forward_batch import ForwardBatch
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """One rank's share of a layer's attention. `sliding_window` counts the tokens a token sees, itself included."""
+    """One rank's share of a layer's attention. `sliding_window`: tokens a token sees, itself included."""
 
     index: int
     num_heads: int

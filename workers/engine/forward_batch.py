@@ -1,4 +1,4 @@
-"""ForwardBatch: the inputs of one forward pass, staged for it alone (I3). Read by the decoder and attention."""
+"""ForwardBatch: the inputs of one forward pass, staged for it alone (I3). Read by decoder and attention."""
 
 from dataclasses import dataclass
 
@@ -42,12 +42,15 @@ class ForwardBatch:
 
     @property
     def num_tokens(self) -> int:
+        """Count tokens, pads included."""
         return self.token_ids.shape[0]
 
     @property
     def num_rows(self) -> int:
+        """Count rows, pads included."""
         return self.context_lens.shape[0]
 
     @property
     def max_context_len(self) -> int:
+        """Return the longest row's context_len, read on the host."""
         return int(self.host_context_lens.max())

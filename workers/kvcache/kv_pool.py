@@ -1,0 +1,82 @@
+"""KVPool: the device bytes of all KV pages of one rank, page by page. Owned by the rank's Engine."""
+
+from collections.abc import Sequence
+
+import torch
+
+from workers.kvcache.layout import BundleLayout, ElementType, Section
+
+DUMMY_PAGE = 0
+"""Padded rows read and write this page; no request owns it; between steps it holds zeros."""
+POISON = 0xFF
+"""Every byte of a poisoned page: NaN in float32, bfloat16, float16 and fp8."""
+
+TORCH_DTYPES: dict[ElementType, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "uint8": torch.uint8,
+}
+
+
+class KVPool:
+    """`data` uint8 [num_pages + 1, bundle_bytes]: bundles side by side, page 0 the dummy page."""
+
+    def __init__(self, layout: BundleLayout, num_pages: int, device: torch.device) -> None:
+        layout.check()
+        assert num_pages >= 1, num_pages
+        self.layout = layout
+        self.num_pages = num_pages
+        self.page_size = layout.page_size
+        # calloc on the CPU: pages cost resident memory only once they are written.
+        self.data = torch.zeros((num_pages + 1, layout.bundle_bytes), dtype=torch.uint8, device=device)
+        target = self._section_view(layout.section("target"))
+        #   target [num_pages + 1, num_layers, 2, page_size, num_kv_heads, head_dim]
+        self._layers = [(target[:, i, 0], target[:, i, 1]) for i in range(target.shape[1])]
+
+    @property
+    def num_layers(self) -> int:
+        """Count the target's layers."""
+        return len(self._layers)
+
+    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return layer `index`'s K and V: views [num_pages + 1, page_size, num_kv_heads, head_dim].
+
+        Both have the strides (bundle, num_kv_heads * head_dim, head_dim, 1), in elements. Page index times
+        the first stride passes 2^32 on real pools: kernels compute it in 64 bits.
+        """
+        return self._layers[index]
+
+    def poison(self, pages: Sequence[int]) -> None:
+        """Fill `pages` with NaN bytes, so that reading what nobody wrote shows in the logits."""
+        assert DUMMY_PAGE not in pages, "the dummy page is never poisoned"
+        for first, stop in _runs(pages):
+            self.data[first:stop].fill_(POISON)
+
+    def poison_all(self) -> None:
+        """Poison every page but the dummy page."""
+        self.data[DUMMY_PAGE + 1 :].fill_(POISON)
+
+    def is_poisoned(self, page: int) -> bool:
+        """Tell whether every byte of `page` still is the poison's. Waits for the device."""
+        return bool((self.data[page] == POISON).all().item())  # a sanitizer's question: may wait
+
+    def zero_dummy_page(self) -> None:
+        """Clear what padded rows wrote."""
+        self.data[DUMMY_PAGE].zero_()
+
+    def _section_view(self, section: Section) -> torch.Tensor:
+        """Return the section of every page: [num_pages + 1, *section.shape]."""
+        flat = self.data[:, section.offset : section.offset + section.num_bytes]
+        return flat.view(TORCH_DTYPES[section.dtype]).view(-1, *section.shape)
+
+
+def _runs(pages: Sequence[int]) -> list[tuple[int, int]]:
+    """Return `pages` as half-open ranges of neighbours: freed pages mostly come in runs."""
+    runs: list[tuple[int, int]] = []
+    for page in sorted(pages):
+        if runs and runs[-1][1] == page:
+            runs[-1] = (runs[-1][0], page + 1)
+        else:
+            runs.append((page, page + 1))
+    return runs
