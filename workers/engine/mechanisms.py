@@ -1,0 +1,25 @@
+"""Mechanisms: the engine's safety mechanisms, each of which a mutation test switches off. Always all on.
+
+No configuration reaches these: only the tests that prove that a check fires when a mechanism is missing.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mechanisms:
+    """What keeps a step's inputs its own. See design.md: I3, I8, I9 and the KV sanitizer."""
+
+    pads_rows: bool = True
+    """Rows beyond the plan's point at the dummy page; else they keep what the bucket's last step had."""
+    copies_rows: bool = True
+    """Page rows are copied to the static inputs on each step; else those of the bucket's first step stay."""
+    rings_staging: bool = True
+    """Staging sets are a ring, each reused only after its copy; else one set, reused at once."""
+    checks_version: bool = True
+    """A plan whose relocation version is not the engine's own is refused."""
+    poisons_pages: bool = True
+    """The sanitizer fills freed pages with NaN."""
+
+
+ALL_ON = Mechanisms()
