@@ -22,6 +22,19 @@ class RelocationVersion(msgspec.Struct, frozen=True, array_like=True, order=True
     counter: int
 
 
+class RelocationVersionError(RuntimeError):
+    """Ranks disagree on which pages are where (I8): a bug, fatal to the step and to the ranks that took part."""
+
+    def __init__(self, step: int, found: RelocationVersion, planned: RelocationVersion) -> None:
+        super().__init__(
+            f"step {step}: found relocation version {found.incarnation}.{found.counter}, allowed is the plan's "
+            f"{planned.incarnation}.{planned.counter}; the ranks' logs differ: rebuild the TP group"
+        )
+        self.step = step
+        self.found = found
+        self.planned = planned
+
+
 class OpenSlot(msgspec.Struct, frozen=True, array_like=True, tag="open"):
     """A request takes a slot. `token_ids` is all it has so far (prompt, then tokens generated before a
     preemption), of which `prompt_len` are the prompt: the sampler's penalties and positions need them."""
@@ -31,6 +44,8 @@ class OpenSlot(msgspec.Struct, frozen=True, array_like=True, tag="open"):
     seed: int
     prompt_len: int
     token_ids: list[int]
+    end_token_ids: list[int] = []
+    """The model's own end tokens, banned while min_tokens is not reached; empty under ignore_eos."""
 
 
 class CloseSlot(msgspec.Struct, frozen=True, array_like=True, tag="close"):
