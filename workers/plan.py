@@ -23,12 +23,12 @@ class RelocationVersion(msgspec.Struct, frozen=True, array_like=True, order=True
 
 
 class RelocationVersionError(RuntimeError):
-    """Ranks disagree on which pages are where (I8): a bug, fatal to the step and to the ranks that took part."""
+    """Ranks disagree on which pages are where (I8): a bug, and fatal to the step."""
 
     def __init__(self, step: int, found: RelocationVersion, planned: RelocationVersion) -> None:
         super().__init__(
-            f"step {step}: found relocation version {found.incarnation}.{found.counter}, allowed is the plan's "
-            f"{planned.incarnation}.{planned.counter}; the ranks' logs differ: rebuild the TP group"
+            f"step {step}: found relocation version {found.incarnation}.{found.counter}, allowed is "
+            f"{planned.incarnation}.{planned.counter}, the plan's; the ranks' logs differ: rebuild the TP group"
         )
         self.step = step
         self.found = found
@@ -110,6 +110,7 @@ class BatchPlan(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def mode(self) -> Mode:
+        """How the rows run."""
         if all(length == 1 for length in self.lens):
             return "decode"
         return "mixed" if 1 in self.lens else "extend"
