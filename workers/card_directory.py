@@ -1,0 +1,297 @@
+"""Reads a Hugging Face model directory into a ModelConfig and a TextCard. Called by `workers.card`. No torch."""
+
+import json
+import math
+from pathlib import Path
+from typing import TypeVar
+
+from workers.card_tokenizer import TextCard, checked_tokenizer
+from workers.models.config import (
+    DTYPES,
+    Dtype,
+    Family,
+    LinearScaling,
+    Llama3Scaling,
+    ModelConfig,
+    ModelError,
+    RopeScaling,
+    YarnScaling,
+)
+
+_ARCHITECTURES: dict[str, Family] = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+_DEFAULT_EPS = 1e-6
+_DEFAULT_THETA = 10000.0
+_SLIDING = "sliding_attention"
+_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+T = TypeVar("T")
+
+
+def read_directory_config(folder: Path) -> ModelConfig:
+    """Return the decoder config.json describes. Raise ModelError for missing keys and unsupported kinds."""
+    fields = JsonFields.read(folder / "config.json")
+    family = _family(fields)
+    if fields.optional("quantization_config", dict) is not None:
+        raise ModelError(
+            f"{fields.path}: quantization_config: quantised safetensors are not supported; "
+            "use the unquantised model or a GGUF file"
+        )
+    activation = fields.optional("hidden_act", str) or "silu"
+    if activation != "silu":
+        raise ModelError(f"{fields.path}: hidden_act is {activation!r}; 'silu' is supported")
+    hidden_size, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    num_layers = fields.integer("num_hidden_layers")
+    num_kv_heads = fields.integer("num_key_value_heads", num_heads)
+    if num_heads % num_kv_heads:
+        raise ModelError(
+            f"{fields.path}: num_attention_heads {num_heads} is no multiple of num_key_value_heads {num_kv_heads}"
+        )
+    window, full_layers = _window(fields, family, num_layers)
+    biased = fields.boolean("attention_bias", False)
+    context_len = fields.integer("max_position_embeddings")
+    return ModelConfig(
+        family=family,
+        vocab_size=fields.integer("vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=fields.integer("intermediate_size"),
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=fields.integer("head_dim", 128 if family == "qwen3" else hidden_size // num_heads),
+        rms_norm_eps=fields.number("rms_norm_eps", _DEFAULT_EPS),
+        rope_theta=_rope_theta(fields),
+        max_context_len=context_len,
+        dtype=_dtype(fields),
+        rope_scaling=_rope_scaling(fields, context_len),
+        tied_embeddings=fields.boolean("tie_word_embeddings", False),
+        qkv_bias=family == "qwen2" or (family in ("llama", "qwen3") and biased),
+        output_bias=family in ("llama", "qwen3") and biased,
+        mlp_bias=family == "llama" and fields.boolean("mlp_bias", False),
+        qk_norm=family == "qwen3",
+        sliding_window=window,
+        full_layers=full_layers,
+    )
+
+
+def read_directory_text(folder: Path) -> TextCard:
+    """Return the tokenizer, chat template and end tokens of a model directory."""
+    path = folder / "tokenizer.json"
+    tokenizer_json = read_text(path)
+    tokenizer = checked_tokenizer(tokenizer_json, path)
+    settings = JsonFields.read_optional(folder / "tokenizer_config.json")
+    generation = JsonFields.read_optional(folder / "generation_config.json")
+    config = JsonFields.read(folder / "config.json")
+    special = {
+        name: token for name in _SPECIAL_NAMES if (token := _special_token(settings, name)) is not None
+    }
+    ids = {name: tokenizer.token_to_id(token) for name, token in special.items()}
+    declared = generation.token_ids("eos_token_id") or config.token_ids("eos_token_id")
+    eos = ids.get("eos_token")
+    ends = tuple(dict.fromkeys([*([] if eos is None else [eos]), *declared]))
+    bos = ids.get("bos_token")
+    if bos is None and (declared_bos := config.token_ids("bos_token_id")):
+        bos = declared_bos[0]
+    return TextCard(
+        tokenizer_json=tokenizer_json,
+        chat_template=_chat_template(folder, settings),
+        special_tokens=tuple(special.items()),
+        bos_token_id=bos,
+        eos_token_id=ends[0] if ends else None,
+        end_token_ids=ends,
+    )
+
+
+def read_text(path: Path) -> str:
+    """Return a UTF-8 file's text, or raise ModelError naming it."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ModelError(
+            f"{path}: missing; a model directory needs config.json, tokenizer.json and weights"
+        ) from None
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{path}: not UTF-8 text (byte {error.start})") from None
+
+
+class JsonFields:
+    """Typed access to one JSON object; a missing or mistyped key is a ModelError that names file and key."""
+
+    def __init__(self, path: Path, values: dict[str, object]) -> None:
+        self.path = path
+        self._values = values
+
+    @classmethod
+    def read(cls, path: Path) -> "JsonFields":
+        try:
+            values = json.loads(read_text(path))
+        except json.JSONDecodeError as error:
+            raise ModelError(f"{path}: not JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise ModelError(f"{path}: holds a {type(values).__name__}; a JSON object is needed")
+        return cls(path, values)
+
+    @classmethod
+    def read_optional(cls, path: Path) -> "JsonFields":
+        return cls.read(path) if path.exists() else cls(path, {})
+
+    def __contains__(self, key: str) -> bool:
+        return self._values.get(key) is not None
+
+    def optional(self, key: str, kind: type[T]) -> T | None:
+        value = self._values.get(key)
+        if value is None or isinstance(value, kind):
+            return value
+        raise ModelError(f"{self.path}: {key} is {value!r:.60}; a {kind.__name__} is needed")
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self._values.get(key)
+        if value is None:
+            value = default
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            found = "missing" if value is None else f"{value!r:.60}"
+            raise ModelError(f"{self.path}: {key} is {found}; a number is needed")
+        return float(value)
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        value = self.number(key, default)
+        if value != int(value) or value <= 0:
+            raise ModelError(f"{self.path}: {key} is {value:g}; a positive integer is needed")
+        return int(value)
+
+    def boolean(self, key: str, default: bool) -> bool:
+        value = self.optional(key, bool)
+        return default if value is None else value
+
+    def token_ids(self, key: str) -> list[int]:
+        """Return a token id or a list of them as a list; empty if absent."""
+        value = self._values.get(key)
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        ids = [v for v in values if isinstance(v, int) and not isinstance(v, bool) and v >= 0]
+        if len(ids) != len(values):
+            raise ModelError(
+                f"{self.path}: {key} is {value!r:.60}; a token id or a list of token ids is needed"
+            )
+        return ids
+
+    def strings(self, key: str) -> list[str]:
+        return [value for value in self.optional(key, list) or [] if isinstance(value, str)]
+
+    def part(self, key: str) -> "JsonFields":
+        return JsonFields(self.path, self.optional(key, dict) or {})
+
+    def value(self, key: str) -> object:
+        return self._values.get(key)
+
+
+def _family(fields: JsonFields) -> Family:
+    architectures = fields.strings("architectures")
+    for architecture in architectures:
+        if architecture in _ARCHITECTURES:
+            return _ARCHITECTURES[architecture]
+    allowed = ", ".join(_ARCHITECTURES)
+    raise ModelError(f"{fields.path}: architectures is {architectures!r}; supported: {allowed}")
+
+
+def _dtype(fields: JsonFields) -> Dtype:
+    name = fields.optional("torch_dtype", str) or fields.optional("dtype", str) or "float32"
+    for dtype in DTYPES:
+        if name == dtype:
+            return dtype
+    raise ModelError(f"{fields.path}: torch_dtype is {name!r}; supported: {', '.join(DTYPES)}")
+
+
+def _window(fields: JsonFields, family: Family, num_layers: int) -> tuple[int | None, tuple[int, ...]]:
+    """Return the sliding window and the layers without one. Qwen's is off unless use_sliding_window."""
+    if family == "llama" or (family != "mistral" and not fields.boolean("use_sliding_window", False)):
+        return None, ()
+    window = (
+        fields.integer("sliding_window", 4096) if "sliding_window" in fields or family != "mistral" else None
+    )
+    if window is None or family == "mistral":
+        return window, ()
+    kinds = fields.strings("layer_types")
+    if not kinds:
+        first = int(fields.number("max_window_layers", 28))
+        return window, tuple(range(min(first, num_layers)))
+    if len(kinds) != num_layers:
+        raise ModelError(f"{fields.path}: layer_types has {len(kinds)} entries for {num_layers} layers")
+    return window, tuple(layer for layer, kind in enumerate(kinds) if kind != _SLIDING)
+
+
+def _rope_theta(fields: JsonFields) -> float:
+    for source in (fields.part("rope_parameters"), fields, fields.part("rope_scaling")):
+        if "rope_theta" in source:
+            return source.number("rope_theta")
+    return _DEFAULT_THETA
+
+
+def _rope_scaling(fields: JsonFields, context_len: int) -> RopeScaling | None:
+    rope = fields.part("rope_parameters") if "rope_parameters" in fields else fields.part("rope_scaling")
+    kind = rope.optional("rope_type", str) or rope.optional("type", str) or "default"
+    if rope.number("partial_rotary_factor", 1.0) != 1.0 or fields.number("partial_rotary_factor", 1.0) != 1.0:
+        raise ModelError(
+            f"{fields.path}: partial_rotary_factor: RoPE over a part of the head is not supported"
+        )
+    if kind == "default":
+        return None
+    owner = fields if "original_max_position_embeddings" in fields else rope
+    if kind == "linear":
+        return LinearScaling(rope.number("factor"))
+    original = owner.integer("original_max_position_embeddings", context_len)
+    if kind == "llama3":
+        return Llama3Scaling(
+            rope.number("factor"), rope.number("low_freq_factor"), rope.number("high_freq_factor"), original
+        )
+    if kind == "yarn":
+        factor = rope.number("factor", context_len / original)
+        return YarnScaling(
+            factor=factor,
+            original_context_len=original,
+            attention_factor=_yarn_attention_factor(rope, factor),
+            beta_fast=rope.number("beta_fast", 32.0) or 32.0,
+            beta_slow=rope.number("beta_slow", 1.0) or 1.0,
+            truncate=rope.boolean("truncate", True),
+        )
+    raise ModelError(
+        f"{fields.path}: RoPE type {kind!r} is not supported; supported: default, linear, llama3, yarn"
+    )
+
+
+def _yarn_attention_factor(rope: JsonFields, factor: float) -> float:
+    if "attention_factor" in rope:
+        return rope.number("attention_factor")
+
+    def scale(mscale: float) -> float:
+        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    mscale, mscale_all_dim = rope.number("mscale", 0.0), rope.number("mscale_all_dim", 0.0)
+    return scale(mscale) / scale(mscale_all_dim) if mscale and mscale_all_dim else scale(1.0)
+
+
+def _special_token(settings: JsonFields, name: str) -> str | None:
+    value = settings.value(name)
+    if isinstance(value, dict):  # a serialised AddedToken
+        value = value.get("content")
+    if value is None or isinstance(value, str):
+        return value
+    raise ModelError(f"{settings.path}: {name} is {value!r:.60}; a token's text is needed")
+
+
+def _chat_template(folder: Path, settings: JsonFields) -> str | None:
+    path = folder / "chat_template.jinja"
+    if path.exists():
+        return read_text(path)
+    value = settings.value("chat_template")
+    if isinstance(value, list):
+        named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
+        value = named.get("default")
+    if value is None or isinstance(value, str):
+        return value
+    raise ModelError(f"{settings.path}: chat_template is {value!r:.60}; a template's text is needed")
