@@ -42,7 +42,7 @@ _LOST_EVENTS = {
     zmq.Event.CLOSED: "no worker listens",
     zmq.Event.HANDSHAKE_FAILED_AUTH: "the worker does not know this cluster's secret",
     zmq.Event.HANDSHAKE_FAILED_PROTOCOL: "the peer does not speak CURVE",
-    zmq.Event.HANDSHAKE_FAILED_NO_DETAIL: "the handshake failed",
+    zmq.Event.HANDSHAKE_FAILED_NO_DETAIL: "the handshake failed; do both ends hold the same cluster secret?",
 }
 
 
@@ -145,7 +145,9 @@ class Connection:
     def _serve(self, context: zmq.Context[zmq.Socket[bytes]]) -> str:
         """Live through one connection; return why it ended."""
         socket = context.socket(zmq.DEALER)
-        socket.reconnect_ivl = -1
+        socket.reconnect_ivl = (
+            3_600_000  # we replace the socket; -1 makes libzmq hang at exit after a failed handshake
+        )
         socket.rcvhwm = 0  # the worker's own bound decides when a slow reader is dropped
         socket.sndhwm = 0
         socket.heartbeat_ivl = HEARTBEAT_MS
@@ -179,7 +181,9 @@ class Connection:
         finally:
             socket.disable_monitor()
             monitor.close(linger=0)
-            socket.close(linger=1000 if self._closing.is_set() else 0)
+            # Without a live peer there is nobody to linger for, and libzmq may then wait for ever.
+            is_open = self._closing.is_set() and self._incarnation is not None
+            socket.close(linger=1000 if is_open else 0)
 
     def _receive(self, socket: zmq.Socket[bytes]) -> str | None:
         """Handle all that has arrived; return why the connection must end, if so."""
