@@ -11,9 +11,9 @@ class Mechanisms:
     """What keeps a step's inputs its own. See design.md: I3, I8, I9 and the KV sanitizer."""
 
     pads_rows: bool = True
-    """Rows beyond the plan's point at the dummy page; else they keep what the bucket's last step had."""
+    """Rows beyond the plan's point at the dummy page; else they keep what their staging set had."""
     copies_rows: bool = True
-    """Page rows are copied to the static inputs on each step; else those of the bucket's first step stay."""
+    """Page rows are copied to the static inputs on each step; else those of the first step stay."""
     rings_staging: bool = True
     """Staging sets are a ring, each reused only after its copy; else one set, reused at once."""
     checks_version: bool = True

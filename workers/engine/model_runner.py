@@ -1,0 +1,49 @@
+"""ModelRunner: one rank's decoder over one KV pool, run on whatever batch is staged. The engine's thread."""
+
+from typing import Protocol
+
+import torch
+
+from workers.attention.backend import AttentionBackend
+from workers.engine.forward_batch import ForwardBatch
+from workers.kvcache.kv_pool import KVPool
+
+
+class LanguageModel(Protocol):
+    """What ModelRunner needs of workers.models.decoder.Decoder."""
+
+    def forward(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, attention: AttentionBackend
+    ) -> torch.Tensor:
+        """Return hidden states [tokens, hidden]."""
+        ...
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
+        """Return [rows, vocab] float32 on rank 0, None on the others, of hidden [rows, hidden]."""
+        ...
+
+
+class ModelRunner:
+    """Plans and computes a batch. Owns pool and backend; the decoder is shared with nobody else."""
+
+    def __init__(self, model: LanguageModel, attention: AttentionBackend, pool: KVPool) -> None:
+        self._model = model
+        self._attention = attention
+        self.pool = pool
+
+    def plan(self, batch: ForwardBatch) -> None:
+        """Prepare attention for the batch: what must happen outside a graph."""
+        self._attention.plan(batch)
+
+    def compute(self, batch: ForwardBatch) -> torch.Tensor | None:
+        """Run the planned batch; return the logits [samples, vocab] float32 of its sample_indices, in order.
+
+        None on ranks other than 0, and where nothing is sampled.
+        """
+        hidden = self._model.forward(batch.token_ids, batch.positions, self._attention)
+        num_samples = batch.sample_indices.shape[0]
+        if num_samples == 0:
+            return None
+        if num_samples < batch.num_tokens:
+            hidden = hidden[batch.sample_indices]
+        return self._model.logits(hidden)

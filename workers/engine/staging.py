@@ -1,0 +1,289 @@
+"""Staging: turns a plan's rows into the inputs of one forward pass (I3, I4, I9). The engine's thread.
+
+Inputs are written to a staging set in (pinned) host memory and copied to the device on the compute stream; a
+set is written again only after its copy. Locations and page rows are derived from the PageTable here.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from workers.engine.forward_batch import ForwardBatch
+from workers.engine.mechanisms import ALL_ON, Mechanisms
+from workers.kvcache.kv_pool import DUMMY_PAGE
+from workers.kvcache.page_table import PageTable
+from workers.plan import BatchPlan, Mode
+
+SlotArray = npt.NDArray[np.int64]
+
+MAX_STEPS_IN_FLIGHT = 1
+"""Depth: steps that may be planned while one runs."""
+NUM_STAGING_SETS = MAX_STEPS_IN_FLIGHT + 2
+_ALIGNMENT = 64
+
+
+class Fence(Protocol):
+    """A place in the compute stream, `torch.cuda.Event` for one."""
+
+    def synchronize(self) -> None:
+        """Wait until the stream has passed it."""
+
+
+class CopyStream(Protocol):
+    """Where copies of staged inputs are enqueued: before the pass that reads them, on the compute stream."""
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Enqueue target = source."""
+
+    def fence(self) -> Fence | None:
+        """Return a fence behind all copies so far; None where they are already done."""
+
+
+class InlineCopies:
+    """The CPU's CopyStream: a copy is done when it returns."""
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Copy now."""
+        target.copy_(source)
+
+    def fence(self) -> Fence | None:
+        """Return None: nothing is pending."""
+        return None
+
+
+class CudaCopies:
+    """The current CUDA stream as CopyStream."""
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Enqueue a copy; `source` is pinned."""
+        target.copy_(source, non_blocking=True)
+
+    def fence(self) -> Fence | None:
+        """Record an event."""
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
+
+class StepInputs:
+    """One set of inputs, packed into one run of bytes so that a step's copy is one copy.
+
+    The page rows come last:  | token_ids | positions | ... | context_lens | page_rows |
+    """
+
+    def __init__(
+        self,
+        num_tokens: int,
+        num_rows: int,
+        pages_per_row: int,
+        device: torch.device,
+        pinned: bool = False,
+    ) -> None:
+        parts: list[tuple[torch.dtype, int]] = [
+            (torch.int64, num_tokens),
+            (torch.int64, num_tokens),
+            (torch.int64, num_tokens),
+            (torch.int64, num_rows),
+            (torch.int32, num_rows + 1),
+            (torch.int32, num_rows),
+            (torch.int32, num_rows * pages_per_row),
+        ]
+        offsets = [0]
+        for dtype, count in parts:
+            num_bytes = count * dtype.itemsize
+            offsets.append(offsets[-1] + -(-num_bytes // _ALIGNMENT) * _ALIGNMENT)
+        self.data = torch.zeros(offsets[-1], dtype=torch.uint8, device=device, pin_memory=pinned)
+        views = [
+            self.data[start : start + count * dtype.itemsize].view(dtype)
+            for start, (dtype, count) in zip(offsets, parts, strict=False)
+        ]
+        self.token_ids, self.positions, self.out_locations, self.sample_indices = views[:4]
+        self.query_starts, self.context_lens = views[4:6]
+        self.page_rows = views[6].view(num_rows, pages_per_row)
+        self.rows_offset = offsets[6]
+        self.num_rows = num_rows
+
+
+class HostInputs(StepInputs):
+    """A staging set: StepInputs in host memory, with numpy views, and the fence of its last copy."""
+
+    def __init__(self, num_tokens: int, num_rows: int, pages_per_row: int, pinned: bool) -> None:
+        super().__init__(num_tokens, num_rows, pages_per_row, torch.device("cpu"), pinned)
+        self.fence: Fence | None = None
+        self.token_id_array: npt.NDArray[np.int64] = self.token_ids.numpy()
+        self.position_array: npt.NDArray[np.int64] = self.positions.numpy()
+        self.location_array: npt.NDArray[np.int64] = self.out_locations.numpy()
+        self.sample_array: npt.NDArray[np.int64] = self.sample_indices.numpy()
+        self.start_array: npt.NDArray[np.int32] = self.query_starts.numpy()
+        self.len_array: npt.NDArray[np.int32] = self.context_lens.numpy()
+        self.row_array: npt.NDArray[np.int32] = self.page_rows.numpy()
+
+
+class StagingRing:
+    """NUM_STAGING_SETS staging sets in turn: a step's set is not written while its copy may be pending."""
+
+    def __init__(self, make: Callable[[], HostInputs], is_ring: bool = True) -> None:
+        self._sets = [make() for _ in range(NUM_STAGING_SETS if is_ring else 1)]
+        self._is_ring = is_ring
+        self._next = 0
+
+    def acquire(self) -> HostInputs:
+        """Return the set to write next, waiting for its last copy."""
+        host = self._sets[self._next]
+        self._next = (self._next + 1) % len(self._sets)
+        if host.fence is not None and self._is_ring:
+            host.fence.synchronize()
+        host.fence = None
+        return host
+
+
+class BucketInputs:
+    """The static inputs of one decode bucket and the ring that feeds them."""
+
+    def __init__(
+        self, num_rows: int, pages_per_row: int, device: torch.device, mechanisms: Mechanisms = ALL_ON
+    ) -> None:
+        pinned = device.type == "cuda"
+        self.num_rows = num_rows
+        self.static = StepInputs(num_rows, num_rows, pages_per_row, device)
+        self.ring = StagingRing(
+            lambda: HostInputs(num_rows, num_rows, pages_per_row, pinned), mechanisms.rings_staging
+        )
+        self.has_rows = False
+
+
+class Stager:
+    """Fills staging sets from plans and sends them to the device.
+
+    `stage_eager` makes tensors of exactly the plan's size; `stage_bucket` pads to a bucket's static inputs.
+    Both return the batch and the slot of each of its rows, the dummy slot for pads.
+    """
+
+    def __init__(
+        self,
+        table: PageTable,
+        max_tokens: int,
+        device: torch.device,
+        copies: CopyStream,
+        mechanisms: Mechanisms = ALL_ON,
+    ) -> None:
+        self._table = table
+        self._device = device
+        self._copies = copies
+        self._mechanisms = mechanisms
+        pinned = device.type == "cuda"
+        self._eager_ring = StagingRing(
+            lambda: HostInputs(max_tokens, table.max_slots, table.pages_per_row, pinned),
+            mechanisms.rings_staging,
+        )
+
+    def stage_eager(self, plan: BatchPlan, mode: Mode) -> tuple[ForwardBatch, SlotArray]:
+        """Stage a plan of any mode; the batch's tensors belong to this step."""
+        host = self._eager_ring.acquire()
+        slots = self._fill(host, plan, mode)
+        num_rows, num_tokens = len(plan.slots), len(plan.token_ids)
+        lens = host.len_array[:num_rows]
+        num_columns = -(-int(lens.max()) // self._table.page_size)
+        rows = host.page_rows.view(-1)[: num_rows * num_columns].view(num_rows, num_columns)
+        self._table.stage_rows(slots, rows.numpy())
+        starts = host.start_array[: num_rows + 1]
+        num_sampled = len(plan.sampled)
+        host.sample_array[:num_sampled] = starts[1:][plan.sampled] - 1
+        batch = ForwardBatch(
+            mode=mode,
+            bucket=None,
+            num_real_rows=num_rows,
+            token_ids=self._send(host.token_ids[:num_tokens]),
+            positions=self._send(host.positions[:num_tokens]),
+            page_rows=self._send(rows),
+            query_starts=self._send(host.query_starts[: num_rows + 1]),
+            context_lens=self._send(host.context_lens[:num_rows]),
+            out_locations=self._send(host.out_locations[:num_tokens]),
+            sample_indices=self._send(host.sample_indices[:num_sampled]),
+            host_query_starts=starts,
+            host_context_lens=lens,
+        )
+        host.fence = self._copies.fence()
+        return batch, slots
+
+    def stage_bucket(self, plan: BatchPlan, bucket: BucketInputs) -> tuple[ForwardBatch, SlotArray]:
+        """Stage a decode plan of at most bucket.num_rows rows into the bucket's static inputs."""
+        #   rows    | the plan's | pads: token 0 at position 0 of the dummy page |
+        #           0         num_real                                     num_rows
+        host = bucket.ring.acquire()
+        num_real, num_rows = len(plan.slots), bucket.num_rows
+        slots = np.full(num_rows, self._table.dummy_slot, dtype=np.int64)
+        slots[:num_real] = self._fill(host, plan, "decode")
+        self._table.stage_rows(slots[:num_real], host.row_array[:num_real])
+        host.start_array[:] = np.arange(num_rows + 1)
+        host.sample_array[:] = host.start_array[:-1]
+        if num_real < num_rows and self._mechanisms.pads_rows:
+            host.token_id_array[num_real:] = 0
+            host.position_array[num_real:] = 0
+            host.location_array[num_real:] = DUMMY_PAGE * self._table.page_size
+            host.len_array[num_real:] = 1
+            host.row_array[num_real:] = DUMMY_PAGE
+        static = bucket.static
+        if self._mechanisms.copies_rows or not bucket.has_rows:
+            self._copies.copy(static.data, host.data)
+            bucket.has_rows = True
+        else:
+            before_rows = slice(static.rows_offset)
+            self._copies.copy(static.data[before_rows], host.data[before_rows])
+        host.fence = self._copies.fence()
+        return static_batch(bucket, num_real, host.start_array, host.len_array), slots
+
+    def _fill(self, host: HostInputs, plan: BatchPlan, mode: Mode) -> SlotArray:
+        """Write all but page rows and sample indices of the plan's rows; return their slots."""
+        num_rows, num_tokens = len(plan.slots), len(plan.token_ids)
+        slots = np.array(plan.slots, dtype=np.int64)
+        starts = np.array(plan.starts, dtype=np.int64)
+        positions = host.position_array[:num_tokens]
+        host.token_id_array[:num_tokens] = plan.token_ids
+        if mode == "decode":
+            token_slots = slots
+            positions[:] = starts
+            host.start_array[: num_rows + 1] = np.arange(num_rows + 1)
+            np.add(starts, 1, out=host.len_array[:num_rows], casting="same_kind")
+        else:
+            lens = np.array(plan.lens, dtype=np.int64)
+            token_slots = np.repeat(slots, lens)
+            ends = np.cumsum(lens)
+            positions[:] = np.arange(num_tokens) + np.repeat(starts - (ends - lens), lens)
+            host.start_array[0] = 0
+            host.start_array[1 : num_rows + 1] = ends
+            host.len_array[:num_rows] = starts + lens
+        self._table.stage_locations(token_slots, positions, host.location_array[:num_tokens])
+        return slots
+
+    def _send(self, staged: torch.Tensor) -> torch.Tensor:
+        target = torch.empty(staged.shape, dtype=staged.dtype, device=self._device)
+        self._copies.copy(target, staged)
+        return target
+
+
+def static_batch(
+    bucket: BucketInputs,
+    num_real_rows: int,
+    host_query_starts: npt.NDArray[np.int32],
+    host_context_lens: npt.NDArray[np.int32],
+) -> ForwardBatch:
+    """Return a decode batch over a bucket's static inputs, whatever they hold."""
+    static = bucket.static
+    return ForwardBatch(
+        mode="decode",
+        bucket=bucket.num_rows,
+        num_real_rows=num_real_rows,
+        token_ids=static.token_ids,
+        positions=static.positions,
+        page_rows=static.page_rows,
+        query_starts=static.query_starts,
+        context_lens=static.context_lens,
+        out_locations=static.out_locations,
+        sample_indices=static.sample_indices,
+        host_query_starts=host_query_starts,
+        host_context_lens=host_context_lens,
+    )
