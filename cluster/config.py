@@ -1,0 +1,215 @@
+"""ClusterConfig: every option of a service, from a YAML file, flags and the environment, validated once.
+
+The one place that reads the environment. File and flags share one schema; errors name the key, what was found
+and what is allowed. Read by the CLI and the job; the resolved record travels to the actors, secrets never do.
+"""
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import field
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from workers.config import WorkerConfig
+
+API_KEYS_VARIABLE = "EYRIE_API_KEYS"
+"""API keys, separated by commas; beside or instead of `api_keys_file`."""
+
+HIDDEN = "***"
+
+_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used; the message has one line per fault."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ClusterConfig:
+    """Options of one service."""
+
+    schema: Literal[1] = 1
+    """Version of this format."""
+    worker: WorkerConfig = field(default_factory=WorkerConfig)
+    """Options of each replica's workers."""
+    host: str = "127.0.0.1"
+    """Address the HTTP server binds; wider than loopback wants API keys."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """0: any free port; the `ready` line names it."""
+    served_model_name: Annotated[str, Field(min_length=1)] | None = None
+    """The name clients send; None: `worker.model` as given."""
+    num_replicas: Annotated[int, Field(ge=1, le=256)] = 1
+    """TP groups that serve the model, each with `worker.tp_size` ranks."""
+    drain_s: Annotated[float, Field(ge=0)] = 30.0
+    """At shutdown running requests have so long to finish."""
+    start_timeout_s: Seconds = 300.0
+    """Loading included; then the start has failed."""
+    replica_lease_s: Seconds = 20.0
+    """A replica silent for so long is taken for dead."""
+    api_keys_file: Path | None = None
+    """One key a line, # begins a comment, mode 600; None: only the environment's keys, if any."""
+    secret_file: Path | None = None
+    """The cluster secret, 64 hex digits, mode 600, on every node; None: made for this run (one node)."""
+    ray_address: str | None = None
+    """A running Ray cluster to join; None: an own one on this machine, gone with the service."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Of the service's own logs, on stderr and in Ray's log folder."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """One option as a command-line flag."""
+
+    path: tuple[str, ...]
+    """Where the option stands in the file."""
+    help: str
+    is_switch: bool
+    default: str
+
+    @property
+    def name(self) -> str:
+        """The flag's name without dashes before it; nested options need no prefix, their names differ."""
+        return self.path[-1].replace("_", "-")
+
+
+def flags() -> list[Flag]:
+    """Return a flag for each option but `schema`."""
+    return [flag for flag in _flags(ClusterConfig, ()) if flag.path != ("schema",)]
+
+
+def load_config(file: Path | None, overrides: Mapping[tuple[str, ...], str | bool | None]) -> ClusterConfig:
+    """Merge file and flags (flags win; None: not given) into one validated record, or raise ConfigError."""
+    tree = _read_file(file) if file is not None else {}
+    source = str(file) if file is not None else "flags"
+    _refuse_unknown(tree, ClusterConfig, (), source)
+    types = dict(_leaves(ClusterConfig, ()))
+    for path, value in overrides.items():
+        if value is None:
+            continue
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = _parse(value, types[path])
+    try:
+        return TypeAdapter(ClusterConfig).validate_python(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(fault) for fault in error.errors())) from None
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema of the file."""
+    schema = TypeAdapter(ClusterConfig).json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def describe(config: ClusterConfig, num_api_keys: int) -> dict[str, Any]:
+    """Return the resolved configuration for the log: plain values, secrets as `***`."""
+    resolved: dict[str, Any] = TypeAdapter(ClusterConfig).dump_python(config, mode="json")
+    return {**resolved, "cluster_secret": HIDDEN, "api_keys": HIDDEN if num_api_keys else []}
+
+
+def take_environment_keys() -> tuple[str, ...]:
+    """Return the environment's API keys and remove them from it: child processes shall not inherit them."""
+    listed = os.environ.pop(API_KEYS_VARIABLE, "")
+    return tuple(key.strip() for key in listed.split(",") if key.strip())
+
+
+def _read_file(file: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{file}: not UTF-8 text") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+        raise ConfigError(f"{file}: not YAML{where}: {getattr(error, 'problem', None) or error}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{file}: found a {type(tree).__name__} at the top; expected `key: value` lines")
+    return tree
+
+
+def _refuse_unknown(tree: dict[str, Any], record: type, prefix: tuple[str, ...], source: str) -> None:
+    allowed = {option.name: option.type for option in dataclasses.fields(record)}
+    for key, value in tree.items():
+        name = ".".join((*prefix, str(key)))
+        if key not in allowed:
+            raise ConfigError(f"{source}: unknown key `{name}`{_nearest(str(key), record)}")
+        nested = allowed[key]
+        if dataclasses.is_dataclass(nested) and isinstance(nested, type):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{source}: `{name}` is {value!r}; expected the keys of {nested.__name__}")
+            _refuse_unknown(value, nested, (*prefix, str(key)), source)
+
+
+def _nearest(key: str, record: type) -> str:
+    here = [option.name for option in dataclasses.fields(record)]
+    everywhere = {path[-1]: ".".join(path) for path, _ in _leaves(ClusterConfig, ())}
+    if key in everywhere:
+        return f"; it belongs at `{everywhere[key]}`"
+    close = difflib.get_close_matches(key, here, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean `{close[0]}`?"
+    elsewhere = difflib.get_close_matches(key, everywhere, n=1, cutoff=0.6)
+    if elsewhere:
+        return f"; did you mean `{everywhere[elsewhere[0]]}`?"
+    return f"; allowed are {', '.join(here)}"
+
+
+def _leaves(record: type, prefix: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for option in dataclasses.fields(record):
+        path = (*prefix, option.name)
+        if dataclasses.is_dataclass(option.type) and isinstance(option.type, type):
+            yield from _leaves(option.type, path)
+        else:
+            yield path, option.type
+
+
+def _flags(record: type, prefix: tuple[str, ...]) -> Iterator[Flag]:
+    for option in dataclasses.fields(record):
+        path = (*prefix, option.name)
+        if dataclasses.is_dataclass(option.type) and isinstance(option.type, type):
+            yield from _flags(option.type, path)
+            continue
+        schema = TypeAdapter(record).json_schema()["properties"][option.name]
+        default = option.default if option.default is not dataclasses.MISSING else None
+        yield Flag(
+            path,
+            " ".join(schema.get("description", "").split()),
+            option.type is bool,
+            "" if default is None else str(default),
+        )
+
+
+def _parse(value: str | bool, expected: Any) -> Any:
+    """Read a flag's text as its option's type wants it; validation comes after."""
+    if isinstance(value, bool) or _admits_text(expected):
+        return value
+    if any(get_origin(part) is tuple for part in (expected, *get_args(expected))):
+        value = f"[{value}]"
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        return value
+
+
+def _admits_text(expected: Any) -> bool:
+    if expected in (str, Path) or isinstance(expected, str):
+        return True
+    return any(_admits_text(part) for part in get_args(expected))
+
+
+def _explain(fault: Any) -> str:
+    name = ".".join(str(part) for part in fault["loc"])
+    return f"`{name}` is {fault['input']!r}: {fault['msg'][:1].lower()}{fault['msg'][1:]}"
