@@ -28,7 +28,7 @@ class RelocationVersionError(RuntimeError):
     def __init__(self, step: int, found: RelocationVersion, planned: RelocationVersion) -> None:
         super().__init__(
             f"step {step}: found relocation version {found.incarnation}.{found.counter}, allowed is "
-            f"{planned.incarnation}.{planned.counter}, the plan's; the ranks' logs differ: rebuild the TP group"
+            f"{planned.incarnation}.{planned.counter}, the plan's: the ranks' logs differ, rebuild the group"
         )
         self.step = step
         self.found = found

@@ -1,0 +1,158 @@
+"""RadixCache: the prefix tree over pages, keyed by PageKey.
+
+Owned by the KVCacheManager in rank 0's step loop thread. A PageKey names its whole prefix, so the tree is a
+dict of nodes that know their parents: no node is ever split, and a node is one page.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+from cache_service.keys import PageKey
+from workers.kvcache.page_pool import PagePool, PageState
+from workers.protocol import KVEvent
+
+
+class Node:
+    """One page of a prefix. `parent` is None in the first page of its namespace."""
+
+    __slots__ = ("key", "num_children", "page", "parent")
+
+    def __init__(self, key: PageKey, page: int, parent: "Node | None") -> None:
+        self.key = key
+        self.page = page
+        self.parent = parent
+        self.num_children = 0
+
+
+class RadixCache:
+    """Holds one lease on the page of every node; each request that runs on a node holds one more, its lock.
+
+    Eviction takes the leaf unused for longest, in O(1). `_unlocked` keeps the nodes that only the tree holds,
+    in the order in which they were let go, and a path is let go leaf first. A node's descendants are unlocked
+    when it is (requests lock whole paths), so they stand before it, and the first in line is always a leaf:
+
+        a - b - c      request 1 ran on a b c, then request 2 on a b d:      _unlocked = c, d, b, a
+             \\- d
+    """
+
+    def __init__(self, pool: PagePool) -> None:
+        self._pool = pool
+        self._nodes: dict[PageKey, Node] = {}
+        self._unlocked: OrderedDict[PageKey, Node] = OrderedDict()
+        self._events: list[KVEvent] = []
+        self.num_evictions = 0
+
+    @property
+    def num_pages(self) -> int:
+        """Pages in the tree."""
+        return len(self._nodes)
+
+    @property
+    def num_unlocked(self) -> int:
+        """Pages that only the tree holds: all of them can be evicted, one after another."""
+        return len(self._unlocked)
+
+    def is_locked(self, node: Node) -> bool:
+        """Tell whether a running request is on the node."""
+        return node.key not in self._unlocked
+
+    def find(self, key: PageKey) -> Node | None:
+        """Return the node of one key."""
+        return self._nodes.get(key)
+
+    def nodes(self) -> Iterable[Node]:
+        """Return all nodes, parents before their children."""
+        return self._nodes.values()
+
+    def match(self, keys: Iterable[PageKey]) -> list[Node]:
+        """Return the nodes of the longest known prefix of `keys`. It neither locks nor counts as a use."""
+        path: list[Node] = []
+        for key in keys:
+            node = self._nodes.get(key)
+            if node is None:
+                break
+            path.append(node)
+        return path
+
+    def lock(self, path: Iterable[Node]) -> None:
+        """Hold nodes for a running request. The nodes above them are locked by the same request."""
+        for node in path:
+            self._pool.lease(node.page)
+            self._unlocked.pop(node.key, None)
+
+    def unlock(self, path: Sequence[Node], last_step: int) -> None:
+        """Let a request's whole path go, leaf first. `last_step`: the last planned step that may read it."""
+        for node in reversed(path):
+            self._pool.release(node.page, last_step)
+            if self._pool.num_leases(node.page) == 1:
+                self._unlocked[node.key] = node
+
+    def insert(self, key: PageKey, page: int, parent: Node | None) -> Node:
+        """Add a complete page below `parent`. The caller's lease on the page becomes its lock on the node."""
+        assert key not in self._nodes, "the key is in the tree: its page is the one to use"
+        node = self._nodes[key] = Node(key, page, parent)
+        if parent is not None:
+            parent.num_children += 1
+        self._pool.lease(page)
+        self._tell("stored", key)
+        return node
+
+    def evict(self, *, only_idle: bool = False) -> bool:
+        """Drop the leaf unused for longest. `only_idle`: only if its page becomes FREE at once."""
+        if not self._unlocked:
+            return False
+        node = next(iter(self._unlocked.values()))
+        if only_idle and not self._pool.is_idle(node.page):
+            return False
+        assert node.num_children == 0, "the first in line for eviction has children"
+        del self._unlocked[node.key], self._nodes[node.key]
+        if node.parent is not None:
+            node.parent.num_children -= 1
+        self._pool.release(node.page)
+        self.num_evictions += 1
+        self._tell("removed", node.key)
+        return True
+
+    def clear(self) -> None:
+        """Evict all that no running request is on."""
+        while self.evict():
+            pass
+        if not self._nodes:
+            self._events = [KVEvent("cleared", [])]
+
+    def take_events(self) -> list[KVEvent]:
+        """Return what happened since the last call, in order."""
+        events, self._events = self._events, []
+        return events
+
+    def snapshot(self) -> list[bytes]:
+        """Return the keys of all pages in the tree, parents first."""
+        return list(self._nodes)
+
+    def check(self) -> None:
+        """Prove that children have parents, counts hold and eviction meets children before parents."""
+        num_children: dict[PageKey, int] = {}
+        for key, node in self._nodes.items():
+            assert node.key == key and self._pool.state(node.page) is PageState.OWNED, (
+                f"the tree holds page {node.page}, which is {self._pool.state(node.page).name}"
+            )
+            assert (self._pool.num_leases(node.page) == 1) == (key in self._unlocked), (
+                f"page {node.page} of the tree has {self._pool.num_leases(node.page)} leases and is "
+                f"{'un' if key in self._unlocked else ''}locked"
+            )
+            if node.parent is not None:
+                assert self._nodes.get(node.parent.key) is node.parent, "a node outlived its parent"
+                num_children[node.parent.key] = num_children.get(node.parent.key, 0) + 1
+        for key, node in self._nodes.items():
+            assert node.num_children == num_children.get(key, 0), "a node miscounts its children"
+        for node in self._unlocked.values():
+            assert num_children.get(node.key, 0) == 0, "a node comes up for eviction before its children"
+            if node.parent is not None:
+                num_children[node.parent.key] -= 1
+
+    def _tell(self, kind: Literal["stored", "removed"], key: PageKey) -> None:
+        if self._events and self._events[-1].kind == kind:
+            self._events[-1].keys.append(key)
+        else:
+            self._events.append(KVEvent(kind, [key]))

@@ -1,0 +1,55 @@
+"""Request: one sequence on its way through the Scheduler. Only the Scheduler changes it."""
+
+from dataclasses import dataclass
+
+from workers.kvcache.manager import KeyedTokens
+from workers.protocol import FinishReason, RequestId, SamplingParams
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A request is waiting without a slot, running with one, and finished with a reason.
+
+    Lengths count tokens of `token_ids` = prompt + generated:
+
+        |------- num_computed -------|-- num_planned --|------------|
+        KV committed                  the step's row    later chunks   <= max_len
+    """
+
+    request_id: RequestId
+    tokens: KeyedTokens
+    prompt_len: int
+    max_len: int
+    """It finishes with `length` at so many tokens, prompt included."""
+    sampling: SamplingParams
+    seed: int
+    end_token_ids: list[int]
+    """The model's own end tokens; empty under ignore_eos."""
+    stop_token_ids: frozenset[int]
+    """All that end it: end_token_ids and its own."""
+    order: tuple[int, int]
+    """(priority, arrival): who goes first. Kept for life: preempted, it resumes before younger ones."""
+    arrival_s: float
+    last_token_s: float
+    """When its last token came; arrival_s before the first."""
+    slot: int | None = None
+    num_computed: int = 0
+    num_planned: int = 0
+    num_cached: int | None = None
+    """Tokens found in the cache when first admitted; None before."""
+    finish_reason: FinishReason | None = None
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Prompt, then generated tokens."""
+        return self.tokens.token_ids
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens beyond the prompt."""
+        return len(self.tokens.token_ids) - self.prompt_len
+
+    @property
+    def num_left(self) -> int:
+        """Tokens still to compute before the next one is sampled: 1 while it decodes."""
+        return len(self.tokens.token_ids) - self.num_computed
