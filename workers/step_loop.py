@@ -11,7 +11,7 @@ from typing import Protocol
 
 import msgspec
 
-from workers.plan import BatchPlan, RelocationVersion, StepOutput
+from workers.plan import BatchPlan, StepOutput
 from workers.protocol import (
     AbortRequest,
     Drain,
@@ -22,6 +22,7 @@ from workers.protocol import (
     RequestOutput,
     SubmitRequest,
 )
+from workers.scheduler.admission import RequestRefusedError
 
 logger = logging.getLogger(__name__)
 
@@ -40,28 +41,33 @@ REPLICA_FAILED = "replica_failed"
 class StepScheduler(Protocol):
     """What the loop needs of workers.scheduler.scheduler.Scheduler."""
 
-    def add(self, request: SubmitRequest, now_s: float) -> RequestOutput:
-        """Queue or reject; the answer goes to the client as it is."""
-        ...
+    def add(self, submit: SubmitRequest, now_s: float) -> None:
+        """Queue a request or raise RequestRefusedError."""
 
     def abort(self, request_id: RequestId, reason: FinishReason) -> RequestOutput | None:
         """End a request; return its last output, None when it is unknown."""
         ...
 
+    def stop_admitting(self) -> None:
+        """Refuse new requests from now on."""
+
+    def completed(self, step: int) -> None:
+        """Free what waited for `step`, the last that every rank has completed."""
+
     def plan(self, now_s: float) -> BatchPlan | None:
-        """Decide the next step; None when nothing is to be done."""
+        """Decide the next step; None when there is nothing to run and nothing to tell the ranks."""
+        ...
+
+    def heartbeat(self) -> BatchPlan:
+        """Return a plan without rows, to be run and committed like any other."""
         ...
 
     def commit(self, output: StepOutput, now_s: float) -> list[RequestOutput]:
         """Book what came of the step."""
         ...
 
-    def load(self) -> LoadReport:
+    def load(self, step_s: float) -> LoadReport:
         """Return the load after the last step."""
-        ...
-
-    def take_kv_events(self) -> KVEventBatch | None:
-        """Return the prefix tree's news since the last call."""
         ...
 
 
@@ -97,14 +103,35 @@ class StepInbox(Protocol):
         """Send each client its own requests' outputs, and everyone the rest."""
 
 
+class Board(Protocol):
+    """What the loops need of workers.completion_board.CompletionBoard."""
+
+    def publish(self, count: int) -> None:
+        """Tell the last step this rank has completed."""
+
+    def minimum(self) -> int:
+        """Return the last step that every rank has completed, as far as is known."""
+        ...
+
+
 class PlanChannel(Protocol):
     """What the loops need of workers.parallel.TPGroup."""
+
+    @property
+    def size(self) -> int:
+        """Ranks of the group."""
+        ...
+
+    @property
+    def board(self) -> Board:
+        """How far each rank has come."""
+        ...
 
     def broadcast_plan(self, plan: bytes) -> None:
         """Rank 0: hand the plan to all other ranks."""
 
     def receive_plan(self, timeout_s: float) -> bytes:
-        """Other ranks: return the next plan; raise TimeoutError when rank 0 is silent."""
+        """Other ranks: return the next plan; raise a TPGroupError when rank 0 is silent or gone."""
         ...
 
 
@@ -112,7 +139,7 @@ class StepRecorder(Protocol):
     """Metrics of a rank; workers.metrics.WorkerMetrics."""
 
     def stepped(self, plan: BatchPlan, duration_s: float) -> None:
-        """Count one step that ran."""
+        """Count one step that was committed."""
 
     def loaded(self, load: LoadReport) -> None:
         """Take the newest load."""
@@ -131,9 +158,9 @@ class StepLoop:
         group: PlanChannel,
         inbox: StepInbox,
         recorder: StepRecorder,
+        take_kv_events: Callable[[], KVEventBatch | None],
         *,
         incarnation: int,
-        num_ranks: int = 1,
         clock: Callable[[], float],
         heartbeat_s: float = HEARTBEAT_S,
     ) -> None:
@@ -142,13 +169,12 @@ class StepLoop:
         self._group = group
         self._inbox = inbox
         self._recorder = recorder
-        self._relocation_version = RelocationVersion(incarnation, 0)
-        self._num_ranks = num_ranks
+        self._take_kv_events = take_kv_events
+        self._incarnation = incarnation
         self._clock = clock
         self._heartbeat_s = heartbeat_s
         self._encoder = msgspec.msgpack.Encoder()
         self._stopping = threading.Event()
-        self._is_draining = False
         self._deadline_s: float | None = None
         self._step = 0
         self._step_s = 0.0
@@ -167,7 +193,7 @@ class StepLoop:
             )
             raise
         self._end_all("shutdown", None)
-        if self._num_ranks > 1:
+        if self._group.size > 1:
             self._group.broadcast_plan(END_OF_LOG)
 
     def stop(self) -> None:
@@ -180,22 +206,30 @@ class StepLoop:
         answers = self._handle(received)
         if answers:
             self._publish(answers)  # queued and refused requests hear of it before the step runs
+        self._scheduler.completed(self._group.board.minimum())
         plan = self._scheduler.plan(self._clock())
-        if plan is None:
-            if self._is_idle and not received:
-                self._beat()
+        if plan is not None:
+            self._is_idle = False
+            self._run_step(plan)
+        elif not self._is_idle or received:
             self._is_idle = True
-            return
-        self._is_idle = False
-        self._step, self._relocation_version = plan.step, plan.relocation_version
+        elif self._group.size > 1:
+            self._run_step(self._scheduler.heartbeat())
+        else:
+            self._publish([])
+
+    def _run_step(self, plan: BatchPlan) -> None:
+        self._step = plan.step
         begin_s = self._clock()
-        if self._num_ranks > 1:
+        if self._group.size > 1:
             self._group.broadcast_plan(self._encoder.encode(plan))
         output = self._engine.run(plan)
+        self._group.board.publish(plan.step)
         now_s = self._clock()
-        self._step_s = now_s - begin_s
+        if plan.slots:
+            self._step_s = now_s - begin_s
         self._publish(self._scheduler.commit(output, now_s))
-        self._recorder.stepped(plan, self._step_s)
+        self._recorder.stepped(plan, now_s - begin_s)
 
     def _handle(self, received: list[Received]) -> list[RequestOutput]:
         """Book what clients asked; return what is to be answered at once."""
@@ -203,14 +237,11 @@ class StepLoop:
         answers: list[RequestOutput | None] = []
         for message in received:
             if isinstance(message, SubmitRequest):
-                if self._is_draining:
-                    answers.append(_refused(message.request_id))
-                else:
-                    answers.append(self._scheduler.add(message, now_s))
+                answers.append(self._add(message, now_s))
             elif isinstance(message, AbortRequest):
                 answers.append(self._scheduler.abort(message.request_id, message.finish_reason))
             else:
-                self._is_draining = True
+                self._scheduler.stop_admitting()
                 self._deadline_s = now_s + message.deadline_s
         if self._deadline_s is not None and now_s >= self._deadline_s:
             answers.extend(
@@ -218,33 +249,35 @@ class StepLoop:
             )
         return [answer for answer in answers if answer is not None]
 
-    def _beat(self) -> None:
-        """Nothing to do: clients get a load report, followers an empty plan that changes nothing."""
-        self._publish([])
-        if self._num_ranks > 1:
-            beat = BatchPlan(self._step, self._relocation_version, [], [], [], [], [], [])
-            self._group.broadcast_plan(self._encoder.encode(beat))
+    def _add(self, submit: SubmitRequest, now_s: float) -> RequestOutput:
+        try:
+            self._scheduler.add(submit, now_s)
+        except RequestRefusedError as error:
+            return RequestOutput(
+                submit.request_id, [], [], "rejected", error=str(error), error_code=error.code
+            )
+        return RequestOutput(submit.request_id, [], [])
 
     def _end_all(self, reason: FinishReason, error: str | None) -> None:
         """Give every request its last output without asking the scheduler, which may be what failed."""
         code = REPLICA_FAILED if reason == "error" else None
         self._inbox.publish(
             [RequestOutput(i, [], [], reason, error=error, error_code=code) for i in self._inbox.requests],
-            incarnation=self._relocation_version.incarnation,
+            incarnation=self._incarnation,
             step=self._step,
             load=self._load,
             kv_events=None,
         )
 
     def _publish(self, outputs: list[RequestOutput]) -> None:
-        self._load = msgspec.structs.replace(self._scheduler.load(), step_s=self._step_s)
+        self._load = self._scheduler.load(self._step_s)
         self._recorder.loaded(self._load)
         self._inbox.publish(
             outputs,
-            incarnation=self._relocation_version.incarnation,
+            incarnation=self._incarnation,
             step=self._step,
             load=self._load,
-            kv_events=self._scheduler.take_kv_events(),
+            kv_events=self._take_kv_events(),
         )
 
 
@@ -259,22 +292,15 @@ class FollowerLoop:
         self._stopping = threading.Event()
 
     def run(self) -> None:
-        """Follow until the log ends or `stop`; raise TimeoutError when rank 0 is silent for `silence_s`."""
+        """Follow until the log ends or `stop`; raise a TPGroupError when rank 0 is silent for `silence_s`."""
         while not self._stopping.is_set():
             payload = self._group.receive_plan(self._silence_s)
             if payload == END_OF_LOG:
                 return
             plan = self._decoder.decode(payload)
-            if plan.slots or plan.ops:
-                self._engine.run(plan)
+            self._engine.run(plan)
+            self._group.board.publish(plan.step)
 
     def stop(self) -> None:
         """Make `run` return after the next plan. Any thread may call it."""
         self._stopping.set()
-
-
-def _refused(request_id: RequestId) -> RequestOutput:
-    return RequestOutput(
-        request_id, [], [], "rejected",
-        error="the replica is draining and takes no new requests; send it again later", error_code="draining",
-    )  # fmt: skip

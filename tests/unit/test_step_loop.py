@@ -16,6 +16,7 @@ from workers.protocol import (
     SamplingParams,
     SubmitRequest,
 )
+from workers.scheduler.admission import DrainingError
 from workers.step_loop import END_OF_LOG, FollowerLoop, StepLoop
 
 LOAD = LoadReport(0, 0, 0, 8, 8, 0, 0.0)
@@ -28,10 +29,18 @@ class FakeScheduler:
         self.journal = journal
         self.running = {}
         self.step = 0
+        self.is_admitting = True
 
     def add(self, request, now_s):
+        if not self.is_admitting:
+            raise DrainingError("found a draining replica")
         self.running[request.request_id] = request.sampling.max_tokens
-        return RequestOutput(request.request_id, [], [])
+
+    def stop_admitting(self):
+        self.is_admitting = False
+
+    def completed(self, step):
+        self.journal.append(("completed", step))
 
     def abort(self, request_id, reason):
         self.journal.append(("abort", request_id))
@@ -59,11 +68,12 @@ class FakeScheduler:
             outputs.append(RequestOutput(request_id, [5], [], "length" if done else None))
         return outputs
 
-    def load(self):
-        return LOAD
+    def heartbeat(self):
+        self.step += 1
+        return BatchPlan(self.step, RelocationVersion(7, 0), [], [], [], [], [], [])
 
-    def take_kv_events(self):
-        return None
+    def load(self, step_s):
+        return LOAD
 
 
 class FakeEngine:
@@ -113,9 +123,24 @@ class FakeInbox:
         return {o.request_id: o for _, outputs in self.published for o in outputs if o.finish_reason}
 
 
+class FakeBoard:
+    """Rank 0's steps count as complete on every rank at once."""
+
+    def __init__(self):
+        self.steps = [0]
+
+    def publish(self, count):
+        self.steps.append(count)
+
+    def minimum(self):
+        return self.steps[-1]
+
+
 class FakeGroup:
-    def __init__(self, journal, plans=()):
+    def __init__(self, journal, plans=(), size=1):
         self.journal = journal
+        self.size = size
+        self.board = FakeBoard()
         self.sent = []
         self.plans = deque(plans)
 
@@ -155,7 +180,7 @@ def build(script, *, when_empty=None, fail_at=None, num_ranks=1, clock=None):
     inbox = FakeInbox(script, when_empty or stop_when_idle)
     scheduler = FakeScheduler(journal)
     engine = FakeEngine(journal, fail_at)
-    group = FakeGroup(journal)
+    group = FakeGroup(journal, size=num_ranks)
     ticks = iter(range(1_000_000))
     loop = StepLoop(
         scheduler,
@@ -163,8 +188,8 @@ def build(script, *, when_empty=None, fail_at=None, num_ranks=1, clock=None):
         group,
         inbox,
         FakeRecorder(),
+        lambda: None,
         incarnation=7,
-        num_ranks=num_ranks,
         clock=clock or (lambda: float(next(ticks))),
     )
     return loop, inbox, journal, group, engine
@@ -191,11 +216,22 @@ def test_an_abort_takes_effect_before_the_next_step():
 def test_followers_get_the_plan_before_rank_0_runs_it():
     loop, _, journal, group, engine = build([[submit("a")]], num_ranks=2)
     loop.run()
-    kinds = [kind for kind, _ in journal]
+    kinds = [kind for kind, _ in journal if kind != "completed"]
     assert kinds[:3] == ["plan", "broadcast", "run"]
     decoded = [msgspec.msgpack.decode(p, type=BatchPlan) for p in group.sent if p != END_OF_LOG]
-    assert [p for p in decoded if p.slots] == engine.plans
+    assert decoded == engine.plans
     assert group.sent[-1] == END_OF_LOG
+
+
+def test_completed_steps_are_told_before_the_next_plan():
+    loop, _, journal, _, _ = build([[submit("a")]])
+    loop.run()
+    assert [entry for entry in journal if entry[0] in ("completed", "run")][:4] == [
+        ("completed", 0),
+        ("run", 1),
+        ("completed", 1),
+        ("run", 2),
+    ]
 
 
 def test_an_idle_replica_waits_for_messages_and_keeps_telling_its_load():
@@ -245,7 +281,7 @@ def test_a_failed_step_ends_every_request_with_a_documented_error():
         assert "fell over" not in end.error  # the cause is for the log, not for clients
 
 
-def test_a_follower_runs_the_log_in_order_and_skips_heartbeats():
+def test_a_follower_runs_the_log_in_order_and_publishes_each_step():
     def plan(step, slots):
         n = len(slots)
         return msgspec.msgpack.encode(
@@ -254,9 +290,10 @@ def test_a_follower_runs_the_log_in_order_and_skips_heartbeats():
 
     journal = []
     engine = FakeEngine(journal)
-    group = FakeGroup(journal, [plan(1, [0]), plan(1, []), plan(2, [0, 1]), END_OF_LOG])
+    group = FakeGroup(journal, [plan(1, [0]), plan(2, []), plan(3, [0, 1]), END_OF_LOG], size=2)
     FollowerLoop(engine, group, silence_s=1.0).run()
-    assert [p.step for p in engine.plans] == [1, 2]
+    assert [p.step for p in engine.plans] == [1, 2, 3]
+    assert group.board.steps == [0, 1, 2, 3]
 
 
 def test_a_follower_gives_up_on_a_silent_rank_0():
