@@ -5,7 +5,6 @@ Plain ints and lists; no torch, no clock and no randomness of its own.
 """
 
 from bisect import insort
-from dataclasses import dataclass
 from operator import attrgetter
 from random import Random
 
@@ -30,16 +29,9 @@ from workers.scheduler.admission import (
 )
 from workers.scheduler.request import Request
 from workers.scheduler.stats import SchedulerStats
+from workers.scheduler.step import Step, assemble
 
 _order = attrgetter("order")
-
-
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """A plan on its way and the requests of its rows, in their order."""
-
-    plan: BatchPlan
-    rows: list[Request]
 
 
 class Scheduler:
@@ -88,7 +80,7 @@ class Scheduler:
         self._waiting = WaitingQueue()
         self._running: list[Request] = []  # by order
         self._num_steps = 0
-        self._in_flight: _Step | None = None
+        self._in_flight: Step | None = None
         self._is_admitting = True
         self._budget = 0  # tokens left in the step being planned
 
@@ -246,31 +238,38 @@ class Scheduler:
             )
 
     def _reserve_running(self) -> list[Request]:
-        """Reserve pages in order (I4) and return who has all of its own. Once one has not, nobody behind it
-        takes new pages: they are its."""
+        """Reserve pages in order (I4) and return who has all it needs.
+
+        Once one has not, nobody behind it takes new pages: those that come free are its.
+        """
         ready: list[Request] = []
         index = 0
-        while index < len(self._running):  # preemption takes requests from its end
+        while index < len(self._running):  # preemption takes from its end
             request = self._running[index]
-            if self._reserve(request, is_first_short=len(ready) == index):
+            nobody_is_short = len(ready) == index
+            if self._is_reserved(request) or (nobody_is_short and self._reserve(request)):
                 ready.append(request)
             index += 1
+        self.stats.num_stalls += len(self._running) - len(ready)
         return ready
 
-    def _reserve(self, request: Request, *, is_first_short: bool = True) -> bool:
-        """Reserve the pages of all the request's tokens, at the cost of requests behind it."""
+    def _is_reserved(self, request: Request) -> bool:
+        assert request.slot is not None
+        return self._cache.is_reserved(request.slot, self._reserved_len(request))
+
+    def _reserve(self, request: Request) -> bool:
+        """Reserve the pages of all the request's tokens, at the cost of requests behind it.
+
+        False if it has to wait: for pages that quiesce, or, as the last in order, for those ahead of it.
+        """
         assert request.slot is not None
         num_tokens = self._reserved_len(request)
-        if self._cache.is_reserved(request.slot, num_tokens):
-            return True
-        while is_first_short:
-            if self._cache.reserve(request.slot, num_tokens):
-                return True
-            if self._cache.is_coming(request.slot, num_tokens) or self._running[-1] is request:
-                break
-            self._preempt(self._running[-1])
-        self.stats.num_stalls += 1
-        return False
+        while not self._cache.reserve(request.slot, num_tokens):
+            last = self._running[-1]
+            if last is request or self._cache.is_coming(request.slot, num_tokens):
+                return False
+            self._preempt(last)
+        return True
 
     def _reserved_len(self, request: Request) -> int:
         return min(len(request.token_ids) + self._lookahead, request.max_len)
@@ -287,6 +286,7 @@ class Scheduler:
                 return
             self._open(request, now_s)
             if not self._reserve(request):
+                self.stats.num_stalls += 1
                 return
             self._plan_row(request)
 
@@ -344,32 +344,10 @@ class Scheduler:
         request.num_computed = request.num_planned = 0
 
     def _assemble(self, rows: list[Request]) -> BatchPlan:
-        """Write the plan of the requests' planned tokens, decodes first."""
-        rows = [row for row in rows if row.num_planned == 1] + [row for row in rows if row.num_planned > 1]
-        slots: list[int] = []
-        token_ids: list[int] = []
-        sampled: list[int] = []
-        for index, request in enumerate(rows):
-            assert request.slot is not None
-            slots.append(request.slot)
-            end = request.num_computed + request.num_planned
-            token_ids += request.token_ids[request.num_computed : end]
-            if end == len(request.token_ids):
-                sampled.append(index)
         self._num_steps += 1
         self._cache.planned(self._num_steps)
-        plan = BatchPlan(
-            step=self._num_steps,
-            relocation_version=self._cache.version,
-            ops=self._cache.take_ops(),
-            slots=slots,
-            starts=[request.num_computed for request in rows],
-            lens=[request.num_planned for request in rows],
-            token_ids=token_ids,
-            sampled=sampled,
-        )
-        self._in_flight = _Step(plan, rows)
-        return plan
+        self._in_flight = assemble(self._num_steps, self._cache.version, self._cache.take_ops(), rows)
+        return self._in_flight.plan
 
     def _append(
         self, request: Request, token_id: int, logprobs: TokenLogprobs | None, now_s: float
