@@ -125,6 +125,13 @@ def load_card(model: str) -> ModelCard:
     raise ModelError(f"model {model!r} is no existing path; allowed: {_allowed()}")
 
 
+def fetch_weights(hub: HubSource, folder: Path) -> None:
+    """Download a hub model's weights into the snapshot `folder` its card was read from; cached ones stay."""
+    found = _snapshot(hub.repo_id, hub.revision, ["*.safetensors", "*.safetensors.index.json"])
+    if found != folder:
+        raise ModelError(f"model {hub.repo_id!r}: weights went to {found}, the card was read from {folder}")
+
+
 def _allowed() -> str:
     return f"a model directory, a .gguf file, a hub id (owner/name) or an alias ({', '.join(ALIASES)})"
 
@@ -149,15 +156,19 @@ def _directory_card(folder: Path, name: str, hub: HubSource | None = None) -> Mo
 
 
 def _hub_card(repo_id: str) -> ModelCard:
-    try:
-        folder = Path(snapshot_download(repo_id, allow_patterns=_METADATA_FILES))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"model {repo_id!r}: no such path, and the hub cannot provide it ({reason}); check the id and the "
-            f"network (HF_ENDPOINT, HF_TOKEN), or name {_allowed()}"
-        ) from error
+    folder = _snapshot(repo_id, None, _METADATA_FILES)
     return _directory_card(folder, repo_id, HubSource(repo_id, folder.name))
+
+
+def _snapshot(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ModelError(
+            f"model {repo_id!r}: no such path, and the hub cannot provide it ({reason}); check the id and "
+            f"the network (HF_ENDPOINT, HF_TOKEN), or name {_allowed()}"
+        ) from error
 
 
 def _packaged_file(alias: str, packaged: PackagedModel) -> Path:

@@ -186,6 +186,10 @@ class JsonFields:
     def part(self, key: str) -> "JsonFields":
         return JsonFields(self.path, self.optional(key, dict) or {})
 
+    def texts(self) -> list[str]:
+        """Return all values that are strings."""
+        return [value for value in self._values.values() if isinstance(value, str)]
+
     def value(self, key: str) -> object:
         return self._values.get(key)
 

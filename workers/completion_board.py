@@ -1,0 +1,83 @@
+"""CompletionBoard: one monotonic counter per rank in shared memory: how many steps each rank has completed.
+
+Each counter has one writer, its rank; rank 0 reads the minimum and never waits for it (I2).
+"""
+
+import mmap
+import os
+import secrets
+from pathlib import Path
+from typing import Self
+
+from torch.distributed import Store
+
+_LINE_BYTES = 64
+"""One counter per cache line: ranks do not slow each other."""
+_WORDS_PER_LINE = _LINE_BYTES // 8
+_FOLDER = Path("/dev/shm")
+
+
+class CompletionBoard:
+    """Counters of all ranks; a rank publishes only its own. Words are aligned and written whole."""
+
+    def __init__(self, rank: int, size: int, memory: mmap.mmap | bytearray) -> None:
+        self._rank = rank
+        self._size = size
+        self._memory = memory
+        self._bytes = memoryview(memory)
+        self._words = self._bytes.cast("Q")
+
+    @classmethod
+    def private(cls) -> Self:
+        """Return the board of a group of one."""
+        return cls(0, 1, bytearray(_LINE_BYTES))
+
+    @classmethod
+    def shared(cls, store: Store, rank: int, size: int) -> Self:
+        """Map one board on all ranks. Its file is gone from /dev/shm before this returns on rank 0.
+
+        Raise OSError when a rank cannot open it: all ranks must share one machine's memory.
+        """
+        if rank > 0:
+            memory = _map(Path(store.get("board_path").decode()), os.O_RDWR, size)
+            store.set(f"board_mapped_{rank}", "")
+            return cls(rank, size, memory)
+        path = _FOLDER / f"eyrie-board-{secrets.token_hex(8)}"
+        try:
+            memory = _map(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, size)
+            store.set("board_path", str(path))
+            store.wait([f"board_mapped_{follower}" for follower in range(1, size)])
+        finally:
+            path.unlink(missing_ok=True)
+        return cls(rank, size, memory)
+
+    def publish(self, count: int) -> None:
+        """Set this rank's counter; it never goes back."""
+        place = self._rank * _WORDS_PER_LINE
+        assert count >= self._words[place]
+        self._words[place] = count
+
+    def counts(self) -> list[int]:
+        """Return every rank's counter as it stands in memory now."""
+        return [self._words[rank * _WORDS_PER_LINE] for rank in range(self._size)]
+
+    def minimum(self) -> int:
+        """Return what every rank has completed."""
+        return min(self.counts())
+
+    def close(self) -> None:
+        """Unmap the board. Idempotent."""
+        self._words.release()
+        self._bytes.release()
+        if isinstance(self._memory, mmap.mmap):
+            self._memory.close()
+
+
+def _map(path: Path, flags: int, size: int) -> mmap.mmap:
+    descriptor = os.open(path, flags | os.O_CLOEXEC, 0o600)
+    try:
+        if flags & os.O_CREAT:
+            os.ftruncate(descriptor, size * _LINE_BYTES)
+        return mmap.mmap(descriptor, size * _LINE_BYTES)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,93 @@
+"""Attention: projections, optional q/k norm and RoPE around the AttentionBackend, heads divided among the ranks."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from workers.attention.backend import AttentionBackend, AttentionLayer
+from workers.layers.linear import Linear, RowParallelLinear
+from workers.layers.norm import RMSNorm
+from workers.layers.placement import Placement, Run, head_runs, whole
+from workers.layers.rotary import rotate
+from workers.models.config import ModelConfig
+from workers.models.sharding import head_layout
+from workers.parallel import TPGroup
+
+
+class Attention(nn.Module):
+    """One layer's attention. One fused projection makes q, k and v:
+
+    rows of qkv.weight:  [ q heads * head_dim | k heads * head_dim | v heads * head_dim ]
+    """
+
+    def __init__(
+        self, config: ModelConfig, index: int, *, dtype: torch.dtype, device: torch.device, group: TPGroup
+    ) -> None:
+        super().__init__()
+        heads = head_layout(config, group.size)
+        self._config = config
+        self._heads = heads.heads(group.rank)
+        self._kv_heads = heads.kv_heads(group.rank)
+        self.layer = AttentionLayer(
+            index=index,
+            num_heads=heads.heads_per_rank,
+            num_kv_heads=heads.kv_heads_per_rank,
+            head_dim=config.head_dim,
+            scale=config.head_dim**-0.5,
+            sliding_window=config.window_of(index),
+        )
+        num_rows = (heads.heads_per_rank + 2 * heads.kv_heads_per_rank) * config.head_dim
+        self.qkv = Linear(config.hidden_size, num_rows, bias=config.qkv_bias, dtype=dtype, device=device)
+        self.output = RowParallelLinear(
+            heads.heads_per_rank * config.head_dim,
+            config.hidden_size,
+            bias=config.output_bias,
+            dtype=dtype,
+            device=device,
+            group=group,
+        )
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype, device=device)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype, device=device)
+
+    def placements(self) -> Iterator[tuple[str, Placement]]:
+        """Yield checkpoint names (under the layer's self_attn) and where this rank's share goes."""
+        config, dim = self._config, self._config.head_dim
+        key_start = len(self._heads) * dim
+        value_start = key_start + len(self._kv_heads) * dim
+        for name, num_heads, runs in (
+            ("q_proj", config.num_heads, head_runs(self._heads, dim)),
+            ("k_proj", config.num_kv_heads, head_runs(self._kv_heads, dim, key_start)),
+            ("v_proj", config.num_kv_heads, head_runs(self._kv_heads, dim, value_start)),
+        ):
+            num_rows = num_heads * dim
+            yield f"{name}.weight", Placement(self.qkv.weight, (num_rows, config.hidden_size), runs)
+            if self.qkv.bias is not None:
+                yield f"{name}.bias", Placement(self.qkv.bias, (num_rows,), runs)
+        shape = (config.hidden_size, config.num_heads * dim)
+        rows = (Run(0, 0, config.hidden_size),)
+        yield "o_proj.weight", Placement(self.output.weight, shape, rows, head_runs(self._heads, dim))
+        if self.output.whole_bias is not None:
+            yield "o_proj.bias", whole(self.output.whole_bias)
+        if self.q_norm is not None and self.k_norm is not None:
+            yield "q_norm.weight", whole(self.q_norm.weight)
+            yield "k_norm.weight", whole(self.k_norm.weight)
+
+    def forward(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backend: AttentionBackend
+    ) -> torch.Tensor:
+        """Attend from [tokens, hidden] (normalised) to [tokens, hidden], writing the tokens' KV on the way."""
+        layer = self.layer
+        num_rotated = layer.num_heads + layer.num_kv_heads
+        qkv = self.qkv(x).view(x.shape[0], -1, layer.head_dim)  # [tokens, q + k + v heads, head_dim]
+        v = qkv[:, num_rotated:]
+        if self.q_norm is None or self.k_norm is None:
+            rotated = rotate(qkv[:, :num_rotated], cos, sin)  # q and k heads at once
+            q, k = rotated[:, : layer.num_heads], rotated[:, layer.num_heads :]
+        else:
+            q = rotate(self.q_norm(qkv[:, : layer.num_heads]), cos, sin)
+            k = rotate(self.k_norm(qkv[:, layer.num_heads : num_rotated]), cos, sin)
+        attended: torch.Tensor = self.output(backend.forward(layer, q, k, v))
+        return attended

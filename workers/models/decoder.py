@@ -1,0 +1,121 @@
+"""Decoder: the one transformer for the Llama, Mistral, Qwen2 and Qwen3 families, driven by ModelConfig.
+
+Built and filled by `workers.models.weights`, run by ModelRunner in the engine's thread, one rank's shard each.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from workers.attention.backend import AttentionBackend
+from workers.layers.attention import Attention
+from workers.layers.embedding import VocabularyEmbedding, VocabularyHead
+from workers.layers.linear import Linear, Packer
+from workers.layers.mlp import GatedMLP
+from workers.layers.norm import RMSNorm
+from workers.layers.placement import Placement, whole
+from workers.layers.rotary import Rotary
+from workers.models.config import ModelConfig
+from workers.parallel import TPGroup
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and MLP, each added to the residual stream."""
+
+    def __init__(
+        self, config: ModelConfig, index: int, *, dtype: torch.dtype, device: torch.device, group: TPGroup
+    ) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
+        self.attention = Attention(config, index, dtype=dtype, device=device, group=group)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
+        self.mlp = GatedMLP(config, dtype=dtype, device=device, group=group)
+
+    def placements(self) -> Iterator[tuple[str, Placement]]:
+        """Yield checkpoint names under the layer and where this rank's share goes."""
+        yield "input_layernorm.weight", whole(self.attention_norm.weight)
+        yield "post_attention_layernorm.weight", whole(self.mlp_norm.weight)
+        for name, placement in self.attention.placements():
+            yield f"self_attn.{name}", placement
+        for name, placement in self.mlp.placements():
+            yield f"mlp.{name}", placement
+
+    def forward(
+        self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backend: AttentionBackend
+    ) -> torch.Tensor:
+        """Map the residual stream [tokens, hidden] to the next layer's."""
+        hidden = hidden + self.attention(self.attention_norm(hidden), cos, sin, backend)
+        hidden = hidden + self.mlp(self.mlp_norm(hidden))
+        return hidden
+
+
+class Decoder(nn.Module):
+    """One rank's shard of a whole model. Weights are zeros until the loader has filled them."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        group: TPGroup,
+        max_context_len: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.group = group
+        self.embedding = VocabularyEmbedding(
+            config.vocab_size, config.hidden_size, dtype=dtype, device=device, group=group
+        )
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, index, dtype=dtype, device=device, group=group)
+            for index in range(config.num_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
+        self.head = VocabularyHead(
+            config.vocab_size,
+            config.hidden_size,
+            dtype=dtype,
+            device=device,
+            group=group,
+            tied=self.embedding if config.tied_embeddings else None,
+        )
+        self.rotary = Rotary(config, max_context_len or config.max_context_len, dtype=dtype, device=device)
+
+    def placements(self) -> dict[str, Placement]:
+        """Return, by Hugging Face tensor name, where this rank's share of each checkpoint tensor goes."""
+        found = {
+            "model.embed_tokens.weight": self.embedding.placement(),
+            "model.norm.weight": whole(self.norm.weight),
+        }
+        if not self.config.tied_embeddings:
+            found["lm_head.weight"] = self.head.placement()
+        for index, layer in enumerate(self.layers):
+            assert isinstance(layer, DecoderLayer)
+            for name, placement in layer.placements():
+                found[f"model.layers.{index}.{name}"] = placement
+        return found
+
+    def pack(self, packer: Packer) -> None:
+        """Hand every linear's loaded weight to a compiled kernel, one after the other."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.pack(packer)
+
+    def forward(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, attention: AttentionBackend
+    ) -> torch.Tensor:
+        """Run tokens [T] int64 at positions [T] int64 of the batch that `attention` was planned for.
+
+        Returns the residual stream after the last layer, [T, hidden], before the final norm.
+        """
+        hidden: torch.Tensor = self.embedding(token_ids)
+        cos, sin = self.rotary(positions)
+        for layer in self.layers:
+            hidden = layer(hidden, cos, sin, attention)
+        return hidden
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
+        """Return float32 [S, vocab] for rows [S, hidden] of `forward`'s result; None on ranks other than 0."""
+        return self.head.logits(self.norm(hidden))

@@ -1,0 +1,273 @@
+"""TPGroup: the communicator of one tensor-parallel group; CompletionBoard: how far each rank has come.
+
+Owned by a Worker, used from its engine's thread. No process-wide state: several groups may live in one process.
+Collectives run over gloo (CPU) or NCCL (CUDA); plans travel over one socket per follower, so that a follower
+can wait with a timeout and a dead peer shows at once. Every wait ends in a typed error.
+"""
+
+import hmac
+import secrets
+import select
+import socket
+import struct
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Literal, Self, TypeVar
+
+import torch
+from torch.distributed import (
+    AllreduceOptions,
+    GatherOptions,
+    ProcessGroup,
+    ProcessGroupGloo,
+    TCPStore,
+)
+
+from workers.completion_board import CompletionBoard
+
+_LENGTH = struct.Struct("<I")
+_HELLO = struct.Struct("<I32s")
+_TOKEN_BYTES = 32
+_MAX_PLAN_BYTES = 1 << 30
+
+T = TypeVar("T")
+
+
+class TPGroupError(Exception):
+    """The group cannot go on: its ranks must be rebuilt."""
+
+
+class TPTimeoutError(TPGroupError):
+    """A peer said nothing for the allowed time; it may be alive."""
+
+
+class TPPeerLostError(TPGroupError):
+    """A peer's connection is closed: its process ended or gave up the group."""
+
+
+def listen(host: str) -> socket.socket:
+    """Return a listening socket on a free port of `host`: rank 0 makes it, tells its port, and connects with it."""
+    return socket.create_server((host, 0), backlog=128)
+
+
+class TPGroup:
+    """One rank's membership of a group of `size`. A group of one has no connections and every call is local."""
+
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        timeout_s: float,
+        board: CompletionBoard,
+        process_group: ProcessGroup | None = None,
+        links: list[socket.socket] | None = None,
+        store: TCPStore | None = None,
+    ) -> None:
+        self.rank = rank
+        self.size = size
+        self.board = board
+        self._timeout_s = timeout_s
+        self._process_group = process_group
+        self._links = links or []
+        """Rank 0: one per follower, in rank order. Others: the one to rank 0."""
+        self._store = store
+
+    @classmethod
+    def single(cls) -> Self:
+        """Return a group of one."""
+        return cls(0, 1, 0.0, CompletionBoard.private())
+
+    @classmethod
+    def connect(
+        cls,
+        rank: int,
+        size: int,
+        host: str,
+        port: int,
+        *,
+        timeout_s: float,
+        device: Literal["cpu", "cuda"] = "cpu",
+        listener: socket.socket | None = None,
+    ) -> Self:
+        """Meet the other ranks at rank 0's `host`:`port` and return the group; blocks until all have come.
+
+        Rank 0 may bring the `listener` it made with `listen`. For "cuda" the current device is the rank's.
+        Raise TPTimeoutError after `timeout_s`. All ranks must be on one machine: the board is shared memory.
+        """
+        if not 0 <= rank < size:
+            raise ValueError(f"rank {rank} of {size}: ranks run from 0 to size - 1")
+        if size == 1:
+            if listener is not None:
+                listener.close()
+            return cls.single()
+        return _named_errors(
+            f"rank {rank} of {size}: meeting the group at {host}:{port}",
+            lambda: cls._connect(rank, size, host, port, timeout_s, device, listener),
+        )
+
+    @classmethod
+    def _connect(
+        cls,
+        rank: int,
+        size: int,
+        host: str,
+        port: int,
+        timeout_s: float,
+        device: Literal["cpu", "cuda"],
+        listener: socket.socket | None,
+    ) -> Self:
+        timeout = timedelta(seconds=timeout_s)
+        if rank == 0:
+            # A listener of our own: TCPStore by itself would listen on every interface of the machine.
+            listener = listener or socket.create_server((host, port), backlog=128)
+            store = TCPStore(
+                host,
+                port,
+                size,
+                is_master=True,
+                timeout=timeout,
+                wait_for_workers=False,
+                master_listen_fd=listener.detach(),
+            )
+        else:
+            store = TCPStore(host, port, size, is_master=False, timeout=timeout, wait_for_workers=False)
+        links = _lead(store, size, host, timeout_s) if rank == 0 else [_follow(store, rank, host, timeout_s)]
+        board = CompletionBoard.shared(store, rank, size)
+        process_group = _process_group(store, rank, size, host, timeout, device)
+        return cls(rank, size, timeout_s, board, process_group, links, store)
+
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        """Sum `tensor` over the ranks, in place on every rank. Any shape; contiguous."""
+        group = self._process_group
+        if group is None:
+            return
+        _named_errors(
+            f"rank {self.rank}: all_reduce",
+            lambda: group.allreduce([tensor], AllreduceOptions()).wait(),
+        )
+
+    def gather_columns(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Return the ranks' [rows, n] tensors side by side, [rows, size * n], on rank 0; None on the others."""
+        group = self._process_group
+        if group is None:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.size)] if self.rank == 0 else []
+        options = GatherOptions()
+        options.rootRank = 0
+        _named_errors(
+            f"rank {self.rank}: gather",
+            lambda: group.gather([parts] if parts else [], [tensor.contiguous()], options).wait(),
+        )
+        return torch.cat(parts, dim=-1) if parts else None
+
+    def broadcast_plan(self, plan: bytes) -> None:
+        """Send a plan to every follower (rank 0). Returns when the kernel has it; a lost peer raises."""
+        assert self.rank == 0
+        for follower, link in enumerate(self._links, start=1):
+            try:
+                if select.select([link], [], [], 0)[0] and not link.recv(1, socket.MSG_PEEK):
+                    raise TPPeerLostError(f"rank {follower} closed its connection")
+                link.sendall(_LENGTH.pack(len(plan)) + plan)
+            except TimeoutError:
+                raise TPTimeoutError(f"rank {follower} took no plan for {self._timeout_s} s") from None
+            except OSError as error:
+                raise TPPeerLostError(f"rank {follower} is gone: {error}") from error
+
+    def receive_plan(self, timeout_s: float) -> bytes:
+        """Return rank 0's next plan (followers). Raise TPTimeoutError when none begins within `timeout_s`.
+
+        A plan that has begun is read to its end within the group's own timeout.
+        """
+        assert self.rank > 0
+        link = self._links[0]
+        try:
+            if not select.select([link], [], [], timeout_s)[0]:
+                raise TPTimeoutError(f"rank 0 sent no plan for {timeout_s} s")
+            (num_bytes,) = _LENGTH.unpack(_receive(link, _LENGTH.size))
+            if num_bytes > _MAX_PLAN_BYTES:
+                raise TPPeerLostError(f"rank 0 announced a plan of {num_bytes} bytes: not our protocol")
+            return _receive(link, num_bytes)
+        except TimeoutError:
+            raise TPTimeoutError(f"rank 0 stopped within a plan for {self._timeout_s} s") from None
+        except OSError as error:
+            raise TPPeerLostError(f"rank 0 is gone: {error}") from error
+
+    def close(self) -> None:
+        """Leave the group: peers still in a collective, or waiting for a plan, get an error. Idempotent."""
+        for link in self._links:
+            link.close()
+        self._links = []
+        if self._process_group is not None:
+            self._process_group.abort()
+        self._process_group = None
+        self._store = None
+        self.board.close()
+
+
+def _process_group(
+    store: TCPStore, rank: int, size: int, host: str, timeout: timedelta, device: Literal["cpu", "cuda"]
+) -> ProcessGroup:
+    if device == "cuda":
+        from torch.distributed import ProcessGroupNCCL  # absent from CPU builds of torch
+
+        nccl = ProcessGroupNCCL.Options()
+        nccl._timeout = timeout
+        return ProcessGroupNCCL(store, rank, size, nccl)
+    gloo = ProcessGroupGloo._Options()
+    gloo._timeout = timeout
+    # Bound to the group's address: by default gloo resolves the machine's name, which may not resolve.
+    gloo._devices = [ProcessGroupGloo.create_device(hostname=host)]
+    return ProcessGroupGloo(store, rank, size, gloo)
+
+
+def _lead(store: TCPStore, size: int, host: str, timeout_s: float) -> list[socket.socket]:
+    """Accept one plan link per follower; each proves with a token from the store that it belongs here."""
+    token = secrets.token_bytes(_TOKEN_BYTES)
+    links: dict[int, socket.socket] = {}
+    with socket.create_server((host, 0), backlog=size) as server:
+        server.settimeout(timeout_s)
+        store.set("plan_token", token.hex())
+        store.set("plan_port", str(server.getsockname()[1]))
+        while len(links) < size - 1:
+            link, _ = server.accept()
+            link.settimeout(timeout_s)
+            rank, shown = _HELLO.unpack(_receive(link, _HELLO.size))
+            if not hmac.compare_digest(shown, token) or not 0 < rank < size or rank in links:
+                link.close()
+                continue
+            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            links[rank] = link
+    return [links[rank] for rank in sorted(links)]
+
+
+def _follow(store: TCPStore, rank: int, host: str, timeout_s: float) -> socket.socket:
+    token = bytes.fromhex(store.get("plan_token").decode())
+    link = socket.create_connection((host, int(store.get("plan_port"))), timeout=timeout_s)
+    link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    link.sendall(_HELLO.pack(rank, token))
+    return link
+
+
+def _receive(link: socket.socket, num_bytes: int) -> bytes:
+    octets = bytearray(num_bytes)
+    view = memoryview(octets)
+    while view:
+        received = link.recv_into(view)
+        if received == 0:
+            raise TPPeerLostError("the peer closed its connection")
+        view = view[received:]
+    return bytes(octets)
+
+
+def _named_errors(action: str, call: Callable[[], T]) -> T:
+    """Run `call`; torch's and the sockets' errors become typed ones that say what was tried."""
+    try:
+        return call()
+    except TPGroupError:
+        raise
+    except (RuntimeError, OSError) as error:  # torch raises DistError and plain RuntimeError alike
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        lowered = str(error).lower()
+        if isinstance(error, TimeoutError) or "timed out" in lowered or "timeout" in lowered:
+            raise TPTimeoutError(f"{action}: {reason}") from error
+        raise TPPeerLostError(f"{action}: {reason}") from error
