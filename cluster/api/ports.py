@@ -41,7 +41,10 @@ class RequestStream(Protocol):
     async def __anext__(self) -> RequestOutput: ...
 
     async def abort(self, finish_reason: FinishReason = "abort") -> None:
-        """Tell the worker to end the request and drop what it still sends. Idempotent; no effect once finished."""
+        """Tell the worker to end the request; the stream then ends with an output of that reason.
+
+        Idempotent; no effect once finished.
+        """
 
     async def aclose(self) -> None:
         """Release the stream; aborts when unfinished. Idempotent."""
@@ -106,4 +109,5 @@ class ScrapeTarget:
 class ScrapeTargets(Protocol):
     """Lists every process of the cluster that serves metrics."""
 
-    def __call__(self) -> Sequence[ScrapeTarget]: ...
+    def __call__(self) -> Sequence[ScrapeTarget]:
+        """Return the processes known now."""

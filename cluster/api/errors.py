@@ -1,0 +1,168 @@
+"""What a user is told when a call fails: OpenAI error bodies; the field, what was found, what is allowed."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import msgspec
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+from starlette.responses import Response
+
+ErrorType = Literal[
+    "invalid_request_error",
+    "authentication_error",
+    "not_found_error",
+    "rate_limit_error",
+    "server_error",
+    "service_unavailable_error",
+]
+
+RETRY_AFTER_S = 1
+"""Told to clients whose call met a full queue or a draining server without a better estimate."""
+
+_TYPE_OF_STATUS: dict[int, ErrorType] = {
+    401: "authentication_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "service_unavailable_error",
+}
+_MAX_SHOWN_CHARS = 64
+
+
+class ErrorDetail(msgspec.Struct, frozen=True):
+    """The `error` object of OpenAI's error bodies; `request_id` is ours."""
+
+    message: str
+    type: ErrorType
+    param: str | None
+    code: str | None
+    request_id: str
+
+
+class ErrorBody(msgspec.Struct, frozen=True):
+    """A whole error body, or the data of an SSE error event."""
+
+    error: ErrorDetail
+
+
+class ApiError(Exception):
+    """Ends a call with `status`. `param` names the request's field at fault, `code` is for programs."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.retry_after_s = retry_after_s
+
+    def body(self, request_id: str) -> ErrorBody:
+        """Return what the user reads."""
+        kind = _TYPE_OF_STATUS.get(self.status, "invalid_request_error")
+        return ErrorBody(ErrorDetail(self.message, kind, self.param, self.code, request_id))
+
+    def response(self, request_id: str) -> Response:
+        """Return the HTTP answer; 401, 429 and 503 carry the headers their status asks for."""
+        headers = {}
+        if self.retry_after_s is not None:
+            headers["retry-after"] = str(max(1, round(self.retry_after_s)))
+        if self.status == 401:
+            headers["www-authenticate"] = "Bearer"
+        return Response(
+            msgspec.json.encode(self.body(request_id)),
+            status_code=self.status,
+            headers=headers,
+            media_type="application/json",
+        )
+
+
+def bad_request(message: str, param: str | None = None, code: str | None = "invalid_value") -> ApiError:
+    """Return a 400 about one field."""
+    return ApiError(400, message, param=param, code=code)
+
+
+def unsupported(param: str, what: str) -> ApiError:
+    """Return a 400 for a feature of OpenAI's API that this server does not have."""
+    return ApiError(400, f"'{param}': {what}", param=param, code="unsupported_parameter")
+
+
+def internal_error() -> ApiError:
+    """Return the 500 of a bug: the user gets no detail beyond the request id, the log has the rest."""
+    return ApiError(
+        500,
+        "The server failed on this request; its log names the cause under the request id.",
+        code="internal",
+    )
+
+
+def replica_failed(error: str | None) -> ApiError:
+    """Return the 503 of a request whose replica died or failed while working on it."""
+    cause = f": {error}" if error else ""
+    return ApiError(
+        503,
+        f"The replica working on this request failed{cause}. The request may be sent again.",
+        code="replica_failed",
+        retry_after_s=RETRY_AFTER_S,
+    )
+
+
+def draining() -> ApiError:
+    """Return the 503 of a server that is shutting down."""
+    return ApiError(
+        503,
+        "The server is shutting down and takes no new requests.",
+        code="draining",
+        retry_after_s=RETRY_AFTER_S,
+    )
+
+
+def from_validation(error: ValidationError) -> ApiError:
+    """Return the 400 for a request body that does not fit its schema, about its first fault."""
+    fault: ErrorDetails = error.errors(include_url=False)[0]
+    param = field_path(fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        return ApiError(
+            400,
+            f"'{param}': this field is not known to the server; remove it.",
+            param=param,
+            code="unknown_parameter",
+        )
+    if fault["type"] == "missing":
+        return ApiError(
+            400, f"'{param}': this field is required.", param=param, code="missing_required_parameter"
+        )
+    problem = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return bad_request(f"'{param}': {problem} (found {shown(fault['input'])}).", param)
+
+
+def field_path(location: Sequence[int | str]) -> str:
+    """Return the path of a field as a user writes it: `messages[0].content`."""
+    path = ""
+    for part in location:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
+    return path
+
+
+def shown(value: object) -> str:
+    """Return a short description of a user's value: scalars as they are, the rest by kind and size."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        text = repr(value) if not isinstance(value, int) or value.bit_length() < 256 else "a huge integer"
+        return text[:_MAX_SHOWN_CHARS]
+    if isinstance(value, str):
+        return f"'{value}'" if len(value) <= _MAX_SHOWN_CHARS else f"a string of {len(value)} characters"
+    if isinstance(value, list | tuple):
+        return f"a list of {len(value)}"
+    return "an object" if isinstance(value, dict) else type(value).__name__

@@ -1,0 +1,87 @@
+"""Reads a request's body: bounded in bytes before it is held, strict JSON after."""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import TypeVar
+
+import msgspec
+from starlette.requests import Request
+
+from cluster.api.errors import ApiError, bad_request, shown
+from cluster.api.schemas import SamplingFields
+
+MAX_BODY_BYTES = 16 * 1024 * 1024
+_BODY_TIMEOUT_S = 60.0
+_INLINE_BYTES = 32 * 1024
+"""Bodies up to this size are parsed on the event loop (under 1 ms); larger ones on the executor."""
+
+Body = TypeVar("Body", bound=SamplingFields)
+
+
+async def read_body(request: Request, schema: type[Body], executor: Executor) -> Body:
+    """Return the checked body of a call.
+
+    Raises ApiError: 415 for another media type, 413 for a body over MAX_BODY_BYTES (refused by its
+    Content-Length, or as soon as that many bytes came), 408 when it does not arrive in time, 400 for what is
+    not JSON or does not fit the schema. Raises ClientDisconnect when the client leaves while sending.
+    """
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        raise ApiError(
+            415,
+            f"'Content-Type': application/json is required (found {shown(media_type)}).",
+            param="Content-Type",
+            code="unsupported_media_type",
+        )
+    try:
+        async with asyncio.timeout(_BODY_TIMEOUT_S):
+            raw = await _read_bounded(request)
+    except TimeoutError:
+        raise ApiError(
+            408, f"The request's body did not arrive within {_BODY_TIMEOUT_S:.0f} s.", code="body_timeout"
+        ) from None
+    parse = _parser(schema)
+    if len(raw) <= _INLINE_BYTES:
+        return parse(raw)
+    return await asyncio.get_running_loop().run_in_executor(executor, parse, raw)
+
+
+async def _read_bounded(request: Request) -> bytes:
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length[:20]) > MAX_BODY_BYTES:
+        raise _too_large()
+    chunks: list[bytes] = []
+    num_bytes = 0
+    async for chunk in request.stream():
+        num_bytes += len(chunk)
+        if num_bytes > MAX_BODY_BYTES:
+            raise _too_large()
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def _parser(schema: type[Body]) -> Callable[[bytes], Body]:
+    def parse(raw: bytes) -> Body:
+        try:
+            # msgspec is strict: no NaN, no infinities, no lone surrogates, no invalid UTF-8.
+            decoded = msgspec.json.decode(raw)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise bad_request(
+                f"The body is not valid JSON (RFC 8259, UTF-8): {error}.", None, "invalid_json"
+            ) from None
+        except RecursionError:
+            raise bad_request("The body is nested too deeply.", None, "invalid_json") from None
+        if not isinstance(decoded, dict):
+            raise bad_request(
+                f"The body must be a JSON object (found {shown(decoded)}).", None, "invalid_json"
+            )
+        return schema.from_json(decoded)
+
+    return parse
+
+
+def _too_large() -> ApiError:
+    return ApiError(
+        413, f"The body is too large: at most {MAX_BODY_BYTES} bytes are allowed.", code="body_too_large"
+    )

@@ -1,0 +1,68 @@
+"""The table of routes: which path and method goes to which endpoint, and 404 and 405 for the rest."""
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from cluster.api.chat import ChatCompletions
+from cluster.api.completions import Completions
+from cluster.api.errors import ApiError
+from cluster.api.probes import Probes
+from cluster.api.service import Service
+
+ROUTE_KEY = "eyrie.route"
+"""Where the scope says which route was taken: a path of the table, never a client's."""
+
+_MODEL_PATH = "/v1/models/"
+
+
+@dataclass(frozen=True)
+class Route:
+    """One endpoint and its method (GET includes HEAD)."""
+
+    method: str
+    endpoint: ASGIApp
+
+
+class Routes:
+    """Dispatches by exact path; `/v1/models/` takes the rest of the path, for names with slashes."""
+
+    def __init__(self, service: Service) -> None:
+        probes = Probes(service)
+        self._routes: Mapping[str, Route] = {
+            "/v1/chat/completions": Route("POST", ChatCompletions(service)),
+            "/v1/completions": Route("POST", Completions(service)),
+            "/v1/models": _get(probes.models),
+            _MODEL_PATH: _get(probes.model),
+            "/health": _get(probes.health),
+            "/ready": _get(probes.ready),
+            "/metrics": _get(probes.metrics),
+            "/metrics/targets": _get(probes.metrics_targets),
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Dispatch one request; raise ApiError for an unknown path or method."""
+        path: str = scope["path"]
+        if path.startswith(_MODEL_PATH):
+            scope["path_params"] = {"name": path.removeprefix(_MODEL_PATH)}
+            path = _MODEL_PATH
+        route = self._routes.get(path)
+        if route is None:
+            allowed = ", ".join(self._routes)
+            raise ApiError(404, f"There is no such path here; paths are {allowed}.", code="unknown_path")
+        scope[ROUTE_KEY] = path
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]
+        if method != route.method:
+            raise ApiError(405, f"'{path}' takes {route.method} only.", code="method_not_allowed")
+        await route.endpoint(scope, receive, send)
+
+
+def _get(endpoint: Callable[[Request], Awaitable[Response]]) -> Route:
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        response = await endpoint(Request(scope, receive))
+        await response(scope, receive, send)
+
+    return Route("GET", answer)
