@@ -1,0 +1,158 @@
+"""One rank of a TP group without Ray: its group, engine and, on rank 0, scheduler and inbox, then its loop.
+
+Built, run and torn down in one thread (torch's thread pools belong to the thread that first uses them).
+Called by workers.worker in an actor, and by benches and tests without one.
+"""
+
+import logging
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+
+import torch
+from prometheus_client import CollectorRegistry
+
+from cache_service.keys import NamespaceDigest
+from workers.card import ModelCard, load_card
+from workers.config import WorkerConfig
+from workers.engine.engine import Engine
+from workers.inbox import Inbox
+from workers.kvcache.manager import KVCacheManager
+from workers.metrics import LeaderSources, RankLabels, WorkerMetrics
+from workers.parallel import TPGroup
+from workers.protocol import PROTOCOL_VERSION, ReplicaId, Welcome
+from workers.scheduler.scheduler import Scheduler
+from workers.step_loop import FollowerLoop, StepLoop
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RankSpec:
+    """Who a rank is and where it meets the others."""
+
+    config: WorkerConfig
+    replica_id: ReplicaId
+    rank: int
+    incarnation: int
+    node: str
+    """Address of this rank's node: what its sockets bind."""
+    group_host: str
+    group_port: int
+    num_threads: int
+    """Compute threads on CPU."""
+
+
+class Rank:
+    """Loads the model and joins the group on construction; `run` blocks until stopped or failed.
+
+    `listener` is rank 0's socket at (group_host, group_port), if it holds one already.
+    """
+
+    def __init__(
+        self,
+        spec: RankSpec,
+        cluster_secret: bytes,
+        *,
+        listener: socket.socket | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        config = spec.config
+        if config.device == "cpu":
+            torch.set_num_threads(spec.num_threads)
+        self.registry = CollectorRegistry()
+        self.inbox: Inbox | None = None
+        card = load_card(config.model)
+        self.card_digest = card.digest()
+        self._group = TPGroup.connect(
+            spec.rank,
+            config.tp_size,
+            spec.group_host,
+            spec.group_port,
+            timeout_s=config.collective_timeout_s,
+            device=config.device,
+            listener=listener,
+        )
+        self._engine = Engine(config, card, self._group)
+        labels = RankLabels(card.name, spec.replica_id, spec.rank, spec.node)
+        self._loop: StepLoop | FollowerLoop
+        if spec.rank == 0:
+            self._loop = self._lead(spec, card, cluster_secret, labels, clock)
+        else:
+            self._loop = FollowerLoop(self._engine, self._group, silence_s=config.collective_timeout_s)
+            WorkerMetrics(self.registry, labels, self._engine.graph_steps, self._engine.eager_steps)
+
+    def run(self) -> None:
+        """Step until `stop`, then give everything back. Raise what ended it otherwise."""
+        try:
+            self._loop.run()
+        finally:
+            if self.inbox is not None:
+                self.inbox.close()
+            self._group.close()
+
+    def stop(self) -> None:
+        """Make `run` return. Any thread may call it."""
+        self._loop.stop()
+
+    def _lead(
+        self,
+        spec: RankSpec,
+        card: ModelCard,
+        cluster_secret: bytes,
+        labels: RankLabels,
+        clock: Callable[[], float],
+    ) -> StepLoop:
+        config, engine = spec.config, self._engine
+        namespace: NamespaceDigest = engine.namespace.digest()
+        cache = KVCacheManager(
+            engine.num_pages,
+            config.page_size,
+            namespace,
+            spec.incarnation,
+            prefix_caching=config.prefix_caching,
+        )
+        scheduler = Scheduler(
+            config,
+            cache,
+            end_token_ids=list(card.end_token_ids),
+            max_context_len=engine.max_context_len,
+            vocab_size=card.vocab_size,
+            seeds=Random(f"{config.seed}/{spec.replica_id}/{spec.incarnation}"),
+        )
+
+        def welcome() -> Welcome:
+            version, snapshot = cache.snapshot()
+            return Welcome(
+                protocol_version=PROTOCOL_VERSION,
+                replica_id=spec.replica_id,
+                incarnation=spec.incarnation,
+                card_digest=self.card_digest,
+                namespace=namespace,
+                page_size=config.page_size,
+                max_context_len=scheduler.max_context_len,
+                max_waiting_requests=config.max_waiting_requests,
+                version=version,
+                snapshot=snapshot,
+            )
+
+        self.inbox = Inbox(spec.node, cluster_secret, welcome)
+        metrics = WorkerMetrics(
+            self.registry,
+            labels,
+            engine.graph_steps,
+            engine.eager_steps,
+            LeaderSources(scheduler.stats, cache, self.inbox),
+        )
+        return StepLoop(
+            scheduler,
+            engine,
+            self._group,
+            self.inbox,
+            metrics,
+            cache.take_events,
+            incarnation=spec.incarnation,
+            clock=clock,
+        )
