@@ -1,0 +1,96 @@
+"""Metrics of an API process: requests, latencies and tokens as clients see them, and the router's placements.
+
+All is written on the event loop and read by whoever scrapes `/metrics`.
+"""
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+from cluster.api.ports import RequestSummary
+from workers.protocol import ReplicaId
+
+SECONDS_BUCKETS = (
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0,
+)  # fmt: skip
+"""The one table of buckets for durations; workers.metrics has the same."""
+
+LABELS = ("model", "node")
+
+
+class ApiMetrics:
+    """Declares one API process's metrics: the API's RequestRecorder, the router's PlacementRecorder."""
+
+    def __init__(self, model: str, node: str) -> None:
+        self._registry = CollectorRegistry()
+        self._labels = (model, node)
+        self._requests = self._counter("eyrie_requests", "Requests ended, by finish reason.", "finish_reason")
+        self._answers = self._counter("eyrie_http_answers", "HTTP answers.", "route", "status")
+        self._placements = self._counter("eyrie_router_placements", "Requests sent to a replica.", "replica")
+        self._pages = self._counter(
+            "eyrie_router_prompt_pages", "Whole prompt pages of the requests placed.", "replica"
+        )
+        self._held_pages = self._counter(
+            "eyrie_router_held_pages", "Those of them that the index took for held there.", "replica"
+        )
+        self._ttft_s = self._seconds("eyrie_time_to_first_token_seconds", "Arrival to first token.")
+        self._inter_token_s = self._seconds("eyrie_inter_token_seconds", "One token to the next.")
+        self._duration_s = self._seconds("eyrie_request_seconds", "Arrival to last token.")
+        self._prompt_tokens = self._counter("eyrie_request_prompt_tokens", "Prompt tokens of ended requests.")
+        self._cached_tokens = self._counter("eyrie_request_cached_tokens", "Those of them found in a cache.")
+        self._generated_tokens = self._counter("eyrie_request_generated_tokens", "Tokens given to clients.")
+
+    def watch(self, num_index_gaps: Callable[[], int], num_ready_replicas: Callable[[], int]) -> None:
+        """Read the router's state at each scrape."""
+        gaps = Gauge(
+            "eyrie_router_index_gaps",
+            "Snapshots asked for because KV events were missing.",
+            LABELS,
+            registry=self._registry,
+        )
+        gaps.labels(*self._labels).set_function(num_index_gaps)
+        ready = Gauge("eyrie_ready_replicas", "Replicas that take requests.", LABELS, registry=self._registry)
+        ready.labels(*self._labels).set_function(num_ready_replicas)
+
+    # RequestRecorder
+
+    def first_token(self, latency_s: float) -> None:
+        """Observe one time to first token."""
+        self._ttft_s.observe(latency_s)
+
+    def next_tokens(self, latency_s: float, num_tokens: int) -> None:
+        """Observe one step's gap, shared by its tokens."""
+        for _ in range(num_tokens):
+            self._inter_token_s.observe(latency_s / num_tokens)
+
+    def finished(self, summary: RequestSummary) -> None:
+        """Count one ended request."""
+        self._requests.labels(*self._labels, summary.finish_reason).inc()
+        self._duration_s.observe(summary.duration_s)
+        self._prompt_tokens.labels(*self._labels).inc(summary.prompt_len)
+        self._cached_tokens.labels(*self._labels).inc(summary.cached_len)
+        self._generated_tokens.labels(*self._labels).inc(summary.generated_len)
+
+    def answered(self, route: str, status: int) -> None:
+        """Count one HTTP answer."""
+        self._answers.labels(*self._labels, route, str(status)).inc()
+
+    def exposition(self) -> tuple[bytes, str]:
+        """Return all of it as text, and the text's content type."""
+        return generate_latest(self._registry), CONTENT_TYPE_LATEST
+
+    # PlacementRecorder
+
+    def placed(self, replica_id: ReplicaId, num_pages: int, num_held_pages: int) -> None:
+        """Count one placement."""
+        self._placements.labels(*self._labels, replica_id).inc()
+        self._pages.labels(*self._labels, replica_id).inc(num_pages)
+        self._held_pages.labels(*self._labels, replica_id).inc(num_held_pages)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(name, text, (*LABELS, *labels), registry=self._registry)
+
+    def _seconds(self, name: str, text: str) -> Histogram:
+        histogram = Histogram(name, text, LABELS, buckets=SECONDS_BUCKETS, registry=self._registry)
+        return histogram.labels(*self._labels)

@@ -1,0 +1,72 @@
+"""LoadBook: one replica's load as an API process knows it: its last report, and what was sent since.
+
+Reports arrive in the replica's receiver thread; leases are kept on the event loop.
+"""
+
+from dataclasses import dataclass
+
+from workers.protocol import LoadReport, RequestId
+
+REPORT_TTL_S = 1.0
+"""Older reports are ignored."""
+LEASE_S = 1.0
+"""A request sent counts as load until the worker's answer, which comes with a report, or for so long."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """A replica's load for one decision."""
+
+    num_prefill_tokens: int
+    num_running: int
+    num_waiting: int
+    num_sent: int
+    """Requests on their way there."""
+    num_available_pages: int | None
+    """None: no report to go by."""
+
+
+@dataclass(frozen=True)
+class _Lease:
+    num_tokens: int
+    until_s: float
+
+
+class LoadBook:
+    """Adds what this process has sent since the last report to that report."""
+
+    def __init__(self) -> None:
+        self._report: tuple[LoadReport, float] | None = None  # replaced whole: readers never see half of one
+        self._leases: dict[RequestId, _Lease] = {}
+
+    def report(self, load: LoadReport, now_s: float) -> None:
+        """Take a report (receiver thread)."""
+        self._report = (load, now_s)
+
+    def clear(self) -> None:
+        """Forget the report of a lost replica (receiver thread)."""
+        self._report = None
+
+    def lease(self, request_id: RequestId, num_tokens: int, now_s: float) -> None:
+        """Count a request as sent, with so many tokens to prefill."""
+        self._leases[request_id] = _Lease(num_tokens, now_s + LEASE_S)
+
+    def settle(self, request_id: RequestId) -> None:
+        """The worker has answered: its reports count the request from now on."""
+        self._leases.pop(request_id, None)
+
+    def load(self, now_s: float) -> Load:
+        """Return report and leases together."""
+        for request_id in [name for name, lease in self._leases.items() if lease.until_s <= now_s]:
+            del self._leases[request_id]
+        num_leased_tokens = sum(lease.num_tokens for lease in self._leases.values())
+        report, reported_s = self._report or (None, 0.0)
+        if report is None or now_s - reported_s > REPORT_TTL_S:
+            return Load(num_leased_tokens, 0, 0, len(self._leases), None)
+        return Load(
+            num_prefill_tokens=report.num_prefill_tokens + num_leased_tokens,
+            num_running=report.num_running,
+            num_waiting=report.num_waiting,
+            num_sent=len(self._leases),
+            num_available_pages=report.num_free_pages + report.num_cached_pages,
+        )

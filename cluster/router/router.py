@@ -1,0 +1,313 @@
+"""Router: places each request on the replica where it costs least: filter, score, pick.
+
+Lives in an API process, on its event loop; owns the process's Replicas, its PrefixIndex and its LoadBooks.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+from cache_service.keys import NamespaceDigest, PageKey, page_keys, salted
+from cluster.api.ports import NoReplicaError, OverloadedError
+from cluster.replica import Replica, ReplicaStats, ReplicaStream, ReplicaUnavailableError
+from cluster.router.books import LoadBook
+from cluster.router.costs import Cost, PrefillRate, placement_cost
+from cluster.router.prefix_index import OVERLAY_S, PrefixIndex
+from workers.protocol import (
+    FinishReason,
+    KVEventBatch,
+    LoadReport,
+    ReplicaId,
+    RequestOutput,
+    SubmitRequest,
+    Welcome,
+)
+
+logger = logging.getLogger(__name__)
+
+INLINE_KEY_TOKENS = 2_048
+"""Keys of longer prompts (about 1 us a page) are computed in a thread."""
+RETRY_AFTER_S = 1.0
+
+
+class PlacementRecorder(Protocol):
+    """Metrics of the router; cluster.metrics.ApiMetrics."""
+
+    def placed(self, replica_id: ReplicaId, num_pages: int, num_held_pages: int) -> None:
+        """Count one placement: the prompt's whole pages, and those thought to be there."""
+
+
+@dataclass
+class _Place:
+    """One replica and what is known of it."""
+
+    replica_id: ReplicaId
+    replica: Replica
+    book: LoadBook
+    rate: PrefillRate
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    place: _Place
+    keys: list[PageKey]
+    num_held: int
+    num_waiting_tokens: int
+    """Before the request and its own: what its first token waits for."""
+    num_requests: int
+    cost: Cost
+
+
+class RoutedStream:
+    """A replica's stream that keeps the router's books while it is read."""
+
+    def __init__(
+        self, stream: ReplicaStream, place: _Place, num_tokens: int, clock: Callable[[], float]
+    ) -> None:
+        self._stream = stream
+        self._place = place
+        self._num_tokens = num_tokens
+        self._clock = clock
+        self._sent_s = clock()
+        self._awaits_token = True
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        output = await anext(self._stream)
+        self._place.book.settle(output.request_id)
+        if self._awaits_token and output.token_ids:
+            self._awaits_token = False
+            self._place.rate.observe(self._num_tokens, self._clock() - self._sent_s)
+        return output
+
+    async def abort(self, finish_reason: FinishReason = "abort") -> None:
+        """End the request; its last output says `finish_reason`."""
+        await self._stream.abort(finish_reason)
+
+    async def aclose(self) -> None:
+        """Release the stream; aborts when unfinished."""
+        await self._stream.aclose()
+
+
+class _Feed:
+    """A replica's news on its way into index and book; called in the replica's receiver thread."""
+
+    def __init__(self, replica_id: ReplicaId, index: PrefixIndex, book: LoadBook) -> None:
+        self._replica_id = replica_id
+        self._index = index
+        self._book = book
+
+    def welcomed(self, welcome: Welcome) -> None:
+        """Take a snapshot."""
+        self._index.restart(self._replica_id, welcome.incarnation, welcome.version, welcome.snapshot)
+
+    def stepped(self, load: LoadReport, kv_events: KVEventBatch | None, now_s: float) -> bool:
+        """Take one step's news."""
+        self._book.report(load, now_s)
+        return kv_events is None or self._index.apply(self._replica_id, kv_events)
+
+    def lost(self) -> None:
+        """Forget the replica."""
+        self._book.clear()
+        self._index.forget(self._replica_id)
+
+
+class Router:
+    """Implements cluster.api.ports.RequestRouter over the workers at `endpoints`.
+
+    `overlay_s` and `takes_kv_events` are switches for tests; no configuration reaches them.
+    """
+
+    def __init__(
+        self,
+        endpoints: Mapping[ReplicaId, str],
+        cluster_secret: bytes,
+        client_id: str,
+        *,
+        card_digest: str,
+        recorder: PlacementRecorder,
+        lease_s: float = 20.0,
+        clock: Callable[[], float] = time.monotonic,
+        overlay_s: float = OVERLAY_S,
+        takes_kv_events: bool = True,
+    ) -> None:
+        self._clock = clock
+        self._recorder = recorder
+        self._index = PrefixIndex(list(endpoints), overlay_s=overlay_s, takes_kv_events=takes_kv_events)
+        self._places: list[_Place] = []
+        for replica_id, endpoint in endpoints.items():
+            book = LoadBook()
+            replica = Replica(
+                endpoint,
+                cluster_secret,
+                client_id,
+                _Feed(replica_id, self._index, book),
+                card_digest=card_digest,
+                lease_s=lease_s,
+                clock=clock,
+            )
+            self._places.append(_Place(replica_id, replica, book, PrefillRate()))
+        self._num_placed = 0
+
+    async def start(self, timeout_s: float) -> None:
+        """Connect to every replica; raise ReplicaUnavailableError when one does not answer in time."""
+        for place in self._places:
+            await place.replica.start()
+        async with asyncio.TaskGroup() as group:
+            for place in self._places:
+                group.create_task(place.replica.wait_ready(timeout_s))
+
+    async def close(self) -> None:
+        """Disconnect; open streams end with `error`."""
+        await asyncio.gather(*(place.replica.close() for place in self._places))
+
+    def drain(self, deadline_s: float) -> None:
+        """Have every replica refuse new requests and end what runs after `deadline_s`."""
+        for place in self._places:
+            place.replica.drain(deadline_s)
+
+    def stats(self) -> list[ReplicaStats]:
+        """Return what is known of each replica."""
+        return [place.replica.stats() for place in self._places]
+
+    def ready(self) -> str | None:
+        """Return None when some replica takes work, else the reason why none does."""
+        reasons = [place.replica.unavailable_reason() for place in self._places]
+        if None in reasons:
+            return None
+        told = "; ".join(
+            f"{place.replica_id}: {reason}" for place, reason in zip(self._places, reasons, strict=True)
+        )
+        return f"no replica is ready ({told})"
+
+    @property
+    def num_ready(self) -> int:
+        """Replicas that take requests."""
+        return sum(place.replica.unavailable_reason() is None for place in self._places)
+
+    @property
+    def num_index_gaps(self) -> int:
+        """Snapshots the prefix index had to ask for."""
+        return self._index.num_gaps
+
+    @property
+    def max_context_len(self) -> int | None:
+        """Tokens that every connected replica holds for one request; None before the first Welcome."""
+        welcomes = [place.replica.welcome for place in self._places]
+        return min((welcome.max_context_len for welcome in welcomes if welcome is not None), default=None)
+
+    async def submit(self, request: SubmitRequest) -> RoutedStream:
+        """Send the request where it costs least; raise NoReplicaError (503) or OverloadedError (429).
+
+        Nothing is sent before the last await: a cancelled caller leaves nothing behind.
+        """
+        keys = await self._keys(request)
+        candidates = self._score(request, keys)
+        for candidate in self._rank(candidates):
+            place, now_s = candidate.place, self._clock()
+            try:
+                stream = place.replica.submit(request)
+            except ReplicaUnavailableError:
+                continue
+            num_cached = candidate.num_held * self._page_size(place)
+            place.book.lease(request.request_id, len(request.token_ids) - num_cached, now_s)
+            self._index.expect(place.replica_id, candidate.keys, now_s)
+            self._recorder.placed(place.replica_id, len(candidate.keys), candidate.num_held)
+            self._num_placed += 1
+            return RoutedStream(stream, place, candidate.num_waiting_tokens, self._clock)
+        raise NoReplicaError(self.ready() or "the replicas went away while the request was placed")
+
+    # Filter.
+
+    def _takers(self) -> list[tuple[_Place, Welcome]]:
+        """Return the replicas with a live worker and room in their queues."""
+        alive = [(place, place.replica.welcome) for place in self._places]
+        live = [(place, welcome) for place, welcome in alive if welcome is not None]
+        if not live:
+            raise NoReplicaError(self.ready() or "no replica is ready")
+        now_s = self._clock()
+        takers = [
+            (place, welcome)
+            for place, welcome in live
+            if place.book.load(now_s).num_waiting < max(1, welcome.max_waiting_requests)
+        ]
+        if not takers:
+            raise OverloadedError(RETRY_AFTER_S)
+        return takers
+
+    # Score.
+
+    async def _keys(self, request: SubmitRequest) -> dict[tuple[bytes, int], list[PageKey]]:
+        """Return the prompt's page keys under each (namespace, page size) among the replicas; mostly one."""
+        kinds = {
+            (place.replica.welcome.namespace, place.replica.welcome.page_size)
+            for place in self._places
+            if place.replica.welcome is not None
+        }
+        if len(self._places) == 1:
+            return {kind: [] for kind in kinds}  # nothing to choose
+        if len(request.token_ids) <= INLINE_KEY_TOKENS:
+            return {kind: _prompt_keys(request, *kind) for kind in kinds}
+        loop = asyncio.get_running_loop()
+        return {kind: await loop.run_in_executor(None, _prompt_keys, request, *kind) for kind in kinds}
+
+    def _score(
+        self, request: SubmitRequest, keys_by_kind: Mapping[tuple[bytes, int], list[PageKey]]
+    ) -> list[_Candidate]:
+        now_s = self._clock()
+        prompt_len = len(request.token_ids)
+        candidates = []
+        for place, welcome in self._takers():
+            page_size = welcome.page_size
+            keys = keys_by_kind.get((welcome.namespace, page_size), [])
+            num_held = self._index.num_held(place.replica_id, keys, now_s)
+            num_uncached = max(1, prompt_len - num_held * page_size)
+            load = place.book.load(now_s)
+            num_pages = -(-prompt_len // page_size)
+            cost = placement_cost(load, num_uncached, num_pages - num_held, page_size, place.rate.token_s)
+            candidates.append(
+                _Candidate(
+                    place,
+                    keys,
+                    num_held,
+                    load.num_prefill_tokens + num_uncached,
+                    load.num_running + load.num_waiting + load.num_sent,
+                    cost,
+                )
+            )
+        return candidates
+
+    # Pick.
+
+    def _rank(self, candidates: Sequence[_Candidate]) -> list[_Candidate]:
+        """Return the candidates, best first.
+
+        Those that would keep this request waiting for more than 2 * the shortest wait + 1 s come last,
+        whatever they save the others. Equal costs go to the fewest requests, then round.
+        """
+        shortest_s = min(candidate.cost.own_s for candidate in candidates)
+        num = len(candidates)
+
+        def order(numbered: tuple[int, _Candidate]) -> tuple[bool, float, int, int]:
+            place, candidate = numbered
+            waits_too_long = candidate.cost.own_s > 2 * shortest_s + 1
+            turn = (place - self._num_placed) % num
+            return waits_too_long, candidate.cost.total_s, candidate.num_requests, turn
+
+        return [candidate for _, candidate in sorted(enumerate(candidates), key=order)]
+
+    @staticmethod
+    def _page_size(place: _Place) -> int:
+        welcome = place.replica.welcome
+        assert welcome is not None, "submit succeeded"
+        return welcome.page_size
+
+
+def _prompt_keys(request: SubmitRequest, namespace: bytes, page_size: int) -> list[PageKey]:
+    parent = salted(NamespaceDigest(namespace), request.tenant_salt)
+    return page_keys(parent, request.token_ids, page_size)
