@@ -1,7 +1,7 @@
 """ReferenceAttention: paged attention in plain torch, on CPU and GPU; the oracle of every other backend.
 
-Softmax and both products run in float32. How a row is computed depends on that row alone, never on its
-neighbours: a decode row is padded to a length chosen from its own, an extend row is computed by itself.
+Softmax and both products run in float32. A row's sums do not depend on its neighbours' lengths: a decode row
+is padded to a length chosen from its own, an extend row is computed by itself.
 """
 
 from dataclasses import dataclass

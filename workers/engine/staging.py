@@ -63,7 +63,7 @@ class CudaCopies:
 
     def fence(self) -> Fence | None:
         """Record an event."""
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
         return event
 

@@ -1,0 +1,248 @@
+"""Engine: applies and runs plans on one rank. Owned by the rank's step loop, used in its thread only.
+
+No Ray, no scheduler, no clock: what a step does is a function of the plans so far (I1).
+"""
+
+import hashlib
+from collections import Counter
+from dataclasses import asdict
+
+import msgspec
+import torch
+
+from cache_service.keys import KVNamespace
+from workers.attention.backend import AttentionBackend
+from workers.attention.reference import ReferenceAttention
+from workers.card import ModelCard
+from workers.config import WorkerConfig
+from workers.engine.forward_batch import ForwardBatch
+from workers.engine.graph_guard import EagerReason, GraphGuard, Outcome, default_batch_sizes
+from workers.engine.graph_runner import GraphRunner
+from workers.engine.mechanisms import ALL_ON, Mechanisms
+from workers.engine.model_runner import ModelRunner
+from workers.engine.sampler import Sampler
+from workers.engine.staging import CudaCopies, InlineCopies, Stager
+from workers.kvcache.kv_pool import KVPool
+from workers.kvcache.layout import BundleLayout, target_only
+from workers.kvcache.page_table import PageTable
+from workers.kvcache.pool_size import available_host_bytes, pool_size
+from workers.kvcache.sanitizer import KVSanitizer
+from workers.models.config import Dtype
+from workers.models.sharding import head_layout, kv_shape
+from workers.models.weights import load_model
+from workers.parallel import TPGroup
+from workers.plan import (
+    BatchPlan,
+    CloseSlot,
+    FreePages,
+    Mode,
+    OpenSlot,
+    OwnPages,
+    PlanOp,
+    RelocationVersion,
+    RelocationVersionError,
+    SetRow,
+    StepOutput,
+)
+from workers.protocol import TokenLogprobs
+
+
+class TokenError(RuntimeError):
+    """A plan's token id outside the vocabulary: admission refuses those, so a bug; checked mode only."""
+
+
+class Engine:
+    """One rank's model, KV pool, page table and, on rank 0, sampler.
+
+    `namespace` names the KV it writes; `layout` the bytes of a page; `num_pages` and `max_context_len` are
+    what the pool came to. `mechanisms` are switched off in mutation tests only.
+    """
+
+    def __init__(
+        self,
+        config: WorkerConfig,
+        card: ModelCard,
+        tp_group: TPGroup,
+        mechanisms: Mechanisms = ALL_ON,
+    ) -> None:
+        device = torch.device(config.device)
+        dtype = card.config.dtype if config.dtype == "auto" else config.dtype
+        num_layers, num_kv_heads, head_dim = kv_shape(card.config, config.tp_size)
+        self.layout: BundleLayout = target_only(num_layers, config.page_size, num_kv_heads, head_dim, dtype)
+        size = pool_size(
+            config, self.layout.bundle_bytes, card.context_len, _available_bytes(device, config.tp_size)
+        )
+        self.num_pages = size.num_pages
+        self.max_context_len = size.max_context_len
+        loaded = load_model(
+            card,
+            group=tp_group,
+            device=device,
+            dtype=dtype,
+            load_format=config.load_format,
+            seed=config.seed,
+            max_context_len=size.max_context_len,
+        )
+        self.namespace: KVNamespace = _namespace(config, card, dtype, loaded.weights_digest, self.layout)
+        self._vocab_size = card.vocab_size
+        self._mechanisms = mechanisms
+        self._is_checked = config.checked or config.kv_sanitizer
+        # Every rank starts at counter 0 of the incarnation that the first plan names.
+        self._version: RelocationVersion | None = None
+
+        pages_per_row = size.pages_per_row(config.page_size)
+        max_slots = config.max_running_requests
+        self._pool = KVPool(self.layout, size.num_pages, device)
+        self._table = PageTable(max_slots, pages_per_row, config.page_size, size.num_pages, self._is_checked)
+        self._sampler = Sampler(card.vocab_size, max_slots, device) if tp_group.rank == 0 else None
+        copies = CudaCopies() if device.type == "cuda" else InlineCopies()
+        # A step may hold max_tokens_per_step tokens or one token of every slot.
+        max_tokens = max(config.max_tokens_per_step, max_slots)
+        self._stager = Stager(self._table, max_tokens, device, copies, mechanisms)
+        self._runner = ModelRunner(loaded.decoder, _attention(config, self._pool), self._pool)
+        batch_sizes = config.graph_batch_sizes or default_batch_sizes(max_slots)
+        is_supported = GraphRunner.supports(device)
+        self._guard = GraphGuard(batch_sizes, config.graphs, is_supported)
+        self._graphs = GraphRunner(self._runner, batch_sizes, pages_per_row, device, mechanisms)
+        if config.graphs and is_supported:
+            with torch.inference_mode():
+                self._capture(tp_group, batch_sizes)
+        # Last: captures run over pages that nobody owns yet.
+        self._sanitizer = (
+            KVSanitizer(self._pool, max_slots, pages_per_row, mechanisms.poisons_pages)
+            if config.kv_sanitizer
+            else None
+        )
+
+    @property
+    def graph_steps(self) -> Counter[tuple[Mode, Outcome]]:
+        """Steps by how they ran."""
+        return self._guard.steps
+
+    @property
+    def eager_steps(self) -> Counter[tuple[Mode, EagerReason]]:
+        """Eager steps by why."""
+        return self._guard.eager_steps
+
+    @property
+    def num_sanitized_steps(self) -> int:
+        """Steps the sanitizer has checked; 0 without it."""
+        return self._sanitizer.num_steps if self._sanitizer else 0
+
+    def run(self, plan: BatchPlan) -> StepOutput:
+        """Apply the plan's ops, run its rows, sample on rank 0.
+
+        Raises RelocationVersionError, having applied and launched nothing, where this rank's log differs from
+        rank 0's (I8); PageTableError, TokenError and SanitizerError where a staged index is not what it must
+        be. Each is a bug and fatal to the replica.
+        """
+        version = self._advance(plan)
+        self._apply(plan.ops)
+        self._version = version
+        if not plan.slots:
+            return StepOutput(plan.step, version, [], [])
+        if self._is_checked:
+            self._check_tokens(plan)
+        with torch.inference_mode():
+            token_ids, logprobs = self._run_rows(plan)
+        return StepOutput(plan.step, version, token_ids, logprobs)
+
+    def close(self) -> None:
+        """Let go of the device's memory; no plan may follow."""
+        del self._graphs, self._runner, self._pool, self._sanitizer
+
+    def _advance(self, plan: BatchPlan) -> RelocationVersion:
+        """Return this rank's version once the plan's ops are applied: each OwnPages and FreePages adds 1."""
+        before = self._version or RelocationVersion(plan.relocation_version.incarnation, 0)
+        num_relocations = sum(isinstance(op, OwnPages | FreePages) for op in plan.ops)
+        version = RelocationVersion(before.incarnation, before.counter + num_relocations)
+        if version != plan.relocation_version and self._mechanisms.checks_version:
+            raise RelocationVersionError(plan.step, version, plan.relocation_version)
+        return version
+
+    def _apply(self, ops: list[PlanOp]) -> None:
+        for op in ops:
+            match op:
+                case SetRow():
+                    self._table.set_row(op)
+                case CloseSlot():
+                    self._table.close_slot(op)
+                    if self._sampler:
+                        self._sampler.close(op.slot)
+                case OpenSlot() if self._sampler:
+                    self._sampler.open(op)
+        if self._sanitizer:
+            self._sanitizer.apply(ops)
+
+    def _run_rows(self, plan: BatchPlan) -> tuple[list[int], list[TokenLogprobs | None]]:
+        mode = plan.mode
+        decision = self._guard.decide(mode, len(plan.slots))
+        if decision.bucket is None:
+            batch, slots = self._stager.stage_eager(plan, mode)
+        else:
+            batch, slots = self._stager.stage_bucket(plan, self._graphs.inputs(decision.bucket))
+        if self._sanitizer:
+            self._sanitizer.check_inputs(batch, slots)
+        logits = self._compute(batch)
+        sampled_slots = [plan.slots[row] for row in plan.sampled]
+        if batch.bucket is not None and logits is not None and len(plan.sampled) < len(plan.slots):
+            logits = logits[plan.sampled]  # a replay computes the logits of all its rows
+        if self._sanitizer:
+            self._sanitizer.check_outputs(logits, sampled_slots)
+        if logits is None or self._sampler is None or not plan.sampled:
+            return [], []
+        positions = [plan.starts[row] + plan.lens[row] for row in plan.sampled]
+        return self._sampler.sample(logits, sampled_slots, positions)
+
+    def _compute(self, batch: ForwardBatch) -> torch.Tensor | None:
+        if batch.bucket is not None:
+            return self._graphs.replay(batch)
+        self._runner.plan(batch)
+        return self._runner.compute(batch)
+
+    def _capture(self, tp_group: TPGroup, batch_sizes: tuple[int, ...]) -> None:
+        """Prepare the buckets; one that failed on any rank is given up on every rank (I1)."""
+        failed = set(self._graphs.capture())
+        sizes = sorted(batch_sizes)
+        flags = torch.tensor([float(size in failed) for size in sizes])
+        tp_group.all_reduce(flags)
+        for size, num_failures in zip(sizes, flags.tolist(), strict=True):  # at start-up: may wait
+            if num_failures:
+                self._guard.mark_failed(size)
+
+    def _check_tokens(self, plan: BatchPlan) -> None:
+        lowest, highest = min(plan.token_ids), max(plan.token_ids)
+        if lowest < 0 or highest >= self._vocab_size:
+            raise TokenError(
+                f"step {plan.step}: token ids {lowest} .. {highest}; allowed are 0 .. {self._vocab_size - 1}"
+            )
+
+
+def _namespace(
+    config: WorkerConfig, card: ModelCard, dtype: Dtype, weights_digest: str, layout: BundleLayout
+) -> KVNamespace:
+    heads = head_layout(card.config, config.tp_size)
+    shape = msgspec.json.encode(
+        [asdict(card.config), type(card.config.rope_scaling).__name__], order="sorted"
+    )
+    return KVNamespace(
+        weights_digest=weights_digest,
+        draft_digest="",
+        dtype=dtype,
+        page_size=config.page_size,
+        tp_layout=f"size={config.tp_size},kv_heads={heads.kv_heads_per_rank},replicas={heads.replicas}",
+        kv_settings=(
+            ("bundle", layout.fingerprint()),
+            ("model", hashlib.sha256(shape).hexdigest()[:32]),
+        ),
+    )
+
+
+def _available_bytes(device: torch.device, tp_size: int) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return available_host_bytes() // tp_size  # all ranks of a CPU group share the node's memory
+
+
+def _attention(config: WorkerConfig, pool: KVPool) -> AttentionBackend:
+    return ReferenceAttention(pool)
