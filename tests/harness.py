@@ -1,0 +1,233 @@
+"""Drive a Scheduler and an Engine without Ray, step by step and under every check, at any TP size.
+
+    with Harness(config) as harness:
+        harness.submit("a", [1, 2, 3], max_tokens=8)
+        harness.run()
+        harness.answers["a"].token_ids
+
+Ranks beyond the first are processes that follow over a real TPGroup (followers.py).
+"""
+
+import json
+import time
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Self
+
+import msgspec
+import torch
+from followers import TIMEOUT_S, Followers
+from tokenizers import Tokenizer, models
+
+from workers.card import load_card
+from workers.config import WorkerConfig
+from workers.engine.engine import Engine
+from workers.engine.mechanisms import ALL_ON, Mechanisms
+from workers.kvcache.manager import KVCacheManager
+from workers.kvcache.page_pool import Safety
+from workers.parallel import TPGroup
+from workers.plan import BatchPlan, StepOutput
+from workers.protocol import (
+    FinishReason,
+    RequestId,
+    RequestOutput,
+    SamplingParams,
+    SubmitRequest,
+    TokenLogprobs,
+)
+from workers.scheduler.scheduler import Scheduler
+
+TINY_CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 256,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+    "torch_dtype": "float32",
+    "initializer_range": 0.3,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def write_tiny_model(folder: Path, **changes: object) -> Path:
+    """Write config and tokenizer of a two-layer model whose heads do not divide by two: for dummy weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(TINY_CONFIG | changes))
+    words = {f"<{index}>": index for index in range(256)}
+    Tokenizer(models.WordLevel(words, unk_token="<0>")).save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def tiny_config(model: Path, **changes: object) -> WorkerConfig:
+    """Return options fit for a tiny model: float32, eager reference speed, sanitizer on."""
+    options: dict[str, object] = {
+        "model": str(model),
+        "load_format": "dummy",
+        "dtype": "float32",
+        "num_pages": 256,
+        "page_size": 4,
+        "max_running_requests": 8,
+        "max_tokens_per_step": 32,
+        "kv_sanitizer": True,
+        "num_threads": 1,
+    }
+    return WorkerConfig(**(options | changes))  # type: ignore[arg-type]
+
+
+@dataclass
+class Answer:
+    """What has reached the client of one request."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    num_cached_tokens: int = 0
+
+
+class Harness:
+    """Rank 0 in this process. Each step proves what scheduler, cache and sanitizer claim."""
+
+    def __init__(
+        self,
+        config: WorkerConfig,
+        *,
+        seed: int = 0,
+        incarnation: int = 1,
+        mechanisms: Mechanisms = ALL_ON,
+        safety: Safety | None = None,
+        followers: Followers | None = None,
+    ) -> None:
+        """`followers` are borrowed; without them a group of several ranks starts its own."""
+        self.config = config
+        self.answers: dict[str, Answer] = {}
+        self.plans: list[BatchPlan] = []
+        self._num_steps = 0
+        with ExitStack() as stack:
+            torch.set_num_threads(max(config.num_threads, 1))
+            if config.tp_size == 1:
+                self._group = TPGroup.single()
+            else:
+                followers = followers or stack.enter_context(Followers(config.tp_size - 1))
+                self._group = stack.enter_context(followers.group(config))
+            card = load_card(config.model)
+            self.engine = Engine(config, card, self._group, mechanisms)
+            stack.callback(self.engine.close)
+            self.cache = KVCacheManager(
+                self.engine.num_pages,
+                config.page_size,
+                self.engine.namespace.digest(),
+                incarnation,
+                prefix_caching=config.prefix_caching,
+                safety=safety,
+            )
+            self.scheduler = Scheduler(
+                config,
+                self.cache,
+                end_token_ids=list(card.end_token_ids),
+                max_context_len=self.engine.max_context_len,
+                vocab_size=card.vocab_size,
+                seeds=Random(seed),
+                safety=safety,
+            )
+            self._resources = stack.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the log; the other ranks' processes end with it."""
+        self._resources.close()
+
+    def submit(
+        self,
+        request_id: str,
+        token_ids: list[int],
+        *,
+        priority: int = 0,
+        tenant_salt: bytes = b"",
+        **sampling: object,
+    ) -> None:
+        """Queue a request, greedy unless `sampling` says otherwise."""
+        params = SamplingParams(**({"temperature": 0.0} | sampling))  # type: ignore[arg-type]
+        self.answers[request_id] = Answer()
+        submit = SubmitRequest(RequestId(request_id), list(token_ids), params, priority, tenant_salt)
+        self.scheduler.add(submit, float(self._num_steps))
+
+    def abort(self, request_id: str, reason: FinishReason = "abort") -> None:
+        """End a request if it has not ended."""
+        output = self.scheduler.abort(RequestId(request_id), reason)
+        self._take([] if output is None else [output])
+
+    def step(self) -> list[RequestOutput]:
+        """Plan, run and commit one step; an empty list if there was nothing to do."""
+        self._num_steps += 1
+        self.scheduler.completed(self._group.board.minimum())
+        plan = self.scheduler.plan(float(self._num_steps))
+        if plan is None:
+            return []
+        self.plans.append(plan)
+        output = self.run_plan(plan)
+        outputs = self.scheduler.commit(output, float(self._num_steps))
+        self.cache.take_events()
+        self.scheduler.check()
+        self._take(outputs)
+        return outputs
+
+    def run_plan(self, plan: BatchPlan) -> StepOutput:
+        """Run a plan on all ranks."""
+        if self._group.size > 1:
+            self._group.broadcast_plan(msgspec.msgpack.encode(plan))
+        output = self.engine.run(plan)
+        self._group.board.publish(plan.step)
+        return output
+
+    def run(self, max_steps: int = 10_000) -> None:
+        """Step until every request has ended."""
+        for _ in range(max_steps):
+            if not self.scheduler.has_requests:
+                return
+            self.step()
+        raise AssertionError(f"after {max_steps} steps unfinished: {self.unfinished()}")
+
+    def unfinished(self) -> list[str]:
+        return [request_id for request_id, answer in self.answers.items() if answer.finish_reason is None]
+
+    def idle_pages(self) -> dict[str, int]:
+        """Step until nothing quiesces and return pages by state."""
+        assert not self.scheduler.has_requests
+        deadline_s = time.monotonic() + TIMEOUT_S
+        while self.cache.stats().num_quiescing_pages and time.monotonic() < deadline_s:
+            self.scheduler.completed(self._group.board.minimum())
+            self.step()
+        stats = self.cache.stats()
+        return {
+            "free": stats.num_free_pages,
+            "owned": stats.num_owned_pages,
+            "quiescing": stats.num_quiescing_pages,
+            "cached": stats.num_cached_pages,
+        }
+
+    def _take(self, outputs: Iterable[RequestOutput]) -> None:
+        for output in outputs:
+            answer = self.answers[output.request_id]
+            assert answer.finish_reason is None, f"{output.request_id}: output after its end"
+            answer.token_ids += output.token_ids
+            answer.logprobs += output.logprobs
+            answer.finish_reason = output.finish_reason
+            answer.num_cached_tokens = output.num_cached_tokens
