@@ -76,8 +76,7 @@ class Door:
             route = scope.get(ROUTE_KEY, "none")
             self._service.recorder.answered(route, status or CLIENT_GONE)
             logger.info(
-                "request_id=%s route=%s status=%d duration_s=%.4f",
-                request_id,
+                "answered route=%s status=%d duration_s=%.4f",
                 route,
                 status or CLIENT_GONE,
                 self._service.clock() - arrival_s,

@@ -140,7 +140,7 @@ def from_validation(error: ValidationError) -> ApiError:
         return ApiError(
             400, f"'{param}': this field is required.", param=param, code="missing_required_parameter"
         )
-    problem = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    problem = fault["msg"].removeprefix("Value error, ").removeprefix("Input ").replace("None", "null")
     return bad_request(f"'{param}': {problem} (found {shown(fault['input'])}).", param)
 
 

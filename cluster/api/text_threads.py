@@ -19,7 +19,7 @@ class TextThreads:
 
     def __init__(self) -> None:
         self.prompts = ThreadPoolExecutor(NUM_PROMPT_THREADS, thread_name_prefix="text-prompt")
-        self._tokens = ThreadPoolExecutor(1, thread_name_prefix="text-tokens")
+        self.tokens = ThreadPoolExecutor(1, thread_name_prefix="text-tokens")
         self._ready: list[tuple[Callable[[], None], asyncio.Future[None]]] = []
 
     async def run_prompt(self, job: Callable[[], Result], timeout_s: float) -> Result:
@@ -43,11 +43,11 @@ class TextThreads:
     def close(self) -> None:
         """End the threads; jobs not begun are dropped."""
         self.prompts.shutdown(wait=False, cancel_futures=True)
-        self._tokens.shutdown(wait=False, cancel_futures=True)
+        self.tokens.shutdown(wait=False, cancel_futures=True)
 
     def _send(self, loop: asyncio.AbstractEventLoop) -> None:
         batch, self._ready = self._ready, []
-        self._tokens.submit(_run_batch, batch, loop)
+        self.tokens.submit(_run_batch, batch, loop)
 
 
 def _run_batch(

@@ -115,7 +115,7 @@ class FakeRouter:
     def __init__(self, script: Script | None = None) -> None:
         self.script = script
         self.streams: list[FakeStream] = []
-        self.submitted = asyncio.Event()
+        self.submitted = asyncio.Semaphore(0)
         self.submit_error: Exception | None = None
         self.not_ready: str | None = None
         self.max_context_len: int | None = None
@@ -127,7 +127,7 @@ class FakeRouter:
         self.streams.append(stream)
         if self.script is not None:
             stream.push(*self.script(stream))
-        self.submitted.set()
+        self.submitted.release()
         return stream
 
     def ready(self) -> str | None:

@@ -1,0 +1,254 @@
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+from starlette.requests import Request
+
+from cluster.api.app import create_app
+from cluster.api.json_body import MAX_BODY_BYTES, read_body
+from cluster.api.schemas import CompletionRequest
+from tests.unit.api_fakes import FakeRouter, make_service, says
+
+CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}]}
+TEXT = {"model": "tiny", "prompt": "hello"}
+
+
+async def post(path, content, headers=None, router=None):
+    service, _ = make_service(router or FakeRouter(says("x")))
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(create_app(service)), base_url="http://api"
+    ) as client:
+        response = await client.post(
+            path, content=content, headers={"content-type": "application/json", **(headers or {})}
+        )
+    service.threads.close()
+    return response
+
+
+def assert_error(response, status, param, code=None):
+    error = response.json()["error"]
+    assert response.status_code == status, error
+    assert error["param"] == param, error
+    if code is not None:
+        assert error["code"] == code
+    assert error["request_id"] == response.headers["x-request-id"]
+    assert error["message"] and "Traceback" not in error["message"]
+    return error["message"]
+
+
+CHAT_FAULTS = [
+    ({"messages": []}, "messages", "1 item"),
+    ({"messages": None}, "messages", "null"),
+    ({"messages": "hi"}, "messages", "list"),
+    ({"messages": [{"role": "user"}]}, "messages[0].content", "required"),
+    ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "string"),
+    ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role", "'system'"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "'assistant'"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content", "'text'"),
+    ({"messages": [{"role": "user", "content": "x", "mood": 1}]}, "messages[0].mood", "not known"),
+    ({"messages": [{"role": "user", "content": "explode"}]}, "messages", "no explosions"),
+    ({"messages": [{"role": "user", "content": "word " * 200}]}, "messages", "127"),
+    ({"messages": [{"role": "user", "content": "x" * 1_000_000}]}, "messages", "at least"),
+    ({"model": 7}, "model", "string"),
+    ({"unheard_of": 1}, "unheard_of", "not known"),
+    ({"temperature": -0.1}, "temperature", "greater than or equal to 0"),
+    ({"temperature": 2.1}, "temperature", "less than or equal to 2"),
+    ({"temperature": "hot"}, "temperature", "number"),
+    ({"temperature": True}, "temperature", "number"),
+    ({"top_p": 0}, "top_p", "greater than 0"),
+    ({"n": 0}, "n", "greater than or equal to 1"),
+    ({"n": 129}, "n", "128"),
+    ({"n": 1.0}, "n", "integer"),
+    ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+    ({"max_tokens": 500}, "max_tokens", "at most"),
+    ({"max_completion_tokens": 500}, "max_completion_tokens", "at most"),
+    ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens", "differ"),
+    ({"max_tokens": 2, "min_tokens": 3}, "min_tokens", "at most 2"),
+    ({"stop": ["a"] * 1000}, "stop", "at most 4"),
+    ({"stop": ""}, "stop", "1 to 1024"),
+    ({"stop": [1]}, "stop", "list of strings"),
+    ({"logprobs": 5}, "logprobs", "boolean"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "20"),
+    ({"top_logprobs": 2}, "top_logprobs", "'logprobs': true"),
+    ({"logit_bias": {"x": 1}}, "logit_bias", "digits"),
+    ({"logit_bias": {"5": 101}}, "logit_bias", "-100 to 100"),
+    ({"logit_bias": {"400": 1}}, "logit_bias", "0 to 399"),
+    ({"stop_token_ids": [400]}, "stop_token_ids", "0 to 399"),
+    ({"stop_token_ids": [-1]}, "stop_token_ids", "0 or more"),
+    ({"seed": 2**64}, "seed", "less than"),
+    ({"stream_options": {"include_usage": True}}, "stream_options", "'stream': true"),
+    ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x", "not known"),
+    ({"stream": "yes"}, "stream", "boolean"),
+    ({"priority": 1000}, "priority", "100"),
+    ({"tools": [{"type": "function"}]}, "tools", "not supported"),
+    ({"tool_choice": "auto"}, "tool_choice", "'none'"),
+    ({"response_format": {"type": "json_object"}}, "response_format", "text"),
+    ({"functions": [{}]}, "functions", "not supported"),
+    ({"audio": {}}, "audio", "not supported"),
+    ({"modalities": ["text", "audio"]}, "modalities", "text"),
+    ({"cache_salt": "x"}, "cache_salt", "not supported"),
+]
+
+
+@pytest.mark.parametrize(("fields", "param", "says_what"), CHAT_FAULTS)
+async def test_a_fault_in_a_chat_is_a_400_that_names_the_field_and_what_is_allowed(fields, param, says_what):
+    router = FakeRouter(says("x"))
+    response = await post("/v1/chat/completions", json.dumps({**CHAT, **fields}), router=router)
+    assert says_what in assert_error(response, 400, param)
+    assert router.streams == []
+
+
+COMPLETION_FAULTS = [
+    ({"prompt": []}, "prompt", "empty"),
+    ({"prompt": ""}, "prompt", "at least one token"),
+    ({"prompt": [[]]}, "prompt", "at least one token"),
+    ({"prompt": [1, "a"]}, "prompt", "token ids"),
+    ({"prompt": [1, -1]}, "prompt", "0 or more"),
+    ({"prompt": [1, True]}, "prompt", "integers"),
+    ({"prompt": {"text": "a"}}, "prompt", "a string"),
+    ({"prompt": [399, 400]}, "prompt", "0 to 399"),
+    ({"prompt": [1] * 128}, "prompt", "128 tokens"),
+    ({"prompt": ["a"] * 129}, "prompt", "128"),
+    ({"prompt": ["a"] * 65, "n": 2}, "n", "found 130"),
+    ({"logprobs": 6}, "logprobs", "5"),
+    ({"logprobs": True}, "logprobs", "integer"),
+    ({"echo": True, "logprobs": 1}, "logprobs", "echo"),
+    ({"suffix": "x"}, "suffix", "null"),
+    ({"best_of": 2}, "best_of", "1"),
+    ({"max_completion_tokens": 2}, "max_completion_tokens", "not known"),
+]
+
+
+@pytest.mark.parametrize(("fields", "param", "says_what"), COMPLETION_FAULTS)
+async def test_a_fault_in_a_completion_is_a_400_that_names_the_field(fields, param, says_what):
+    response = await post("/v1/completions", json.dumps({**TEXT, **fields}))
+    assert says_what in assert_error(response, 400, param)
+
+
+HARMLESS = {
+    "user": "someone",
+    "metadata": {"a": "b"},
+    "store": True,
+    "service_tier": "auto",
+    "parallel_tool_calls": True,
+    "tools": None,
+    "tool_choice": "none",
+    "response_format": {"type": "text"},
+    "modalities": ["text"],
+    "temperature": None,
+    "stop": None,
+    "logit_bias": None,
+    "n": None,
+}
+
+
+async def test_fields_that_openai_ignores_and_nulls_are_accepted():
+    response = await post("/v1/chat/completions", json.dumps({**CHAT, **HARMLESS}))
+    assert response.status_code == 200, response.text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[1]",
+        b'"text"',
+        b'{"model": "tiny", "temperature": NaN}',
+        b'{"model": "tiny", "temperature": 1e999}',
+        b'{"model": "\xff\xfe"}',
+        b'{"model": "tiny", "prompt": "\\ud800"}',
+        b'{"model": "tiny", "prompt": "\xed\xa0\x80"}',
+        b'{"model":' * 50_000,
+        b"[" * 200_000,
+        b'{"n": ' + b"9" * 10_000 + b"}",
+    ],
+    ids=lambda content: content[:24].decode("latin-1"),
+)
+async def test_what_is_not_json_is_a_400(content):
+    response = await post("/v1/completions", content)
+    assert_error(response, 400, None, "invalid_json")
+
+
+async def test_missing_fields_are_named():
+    response = await post("/v1/completions", b"{}")
+    assert_error(response, 400, "model", "missing_required_parameter")
+
+
+async def test_an_unknown_model_is_a_404():
+    response = await post("/v1/completions", json.dumps({**TEXT, "model": "gpt-9"}))
+    assert "'tiny'" in assert_error(response, 404, "model", "model_not_found")
+
+
+async def test_a_prompt_too_long_says_both_numbers():
+    response = await post("/v1/completions", json.dumps({**TEXT, "prompt": [1] * 300}))
+    message = assert_error(response, 400, "prompt", "context_length_exceeded")
+    assert "128" in message and "300" in message
+
+
+async def test_another_media_type_is_a_415():
+    response = await post("/v1/completions", json.dumps(TEXT), {"content-type": "text/plain"})
+    assert_error(response, 415, "Content-Type")
+
+
+async def test_a_body_announced_too_large_is_refused_before_it_is_read():
+    response = await post("/v1/completions", b"{}", {"content-length": str(100 * 2**20)})
+    assert str(MAX_BODY_BYTES) in assert_error(response, 413, None)
+
+
+async def test_a_body_that_grows_too_large_is_refused_as_soon_as_it_does():
+    taken = 0
+
+    async def endless():
+        nonlocal taken
+        while True:
+            taken += 1
+            yield b" " * 2**20
+
+    response = await post("/v1/completions", endless())
+    assert_error(response, 413, None)
+    assert taken <= MAX_BODY_BYTES // 2**20 + 2
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/v1/chat/completions", 405),
+        ("POST", "/health", 405),
+        ("GET", "/nowhere", 404),
+        ("GET", "//v1/models", 404),
+        ("GET", "/v1/models/gpt-9", 404),
+    ],
+)
+async def test_unknown_paths_and_methods_get_json_errors(method, path, status):
+    service, _ = make_service(FakeRouter())
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(create_app(service)), base_url="http://api"
+    ) as client:
+        response = await client.request(method, httpx.URL("http://api", path=path))
+    assert response.status_code == status
+    assert response.json()["error"]["request_id"] == response.headers["x-request-id"]
+
+
+class CountingExecutor(ThreadPoolExecutor):
+    """Counts the jobs that leave the event loop."""
+
+    num_jobs = 0
+
+    def submit(self, *args, **kwargs):
+        self.num_jobs += 1
+        return super().submit(*args, **kwargs)
+
+
+@pytest.mark.parametrize(("num_spaces", "num_jobs"), [(0, 0), (100_000, 1)])
+async def test_large_bodies_are_parsed_off_the_event_loop(num_spaces, num_jobs):
+    content = json.dumps(TEXT).encode() + b" " * num_spaces
+
+    async def receive():
+        return {"type": "http.request", "body": content, "more_body": False}
+
+    scope = {"type": "http", "headers": [(b"content-type", b"application/json")]}
+    with CountingExecutor(1) as executor:
+        body = await read_body(Request(scope, receive), CompletionRequest, executor)
+        assert (body.prompt, executor.num_jobs) == (("hello",), num_jobs)
