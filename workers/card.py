@@ -90,6 +90,7 @@ class ModelCard:
 
     @property
     def is_gguf(self) -> bool:
+        """Weights and metadata lie in one GGUF file."""
         return self.source.suffix == ".gguf"
 
     def digest(self) -> str:

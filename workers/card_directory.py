@@ -1,10 +1,9 @@
-"""Reads a Hugging Face model directory into a ModelConfig and a TextCard. Called by `workers.card`. No torch."""
+"""Reads a Hugging Face model directory into a ModelConfig and a TextCard. No torch."""
 
-import json
 import math
 from pathlib import Path
-from typing import TypeVar
 
+from workers.card_fields import Fields, read_text
 from workers.card_tokenizer import TextCard, checked_tokenizer
 from workers.models.config import (
     DTYPES,
@@ -29,12 +28,10 @@ _DEFAULT_THETA = 10000.0
 _SLIDING = "sliding_attention"
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
-T = TypeVar("T")
-
 
 def read_directory_config(folder: Path) -> ModelConfig:
     """Return the decoder config.json describes. Raise ModelError for missing keys and unsupported kinds."""
-    fields = JsonFields.read(folder / "config.json")
+    fields = Fields.read(folder / "config.json")
     family = _family(fields)
     if fields.optional("quantization_config", dict) is not None:
         raise ModelError(
@@ -49,7 +46,8 @@ def read_directory_config(folder: Path) -> ModelConfig:
     num_kv_heads = fields.integer("num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
         raise ModelError(
-            f"{fields.path}: num_attention_heads {num_heads} is no multiple of num_key_value_heads {num_kv_heads}"
+            f"{fields.path}: num_attention_heads is {num_heads}; a multiple of num_key_value_heads "
+            f"{num_kv_heads} is needed"
         )
     window, full_layers = _window(fields, family, num_layers)
     biased = fields.boolean("attention_bias", False)
@@ -83,9 +81,9 @@ def read_directory_text(folder: Path) -> TextCard:
     path = folder / "tokenizer.json"
     tokenizer_json = read_text(path)
     tokenizer = checked_tokenizer(tokenizer_json, path)
-    settings = JsonFields.read_optional(folder / "tokenizer_config.json")
-    generation = JsonFields.read_optional(folder / "generation_config.json")
-    config = JsonFields.read(folder / "config.json")
+    settings = Fields.read_optional(folder / "tokenizer_config.json")
+    generation = Fields.read_optional(folder / "generation_config.json")
+    config = Fields.read(folder / "config.json")
     special = {
         name: token for name in _SPECIAL_NAMES if (token := _special_token(settings, name)) is not None
     }
@@ -106,95 +104,7 @@ def read_directory_text(folder: Path) -> TextCard:
     )
 
 
-def read_text(path: Path) -> str:
-    """Return a UTF-8 file's text, or raise ModelError naming it."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ModelError(
-            f"{path}: missing; a model directory needs config.json, tokenizer.json and weights"
-        ) from None
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ModelError(f"{path}: not UTF-8 text (byte {error.start})") from None
-
-
-class JsonFields:
-    """Typed access to one JSON object; a missing or mistyped key is a ModelError that names file and key."""
-
-    def __init__(self, path: Path, values: dict[str, object]) -> None:
-        self.path = path
-        self._values = values
-
-    @classmethod
-    def read(cls, path: Path) -> "JsonFields":
-        try:
-            values = json.loads(read_text(path))
-        except json.JSONDecodeError as error:
-            raise ModelError(f"{path}: not JSON: {error}") from None
-        if not isinstance(values, dict):
-            raise ModelError(f"{path}: holds a {type(values).__name__}; a JSON object is needed")
-        return cls(path, values)
-
-    @classmethod
-    def read_optional(cls, path: Path) -> "JsonFields":
-        return cls.read(path) if path.exists() else cls(path, {})
-
-    def __contains__(self, key: str) -> bool:
-        return self._values.get(key) is not None
-
-    def optional(self, key: str, kind: type[T]) -> T | None:
-        value = self._values.get(key)
-        if value is None or isinstance(value, kind):
-            return value
-        raise ModelError(f"{self.path}: {key} is {value!r:.60}; a {kind.__name__} is needed")
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self._values.get(key)
-        if value is None:
-            value = default
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            found = "missing" if value is None else f"{value!r:.60}"
-            raise ModelError(f"{self.path}: {key} is {found}; a number is needed")
-        return float(value)
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self.number(key, default)
-        if value != int(value) or value <= 0:
-            raise ModelError(f"{self.path}: {key} is {value:g}; a positive integer is needed")
-        return int(value)
-
-    def boolean(self, key: str, default: bool) -> bool:
-        value = self.optional(key, bool)
-        return default if value is None else value
-
-    def token_ids(self, key: str) -> list[int]:
-        """Return a token id or a list of them as a list; empty if absent."""
-        value = self._values.get(key)
-        values = value if isinstance(value, list) else [] if value is None else [value]
-        ids = [v for v in values if isinstance(v, int) and not isinstance(v, bool) and v >= 0]
-        if len(ids) != len(values):
-            raise ModelError(
-                f"{self.path}: {key} is {value!r:.60}; a token id or a list of token ids is needed"
-            )
-        return ids
-
-    def strings(self, key: str) -> list[str]:
-        return [value for value in self.optional(key, list) or [] if isinstance(value, str)]
-
-    def part(self, key: str) -> "JsonFields":
-        return JsonFields(self.path, self.optional(key, dict) or {})
-
-    def texts(self) -> list[str]:
-        """Return all values that are strings."""
-        return [value for value in self._values.values() if isinstance(value, str)]
-
-    def value(self, key: str) -> object:
-        return self._values.get(key)
-
-
-def _family(fields: JsonFields) -> Family:
+def _family(fields: Fields) -> Family:
     architectures = fields.strings("architectures")
     for architecture in architectures:
         if architecture in _ARCHITECTURES:
@@ -203,7 +113,7 @@ def _family(fields: JsonFields) -> Family:
     raise ModelError(f"{fields.path}: architectures is {architectures!r}; supported: {allowed}")
 
 
-def _dtype(fields: JsonFields) -> Dtype:
+def _dtype(fields: Fields) -> Dtype:
     name = fields.optional("torch_dtype", str) or fields.optional("dtype", str) or "float32"
     for dtype in DTYPES:
         if name == dtype:
@@ -211,7 +121,7 @@ def _dtype(fields: JsonFields) -> Dtype:
     raise ModelError(f"{fields.path}: torch_dtype is {name!r}; supported: {', '.join(DTYPES)}")
 
 
-def _window(fields: JsonFields, family: Family, num_layers: int) -> tuple[int | None, tuple[int, ...]]:
+def _window(fields: Fields, family: Family, num_layers: int) -> tuple[int | None, tuple[int, ...]]:
     """Return the sliding window and the layers without one. Qwen's is off unless use_sliding_window."""
     if family == "llama" or (family != "mistral" and not fields.boolean("use_sliding_window", False)):
         return None, ()
@@ -222,21 +132,21 @@ def _window(fields: JsonFields, family: Family, num_layers: int) -> tuple[int | 
         return window, ()
     kinds = fields.strings("layer_types")
     if not kinds:
-        first = int(fields.number("max_window_layers", 28))
+        first = fields.integer("max_window_layers", 28, minimum=0)
         return window, tuple(range(min(first, num_layers)))
     if len(kinds) != num_layers:
         raise ModelError(f"{fields.path}: layer_types has {len(kinds)} entries for {num_layers} layers")
     return window, tuple(layer for layer, kind in enumerate(kinds) if kind != _SLIDING)
 
 
-def _rope_theta(fields: JsonFields) -> float:
+def _rope_theta(fields: Fields) -> float:
     for source in (fields.part("rope_parameters"), fields, fields.part("rope_scaling")):
         if "rope_theta" in source:
             return source.number("rope_theta")
     return _DEFAULT_THETA
 
 
-def _rope_scaling(fields: JsonFields, context_len: int) -> RopeScaling | None:
+def _rope_scaling(fields: Fields, context_len: int) -> RopeScaling | None:
     rope = fields.part("rope_parameters") if "rope_parameters" in fields else fields.part("rope_scaling")
     kind = rope.optional("rope_type", str) or rope.optional("type", str) or "default"
     if rope.number("partial_rotary_factor", 1.0) != 1.0 or fields.number("partial_rotary_factor", 1.0) != 1.0:
@@ -268,7 +178,7 @@ def _rope_scaling(fields: JsonFields, context_len: int) -> RopeScaling | None:
     )
 
 
-def _yarn_attention_factor(rope: JsonFields, factor: float) -> float:
+def _yarn_attention_factor(rope: Fields, factor: float) -> float:
     if "attention_factor" in rope:
         return rope.number("attention_factor")
 
@@ -279,7 +189,7 @@ def _yarn_attention_factor(rope: JsonFields, factor: float) -> float:
     return scale(mscale) / scale(mscale_all_dim) if mscale and mscale_all_dim else scale(1.0)
 
 
-def _special_token(settings: JsonFields, name: str) -> str | None:
+def _special_token(settings: Fields, name: str) -> str | None:
     value = settings.value(name)
     if isinstance(value, dict):  # a serialised AddedToken
         value = value.get("content")
@@ -288,7 +198,7 @@ def _special_token(settings: JsonFields, name: str) -> str | None:
     raise ModelError(f"{settings.path}: {name} is {value!r:.60}; a token's text is needed")
 
 
-def _chat_template(folder: Path, settings: JsonFields) -> str | None:
+def _chat_template(folder: Path, settings: Fields) -> str | None:
     path = folder / "chat_template.jinja"
     if path.exists():
         return read_text(path)

@@ -3,8 +3,8 @@
 import math
 import mmap
 import struct
-from typing import TypeVar
 
+from workers.card_fields import Fields
 from workers.card_tokenizer import TextCard, Vocabulary, build_tokenizer_json
 from workers.models.config import (
     Dtype,
@@ -22,12 +22,10 @@ _FAMILIES: dict[str, Family] = {"llama": "llama", "mistral": "mistral", "qwen2":
 _FREQUENCY_FACTORS = "rope_freqs.weight"
 _PLAIN_DTYPES: dict[str, Dtype] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
-T = TypeVar("T")
-
 
 def read_gguf_config(file: GGUFFile) -> ModelConfig:
     """Return the decoder a GGUF file holds. Raise ModelError for missing keys and unsupported kinds."""
-    fields = _Fields(file)
+    fields = Fields(file.path, file.metadata)
     architecture = fields.need("general.architecture", str)
     if architecture not in _FAMILIES:
         allowed = ", ".join(sorted(_FAMILIES))
@@ -42,11 +40,11 @@ def read_gguf_config(file: GGUFFile) -> ModelConfig:
     rotary_dim = fields.integer(f"{architecture}.rope.dimension_count", head_dim)
     if rotary_dim != head_dim:
         raise ModelError(
-            f"{file.path}: {architecture}.rope.dimension_count is {rotary_dim}, the head has {head_dim} dimensions; "
-            "RoPE over a part of the head is not supported"
+            f"{file.path}: {architecture}.rope.dimension_count is {rotary_dim} of a head's {head_dim} "
+            "dimensions; RoPE over the whole head is supported"
         )
     context_len = fields.integer(f"{architecture}.context_length")
-    window = fields.integer(f"{architecture}.attention.sliding_window", 0)
+    window = fields.integer(f"{architecture}.attention.sliding_window", 0, minimum=0)
     return ModelConfig(
         family=_FAMILIES[architecture],
         vocab_size=_tensor(file, "token_embd.weight").shape[0],
@@ -72,11 +70,12 @@ def read_gguf_config(file: GGUFFile) -> ModelConfig:
 
 def read_gguf_text(file: GGUFFile) -> TextCard:
     """Return the tokenizer, chat template and special tokens a GGUF file holds."""
-    fields = _Fields(file)
+    fields = Fields(file.path, file.metadata)
+    fields.need("tokenizer.ggml.tokens", list)
     tokens = fields.strings("tokenizer.ggml.tokens")
     model = fields.need("tokenizer.ggml.model", str)
     named = {
-        name: fields.token_id(f"tokenizer.ggml.{key}_token_id", len(tokens))
+        name: _token_id(fields, f"tokenizer.ggml.{key}_token_id", len(tokens))
         for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
     }
     spelled = {name: tokens[index] for name, index in named.items() if index is not None}
@@ -103,7 +102,7 @@ def read_gguf_text(file: GGUFFile) -> TextCard:
             )
     ends = [
         named["eos"],
-        *(fields.token_id(f"tokenizer.ggml.{key}_token_id", len(tokens)) for key in ("eot", "eom")),
+        *(_token_id(fields, f"tokenizer.ggml.{key}_token_id", len(tokens)) for key in ("eot", "eom")),
     ]
     return TextCard(
         tokenizer_json=build_tokenizer_json(vocabulary),
@@ -113,6 +112,15 @@ def read_gguf_text(file: GGUFFile) -> TextCard:
         eos_token_id=named["eos"],
         end_token_ids=tuple(dict.fromkeys(end for end in ends if end is not None)),
     )
+
+
+def _token_id(fields: Fields, key: str, vocab_size: int) -> int | None:
+    if key not in fields:
+        return None
+    index = fields.integer(key, minimum=0)
+    if index >= vocab_size:
+        raise ModelError(f"{fields.path}: {key} is {index}; the vocabulary has {vocab_size} tokens")
+    return index
 
 
 def _dtype(file: GGUFFile) -> Dtype:
@@ -128,9 +136,7 @@ def _dtype(file: GGUFFile) -> Dtype:
     return "bfloat16"
 
 
-def _rope_scaling(
-    file: GGUFFile, fields: "_Fields", architecture: str, context_len: int
-) -> RopeScaling | None:
+def _rope_scaling(file: GGUFFile, fields: Fields, architecture: str, context_len: int) -> RopeScaling | None:
     if _FREQUENCY_FACTORS in file.tensors:
         return FrequencyFactors(_read_floats(file, _tensor(file, _FREQUENCY_FACTORS)))
     prefix = f"{architecture}.rope.scaling"
@@ -159,60 +165,3 @@ def _read_floats(file: GGUFFile, tensor: GGUFTensor) -> tuple[float, ...]:
         raise ModelError(f"{file.path}: tensor {tensor.name} is {tensor.quantization.name}; F32 is needed")
     with file.path.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as content:
         return struct.unpack_from(f"<{tensor.num_bytes // 4}f", content, tensor.offset)
-
-
-class _Fields:
-    """Typed access to the metadata; a missing or mistyped key is a ModelError that names it."""
-
-    def __init__(self, file: GGUFFile) -> None:
-        self._file = file
-
-    def optional(self, key: str, kind: type[T]) -> T | None:
-        value = self._file.metadata.get(key)
-        if value is None or isinstance(value, kind):
-            return value
-        raise ModelError(f"{self._file.path}: {key} is a {type(value).__name__}; a {kind.__name__} is needed")
-
-    def need(self, key: str, kind: type[T]) -> T:
-        value = self.optional(key, kind)
-        if value is None:
-            raise ModelError(f"{self._file.path}: metadata key {key} is missing")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self._file.metadata.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            found = "missing" if value is None else f"{value!r:.40}"
-            raise ModelError(f"{self._file.path}: metadata key {key} is {found}; a number is needed")
-        return float(value)
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self.number(key, default)
-        if value != int(value) or value < 0 or (value == 0 and default is None):
-            raise ModelError(
-                f"{self._file.path}: metadata key {key} is {value:g}; a positive integer is needed"
-            )
-        return int(value)
-
-    def boolean(self, key: str, default: bool) -> bool:
-        value = self.optional(key, bool)
-        return default if value is None else value
-
-    def token_id(self, key: str, vocab_size: int) -> int | None:
-        if key not in self._file.metadata:
-            return None
-        index = self.integer(key, 0)
-        if index >= vocab_size:
-            raise ModelError(f"{self._file.path}: {key} is {index}; the vocabulary has {vocab_size} tokens")
-        return index
-
-    def strings(self, key: str) -> list[str]:
-        return [value for value in self.need(key, list) if isinstance(value, str)]
-
-    def integers(self, key: str) -> list[int] | None:
-        values = self.optional(key, list)
-        return None if values is None else [int(value) for value in values]
-
-    def floats(self, key: str) -> list[float] | None:
-        values = self.optional(key, list)
-        return None if values is None else [float(value) for value in values]

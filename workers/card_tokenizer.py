@@ -19,7 +19,6 @@ from tokenizers import (
 )
 
 from workers.models.config import ModelError
-from workers.models.gguf_file import Value
 
 _CONTROL, _USER_DEFINED = 3, 4
 """Kinds of token in tokenizer.ggml.token_type: matched whole, and special or not."""
@@ -97,8 +96,8 @@ def build_tokenizer_json(vocabulary: Vocabulary) -> str:
         tokenizer, alphabet = _sentencepiece(vocabulary), None
     else:
         raise ModelError(
-            f"{vocabulary.path}: tokenizer.ggml.model is {vocabulary.model!r}; 'gpt2' (byte-level BPE) and 'llama' "
-            "(SentencePiece BPE) are supported"
+            f"{vocabulary.path}: tokenizer.ggml.model is {vocabulary.model!r}; 'gpt2' (byte-level BPE) and "
+            "'llama' (SentencePiece BPE) are supported"
         )
     _add_tokens(tokenizer, vocabulary, alphabet)
     _add_post_processor(tokenizer, vocabulary)
@@ -166,7 +165,7 @@ def _sentencepiece(vocabulary: Vocabulary) -> Tokenizer:
 
 
 def _merges_from_scores(ids: dict[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
-    """Return the merges SentencePiece would make: every split of a token into two tokens, best score first."""
+    """Return the merges SentencePiece would make: each split of a token into two tokens, best score first."""
     ranked: list[tuple[float, int, int, str, str]] = []
     for token, index in ids.items():
         splits = [(token[:i], token[i:]) for i in range(1, len(token))]

@@ -9,7 +9,7 @@ import secrets
 from pathlib import Path
 from typing import Self
 
-from torch.distributed import Store
+from torch._C._distributed_c10d import Store
 
 _LINE_BYTES = 64
 """One counter per cache line: ranks do not slow each other."""

@@ -1,8 +1,8 @@
 """TPGroup: the communicator of one tensor-parallel group; CompletionBoard: how far each rank has come.
 
-Owned by a Worker, used from its engine's thread. No process-wide state: several groups may live in one process.
-Collectives run over gloo (CPU) or NCCL (CUDA); plans travel over one socket per follower, so that a follower
-can wait with a timeout and a dead peer shows at once. Every wait ends in a typed error.
+Owned by a Worker, used from its engine's thread. No process-wide state: a process may hold several groups.
+Collectives run over gloo (CPU) or NCCL (CUDA); plans travel over one socket per follower, so that a
+follower can wait with a timeout and a dead peer shows at once. Every wait ends in a typed error.
 """
 
 import hmac
@@ -12,15 +12,15 @@ import socket
 import struct
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Literal, Self, TypeVar
+from typing import Literal, Protocol, Self, TypeVar, cast
 
 import torch
-from torch.distributed import (
+from torch._C._distributed_c10d import (
     AllreduceOptions,
     GatherOptions,
-    ProcessGroup,
     ProcessGroupGloo,
     TCPStore,
+    Work,
 )
 
 from workers.completion_board import CompletionBoard
@@ -46,12 +46,45 @@ class TPPeerLostError(TPGroupError):
 
 
 def listen(host: str) -> socket.socket:
-    """Return a listening socket on a free port of `host`: rank 0 makes it, tells its port, and connects with it."""
+    """Return a socket listening on a free port of `host`; rank 0 tells its port, then connects with it."""
     return socket.create_server((host, 0), backlog=128)
 
 
+class Collectives(Protocol):
+    """What a TPGroup needs of torch's process groups."""
+
+    def allreduce(self, tensors: list[torch.Tensor], opts: AllreduceOptions) -> Work:
+        """Sum each tensor over the ranks, in place."""
+
+    def gather(
+        self, outputs: list[list[torch.Tensor]], inputs: list[torch.Tensor], opts: GatherOptions
+    ) -> Work:
+        """Collect the ranks' inputs on the root."""
+
+    def abort(self) -> None:
+        """End running collectives with an error."""
+
+
+class GlooOptions(Protocol):
+    """Options of torch's gloo process group."""
+
+    _timeout: timedelta
+    _devices: list[ProcessGroupGloo.Device]
+
+
+class GlooBinding(Protocol):
+    """torch's gloo process group, as it is and not as its stub says."""
+
+    def _Options(self) -> GlooOptions: ...  # noqa: N802
+    def create_device(self, hostname: str) -> ProcessGroupGloo.Device:
+        """Bind to an address."""
+
+    def __call__(self, store: TCPStore, rank: int, size: int, options: GlooOptions) -> Collectives:
+        """Build this rank's end."""
+
+
 class TPGroup:
-    """One rank's membership of a group of `size`. A group of one has no connections and every call is local."""
+    """One rank's membership of a group of `size`. A group of one has no connections; every call is local."""
 
     def __init__(
         self,
@@ -59,7 +92,7 @@ class TPGroup:
         size: int,
         timeout_s: float,
         board: CompletionBoard,
-        process_group: ProcessGroup | None = None,
+        process_group: Collectives | None = None,
         links: list[socket.socket] | None = None,
         store: TCPStore | None = None,
     ) -> None:
@@ -133,7 +166,7 @@ class TPGroup:
             store = TCPStore(host, port, size, is_master=False, timeout=timeout, wait_for_workers=False)
         links = _lead(store, size, host, timeout_s) if rank == 0 else [_follow(store, rank, host, timeout_s)]
         board = CompletionBoard.shared(store, rank, size)
-        process_group = _process_group(store, rank, size, host, timeout, device)
+        process_group = _collectives(store, rank, size, host, timeout, device)
         return cls(rank, size, timeout_s, board, process_group, links, store)
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
@@ -147,7 +180,7 @@ class TPGroup:
         )
 
     def gather_columns(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        """Return the ranks' [rows, n] tensors side by side, [rows, size * n], on rank 0; None on the others."""
+        """Return the ranks' [rows, n] side by side, [rows, size * n], on rank 0; None on the others."""
         group = self._process_group
         if group is None:
             return tensor
@@ -204,20 +237,22 @@ class TPGroup:
         self.board.close()
 
 
-def _process_group(
+def _collectives(
     store: TCPStore, rank: int, size: int, host: str, timeout: timedelta, device: Literal["cpu", "cuda"]
-) -> ProcessGroup:
+) -> Collectives:
     if device == "cuda":
-        from torch.distributed import ProcessGroupNCCL  # absent from CPU builds of torch
+        from torch._C._distributed_c10d import ProcessGroupNCCL  # absent from CPU builds of torch
 
         nccl = ProcessGroupNCCL.Options()
         nccl._timeout = timeout
-        return ProcessGroupNCCL(store, rank, size, nccl)
-    gloo = ProcessGroupGloo._Options()
-    gloo._timeout = timeout
+        return cast(Collectives, ProcessGroupNCCL(store, rank, size, nccl))
+    # torch's stubs know neither the attributes nor the constructor that takes them.
+    gloo = cast(GlooBinding, ProcessGroupGloo)
+    options = gloo._Options()
+    options._timeout = timeout
     # Bound to the group's address: by default gloo resolves the machine's name, which may not resolve.
-    gloo._devices = [ProcessGroupGloo.create_device(hostname=host)]
-    return ProcessGroupGloo(store, rank, size, gloo)
+    options._devices = [gloo.create_device(hostname=host)]
+    return gloo(store, rank, size, options)
 
 
 def _lead(store: TCPStore, size: int, host: str, timeout_s: float) -> list[socket.socket]:

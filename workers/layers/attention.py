@@ -1,4 +1,4 @@
-"""Attention: projections, optional q/k norm and RoPE around the AttentionBackend, heads divided among the ranks."""
+"""Attention: projections, q/k norm and RoPE around the AttentionBackend, heads divided among the ranks."""
 
 from collections.abc import Iterator
 
@@ -78,7 +78,7 @@ class Attention(nn.Module):
     def forward(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backend: AttentionBackend
     ) -> torch.Tensor:
-        """Attend from [tokens, hidden] (normalised) to [tokens, hidden], writing the tokens' KV on the way."""
+        """Map [tokens, hidden] (normalised) to [tokens, hidden], writing the tokens' KV on the way."""
         layer = self.layer
         num_rotated = layer.num_heads + layer.num_kv_heads
         qkv = self.qkv(x).view(x.shape[0], -1, layer.head_dim)  # [tokens, q + k + v heads, head_dim]

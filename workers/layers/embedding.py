@@ -1,4 +1,4 @@
-"""VocabularyEmbedding and VocabularyHead: the two ends of a decoder, their vocabulary divided among the ranks."""
+"""VocabularyEmbedding and VocabularyHead: a decoder's two ends, the vocabulary divided among the ranks."""
 
 import torch
 from torch import nn

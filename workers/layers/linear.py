@@ -16,7 +16,7 @@ Matmul = Callable[[torch.Tensor], torch.Tensor]
 """x [tokens, in_features] -> [tokens, out_features], bias included."""
 
 Packer = Callable[[torch.Tensor, torch.Tensor | None], Matmul | None]
-"""(weight [out_features, in_features], bias) -> the kernel's matmul, or None where it has none for the shape."""
+"""(weight [out_features, in_features], bias) -> the kernel's matmul; None where it has none for the shape."""
 
 
 class Linear(nn.Module):
@@ -48,7 +48,7 @@ class Linear(nn.Module):
 
 
 class RowParallelLinear(Linear):
-    """A Linear whose input features are divided among the ranks: partial products are summed, then the bias."""
+    """A Linear whose input features are divided among the ranks: partial products are summed, then biased."""
 
     def __init__(
         self,

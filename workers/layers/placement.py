@@ -21,7 +21,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Placement:
-    """`parameter`'s share of a checkpoint tensor of `shape`; `columns` None: all of them, or one dimension."""
+    """`parameter`'s share of a checkpoint tensor of `shape`; `columns` None: all of them, or a vector."""
 
     parameter: torch.Tensor
     shape: tuple[int, ...]

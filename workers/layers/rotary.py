@@ -68,8 +68,8 @@ def _llama3(plain: torch.Tensor, scaling: Llama3Scaling) -> torch.Tensor:
 
 
 def _yarn(config: ModelConfig, scaling: YarnScaling) -> torch.Tensor:
-    """Dimensions that turn more than beta_fast times over the original context are kept, those under beta_slow
-    are interpolated, a linear ramp between (the paper's section 3.2)."""
+    """Dimensions that turn more than beta_fast times over the original context are kept, those under
+    beta_slow are interpolated, a linear ramp between (the paper's section 3.2)."""
     dim, base = config.head_dim, config.rope_theta
 
     def dimension_turning(num_turns: float) -> float:

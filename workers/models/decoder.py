@@ -1,6 +1,6 @@
 """Decoder: the one transformer for the Llama, Mistral, Qwen2 and Qwen3 families, driven by ModelConfig.
 
-Built and filled by `workers.models.weights`, run by ModelRunner in the engine's thread, one rank's shard each.
+Built and filled by `workers.models.weights`, run by ModelRunner in the engine's thread; one rank's shard.
 """
 
 from collections.abc import Iterator
@@ -117,5 +117,5 @@ class Decoder(nn.Module):
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
-        """Return float32 [S, vocab] for rows [S, hidden] of `forward`'s result; None on ranks other than 0."""
+        """Return float32 [S, vocab] for rows [S, hidden] of `forward`; None on ranks other than 0."""
         return self.head.logits(self.norm(hidden))

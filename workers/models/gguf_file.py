@@ -1,6 +1,6 @@
 """GGUFFile: the header of a .gguf file, as plain values, and where each tensor lies. No torch.
 
-The gguf package's own reader takes 5.8 s for SmolLM2's 98,000 strings, this one 0.1 s; the format is
+The gguf package's own reader takes 5.8 s for SmolLM2's 98,000 strings, this one 0.2 s; the format is
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Every length is checked against the file's size.
 """
 
@@ -18,6 +18,7 @@ Value = int | float | bool | str | list[int] | list[float] | list[bool] | list[s
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_LENGTH = struct.Struct("<Q")
 _VERSIONS = (2, 3)
 _DEFAULT_ALIGNMENT = 32
 SUPPORTED_TYPES = (
@@ -34,7 +35,7 @@ SUPPORTED_TYPES = (
 
 @dataclass(frozen=True)
 class GGUFTensor:
-    """One tensor's place. `shape` is in row-major order (rows first); `offset` counts from the file's start."""
+    """One tensor's place. `shape` has the rows first; `offset` counts from the start of the file."""
 
     name: str
     shape: tuple[int, ...]
@@ -105,7 +106,8 @@ class _Header:
         row_len = shape[-1] if shape else 1
         if row_len % block_len:
             raise ModelError(
-                f"{self._path}: tensor {name}: rows of {row_len} are not whole {quantization.name} blocks of {block_len}"
+                f"{self._path}: tensor {name}: rows of {row_len} values; {quantization.name} needs "
+                f"whole blocks of {block_len}"
             )
         num_bytes = prod(shape) // block_len * block_bytes
         if offset + num_bytes > self._size:
@@ -135,10 +137,26 @@ class _Header:
             return self._scalar(self._format(type_id))
         element_type, count = int(self._scalar("I")), int(self._scalar("Q"))
         if element_type == _STRING:
-            return [self._string() for _ in range(count)]
+            return self._strings(count)
         code = self._format(element_type)
         octets = self._take(count * struct.calcsize(f"<{code}"))
         return list(struct.unpack(f"<{count}{code}", octets))
+
+    def _strings(self, count: int) -> list[str]:
+        """Read many strings: a vocabulary has 100,000, so this loop calls nothing of ours."""
+        content, unpack, at = self._content, _LENGTH.unpack_from, self._at
+        strings = []
+        try:
+            for _ in range(count):
+                (num_bytes,) = unpack(content, at)
+                at += 8 + num_bytes
+                strings.append(content[at - num_bytes : at].decode())
+        except struct.error:
+            at = self._size + 1
+        except UnicodeDecodeError:
+            raise ModelError(f"{self._path}: a string before byte {at} is not UTF-8") from None
+        self._at = self._take_to(at)
+        return strings
 
     def _format(self, type_id: int) -> str:
         try:
@@ -161,12 +179,13 @@ class _Header:
             raise ModelError(f"{self._path}: a string before byte {self._at} is not UTF-8") from None
 
     def _take(self, num_bytes: int) -> bytes:
-        end = self._at + num_bytes
+        start, self._at = self._at, self._take_to(self._at + num_bytes)
+        return self._content[start : self._at]
+
+    def _take_to(self, end: int) -> int:
         if end > self._size:
             raise ModelError(
                 f"{self._path}: truncated: its header runs to byte {end} at least, "
                 f"the file has {self._size}; fetch it again"
             )
-        octets = self._content[self._at : end]
-        self._at = end
-        return octets
+        return end

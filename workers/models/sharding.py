@@ -19,8 +19,8 @@ def ceil_div(amount: int, parts: int) -> int:
 class HeadLayout:
     """The heads of each rank, as global indices; None is a zero head.
 
-    A group is one KV head with its query heads. With r replicas of each group (r > 1 only when there are fewer
-    KV heads than ranks) replica i takes the group's query heads [i * n, (i + 1) * n), n = ceil(group / r):
+    A group is one KV head with its query heads. With r replicas of each group (r > 1 only when there are
+    fewer KV heads than ranks) replica i takes query heads [i * n, (i + 1) * n) of it, n = ceil(group / r):
 
         3 KV heads, 9 query heads, 2 ranks     2 KV heads, 8 query heads, 4 ranks
         rank 0: kv 0 1   q 0 1 2 | 3 4 5       rank 0: kv 0  q 0 1     rank 2: kv 1  q 4 5
@@ -33,10 +33,12 @@ class HeadLayout:
 
     @property
     def replicas(self) -> int:
+        """Ranks that hold a copy of each KV head."""
         return max(1, self.tp_size // self.num_kv_heads)
 
     @property
     def kv_heads_per_rank(self) -> int:
+        """KV heads of every rank, zero heads included."""
         return ceil_div(self.num_kv_heads * self.replicas, self.tp_size)
 
     @property
@@ -46,6 +48,7 @@ class HeadLayout:
 
     @property
     def heads_per_rank(self) -> int:
+        """Query heads of every rank, zero heads included."""
         return self.kv_heads_per_rank * self.group_size
 
     def kv_heads(self, rank: int) -> list[int | None]:
