@@ -76,8 +76,10 @@ class Door:
             route = scope.get(ROUTE_KEY, "none")
             self._service.recorder.answered(route, status or CLIENT_GONE)
             logger.info(
-                "answered route=%s status=%d duration_s=%.4f",
-                route,
-                status or CLIENT_GONE,
-                self._service.clock() - arrival_s,
+                "answered",
+                extra={
+                    "route": route,
+                    "status": status or CLIENT_GONE,
+                    "duration_s": round(self._service.clock() - arrival_s, 4),
+                },
             )

@@ -12,4 +12,4 @@ def log_failure(logger: logging.Logger, event: str, error: BaseException) -> Non
         lines.append(f"{type(link).__module__}.{type(link).__qualname__}")
         lines.extend(line.rstrip() for line in traceback.format_tb(link.__traceback__))
         link = link.__cause__ or link.__context__
-    logger.error("%s: %s", event, "\n".join(lines))
+    logger.error(event, extra={"failure": "\n".join(lines)})

@@ -76,11 +76,11 @@ class Lifecycle:
         self.refuse_new()
         if await self._becomes_idle(drain_s):
             return
-        logger.info("drain deadline passed, ending %d running calls", self._num_calls)
+        logger.info("drain deadline passed, ending running calls", extra={"num_calls": self._num_calls})
         self._is_ending = True
         await asyncio.gather(*(generation.end() for generation in tuple(self._running)))
         if not await self._becomes_idle(LAST_WORDS_S):
-            logger.warning("%d calls did not end in time", self._num_calls)
+            logger.warning("calls did not end in time", extra={"num_calls": self._num_calls})
 
     async def _becomes_idle(self, timeout_s: float) -> bool:
         try:

@@ -5,6 +5,7 @@ import logging
 import httpx
 import pytest
 
+from cache_service.log_format import FieldFormatter
 from cluster.api.app import create_app
 from cluster.api.auth import tenant_salt
 from cluster.api.ports import NoReplicaError, OverloadedError
@@ -194,7 +195,7 @@ def test_ids_of_two_starts_differ():
 def log():
     handler = logging.StreamHandler(io.StringIO())
     handler.addFilter(RequestIdFilter())
-    handler.setFormatter(logging.Formatter("%(request_id)s|%(name)s|%(message)s"))
+    handler.setFormatter(FieldFormatter())
     root = logging.getLogger()
     level = root.level
     root.addHandler(handler)
@@ -220,12 +221,11 @@ async def test_log_lines_carry_the_request_id_and_no_prompt_or_key(log):
             await client.post("/v1/chat/completions", json={**body, "planted-field": 1}, headers=secrets)
             await client.get("/v1/models/planted-model", headers=secrets)
             await client.get("/planted-path", headers=secrets)
-    lines = [line for line in log.getvalue().splitlines() if "|httpx|" not in line]
+    lines = [line for line in log.getvalue().splitlines() if " httpx: " not in line]
     assert not any("planted" in line for line in lines)
-    lines = [line for line in lines if "|" in line]
-    assert any("|router|placed" in line for line in lines)
+    assert any("router: placed" in line for line in lines)
     assert any("status=200" in line for line in lines) and any("status=500" in line for line in lines)
-    assert all(line.startswith("my-id|") for line in lines)
+    assert all(" request_id=my-id" in line for line in lines)
 
 
 async def test_an_unexpected_failure_is_a_500_with_the_id_and_a_log_of_where(log):

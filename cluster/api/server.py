@@ -1,0 +1,217 @@
+"""ApiServer: the actor of one API process: binds the port, builds the service, runs uvicorn on its loop.
+
+Made by cluster.launcher as an asyncio Ray actor; placement and control only. Secrets come from files.
+"""
+
+import asyncio
+import logging
+import os
+import secrets
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+import uvicorn
+
+from cache_service.curve import read_cluster_secret
+from cache_service.log_format import set_up_logging
+from cluster.api.app import create_app
+from cluster.api.auth import Authenticator
+from cluster.api.ports import ScrapeTarget
+from cluster.api.prompts import ServedModel
+from cluster.api.request_ids import RequestIdFilter, RequestIds
+from cluster.api.service import Service
+from cluster.api_keys import read_api_keys
+from cluster.config import ClusterConfig
+from cluster.metrics import ApiMetrics
+from cluster.replica import ReplicaUnavailableError
+from cluster.router.router import Router
+from workers.card import ModelCard, load_card
+from workers.protocol import ReplicaId
+
+logger = logging.getLogger(__name__)
+
+BACKLOG = 2048
+KEEP_ALIVE_S = 75
+GRACE_S = 5
+"""After the drain: open connections are cut when they do not close by themselves."""
+_ANY_ADDRESS = ("0.0.0.0", "::", "")
+_LOOPBACK = ("localhost", "::1")
+
+
+class ApiStartError(Exception):
+    """The API process cannot serve; the message is fit for the user."""
+
+
+@dataclass(frozen=True)
+class ApiStarted:
+    """A server that serves."""
+
+    url: str
+    node: str
+    pid: int
+
+
+@dataclass
+class _Running:
+    """What `start` made and `stop` takes down."""
+
+    service: Service
+    router: Router
+    server: uvicorn.Server
+    serving: asyncio.Task[None]
+
+
+class ApiServer:
+    """One API process. `bind` may come early, so that a port in use is known before a model loads."""
+
+    def __init__(self, config: ClusterConfig, secret_file: Path, keys_file: Path) -> None:
+        set_up_logging(config.log_level)
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(RequestIdFilter())
+        self._config = config
+        self._secret_file = secret_file
+        self._keys_file = keys_file
+        self._node: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        self._socket: socket.socket | None = None
+        self._running: _Running | None = None
+
+    async def bind(self) -> str:
+        """Take the port; return the service's URL. Raise ApiStartError when it is in use or not allowed."""
+        if self._socket is None:
+            self._socket = _listen(self._config.host, self._config.port)
+        return self._url()
+
+    async def start(self, endpoints: Mapping[ReplicaId, str], targets: Sequence[ScrapeTarget]) -> ApiStarted:
+        """Connect to the replicas' inboxes and serve; `targets` are the workers' metrics.
+
+        Raise ModelError, ApiKeysError or ApiStartError (no port, no replica in time).
+        """
+        await self.bind()
+        config = self._config
+        api_keys = read_api_keys(self._keys_file)
+        if not api_keys and config.host not in _LOOPBACK and not config.host.startswith("127."):
+            logger.warning("no API keys are set: whoever reaches this address may use the model")
+        card, model = await asyncio.to_thread(_load_model, config)
+        cluster_secret = read_cluster_secret(self._secret_file)
+        boot_id = secrets.token_hex(8)
+        recorder = ApiMetrics(model.name, self._node)
+        router = Router(
+            endpoints,
+            cluster_secret,
+            f"api-{boot_id}",
+            card_digest=card.digest(),
+            recorder=recorder,
+            lease_s=config.replica_lease_s,
+        )
+        recorder.watch(lambda: router.num_index_gaps, lambda: router.num_ready)
+        all_targets = [ScrapeTarget(self._scrape_address(), {"node": self._node}), *targets]
+        service = Service(
+            model=model,
+            router=router,
+            recorder=recorder,
+            scrape_targets=lambda: all_targets,
+            authenticator=Authenticator(api_keys, cluster_secret),
+            request_ids=RequestIds(boot_id),
+            started_at_s=time.time(),
+        )
+        server = uvicorn.Server(
+            uvicorn.Config(
+                create_app(service),
+                http="httptools",
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=KEEP_ALIVE_S,
+                timeout_graceful_shutdown=GRACE_S,
+            )
+        )
+        assert self._socket is not None, "bound above"
+        serving = asyncio.create_task(server.serve(sockets=[self._socket]))
+        self._running = _Running(service, router, server, serving)
+        await self._becomes_ready(self._running)
+        return ApiStarted(url=self._url(), node=self._node, pid=os.getpid())
+
+    async def ping(self) -> bool:
+        """Tell that the event loop runs and the server serves."""
+        return self._running is not None and not self._running.serving.done()
+
+    async def drain(self, drain_s: float) -> None:
+        """Refuse new work, let running calls finish for `drain_s`, end the rest with `shutdown`."""
+        if self._running is not None:
+            await self._running.service.lifecycle.drain(drain_s)
+
+    async def stop(self, timeout_s: float) -> bool:
+        """End what still runs with `shutdown`, close port, connections, threads; tell if that was in time."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._stop()
+        except TimeoutError:
+            logger.error("the API server did not stop in time")
+            return False
+        return True
+
+    async def _stop(self) -> None:
+        running, self._running = self._running, None
+        if running is not None:
+            await running.service.lifecycle.drain(0.0)
+            running.server.should_exit = True
+            await running.serving
+            await running.router.close()
+            running.service.threads.close()
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    async def _becomes_ready(self, running: _Running) -> None:
+        starting = asyncio.create_task(running.router.start(self._config.start_timeout_s))
+        await asyncio.wait({starting, running.serving}, return_when=asyncio.FIRST_COMPLETED)
+        if running.serving.done():
+            starting.cancel()
+            raise ApiStartError("the HTTP server ended while it started; its log says why")
+        try:
+            await starting
+        except* ReplicaUnavailableError as errors:
+            raise ApiStartError("; ".join(str(error) for error in errors.exceptions)) from None
+
+    def _url(self) -> str:
+        return f"http://{self._address()}"
+
+    def _address(self) -> str:
+        assert self._socket is not None, "bind comes first"
+        host, port = self._socket.getsockname()[:2]
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+    def _scrape_address(self) -> str:
+        address = self._address()
+        is_wide = self._config.host in _ANY_ADDRESS
+        return f"{self._node}:{address.rpartition(':')[2]}" if is_wide else address
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:
+        raise ApiStartError(f"cannot listen on {host}: {error.strerror}; name another `host`") from None
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise ApiStartError(
+            f"cannot listen on {host}:{port}: {error.strerror}; name another `host` or `port` (0: any free)"
+        ) from None
+    listener.setblocking(False)
+    return listener
+
+
+def _load_model(config: ClusterConfig) -> tuple[ModelCard, ServedModel]:
+    card = load_card(config.worker.model)
+    return card, ServedModel.from_card(card, config.served_model_name or config.worker.model)
