@@ -20,7 +20,8 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from workers.card_directory import read_directory_config, read_directory_text
 from workers.card_gguf import read_gguf_config, read_gguf_text
 from workers.card_tokenizer import TextCard
-from workers.models.config import ModelConfig, ModelError
+from workers.models.config import ModelConfig
+from workers.models.config import ModelError as ModelError  # cluster knows it by this name
 from workers.models.gguf_file import read_gguf
 
 
@@ -113,7 +114,7 @@ def load_card(model: str) -> ModelCard:
     Raise ModelError, whose message names the file, what was found and what is allowed.
     """
     if model in ALIASES:
-        return _gguf_card(_packaged_file(model, ALIASES[model]), name=model)
+        return _gguf_card(packaged_file(model, ALIASES[model]), name=model)
     path = Path(model).expanduser()
     if path.is_dir():
         return _directory_card(path.resolve(), name=path.resolve().name)
@@ -172,7 +173,7 @@ def _snapshot(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
         ) from error
 
 
-def _packaged_file(alias: str, packaged: PackagedModel) -> Path:
+def packaged_file(alias: str, packaged: PackagedModel) -> Path:
     """Return the model file of an installed package, without running the package's code."""
     spec = importlib.util.find_spec(packaged.package)
     for folder in (spec.submodule_search_locations or []) if spec is not None else []:

@@ -48,7 +48,10 @@ class WorkerStarted:
 
 
 class Worker:
-    """One rank. `rendezvous` (rank 0 only), then `start` on all ranks at once."""
+    """One rank. `rendezvous` (rank 0 only), then `start` on all ranks at once.
+
+    `node_address` is where its sockets bind; None: the node's address as Ray knows it.
+    """
 
     def __init__(
         self,
@@ -57,6 +60,7 @@ class Worker:
         rank: int,
         incarnation: int,
         num_threads: int,
+        node_address: str | None,
         secret_file: Path,
         log_level: str,
     ) -> None:
@@ -67,7 +71,7 @@ class Worker:
         self._incarnation = incarnation
         self._num_threads = num_threads
         self._secret_file = secret_file
-        self._node: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        self._node: str = node_address or ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         self._listener: socket.socket | None = None
         self._running: Rank | None = None
         self._started: Future[WorkerStarted] = Future()

@@ -1,0 +1,280 @@
+"""Launcher: places the actors of one service, waits until all answer, watches them, stops them.
+
+Runs in the process of the CLI or the job, in its main thread, over a Ray connection that exists. All actors
+belong to that process's Ray job: when it dies, however it dies, Ray ends them and their placement groups.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ray
+from ray import ObjectRef
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cluster.api.ports import ScrapeTarget
+from cluster.api.server import ApiServer, ApiStarted
+from cluster.config import ClusterConfig
+from workers.protocol import ReplicaId
+from workers.worker import Worker, WorkerStarted
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Handle = Any
+"""Of an actor: Ray makes its methods at run time. Results are typed where they are awaited."""
+
+POLL_S = 0.25
+PING_S = 10.0
+"""An actor that does not answer for so long is only slow; one that Ray calls dead is dead."""
+STOP_S = 10.0
+"""What an actor gets to give its ports and memory back."""
+
+
+class LaunchError(Exception):
+    """The service cannot start, or has failed; the message is fit for the user."""
+
+
+class LaunchCancelledError(Exception):
+    """The start was given up on request."""
+
+
+@dataclass(frozen=True)
+class _Member:
+    """One actor of the service."""
+
+    name: str
+    actor: Handle
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What the machine at hand decides about the actors."""
+
+    node_address: str | None
+    """Where sockets bind; None: each node's address as Ray knows it."""
+    num_threads: int
+    """Compute threads of a rank on CPU."""
+    spins: bool
+    """Ranks have cores of their own: their threads may spin for a moment before they sleep."""
+
+
+class Launcher:
+    """Starts one service: `start` once, `failure` now and then, `drain`, and `stop`, which is always safe.
+
+    `incarnations` gives a fresh random number for each TP group.
+    """
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        secret_file: Path,
+        keys_file: Path,
+        placement: Placement,
+        *,
+        incarnations: Callable[[], int],
+        progress: Callable[[str], None],
+        cancelled: threading.Event,
+    ) -> None:
+        self._config = config
+        self._secret_file = secret_file
+        self._keys_file = keys_file
+        self._placement = placement
+        self._incarnations = incarnations
+        self._progress = progress
+        self._cancelled = cancelled
+        self._deadline_s = time.monotonic() + config.start_timeout_s
+        self._groups: list[PlacementGroup] = []
+        self._workers: list[_Member] = []
+        self._lost: set[str] = set()
+        self._api: _Member | None = None
+
+    def start(self) -> str:
+        """Place everything and return the service's URL once every actor answers.
+
+        Raise LaunchError, or LaunchCancelledError when `cancelled` is set meanwhile.
+        """
+        config = self._config
+        self._progress("starting the HTTP server")
+        api = _make(ApiServer, {"num_cpus": 0}, config, self._secret_file, self._keys_file)
+        self._api = _Member("API server", api)
+        self._wait([api.bind.remote()], "the HTTP server")  # first: a port in use is known at once
+        replica_ids = [ReplicaId(f"replica-{number}") for number in range(config.num_replicas)]
+        ranks = {replica_id: self._place(replica_id) for replica_id in replica_ids}
+        self._progress(f"loading {config.worker.model}")
+        started = self._start_ranks(ranks)
+        self._progress("connecting the HTTP server to the workers")
+        endpoints = {replica_id: _endpoint(records) for replica_id, records in started.items()}
+        serving: list[ObjectRef[ApiStarted]] = [api.start.remote(endpoints, _scrape_targets(started))]
+        return self._wait(serving, "the HTTP server")[0].url
+
+    def failure(self) -> str | None:
+        """Return why the service is over (no replica, or no API server, is left), None while it is not.
+
+        A lost worker is told once; the service goes on while a replica is left.
+        """
+        assert self._api is not None
+        for member in [*self._workers, self._api]:
+            if member.name not in self._lost and not _answers(member.actor):
+                self._lost.add(member.name)
+                logger.error("lost an actor", extra={"actor": member.name})
+        if self._api.name in self._lost:
+            return "the API server died; its log says why"
+        num_left = self._config.num_replicas - len({name.partition(" ")[0] for name in self._lost})
+        return None if num_left else "no replica is left; the workers' logs say why"
+
+    def drain(self, is_cut_short: Callable[[], bool]) -> None:
+        """Refuse new work, let running requests finish within `drain_s`; return early when cut short."""
+        if self._api is None or self._api.name in self._lost:
+            return
+        drained: list[ObjectRef[None]] = [self._api.actor.drain.remote(self._config.drain_s)]
+        while drained and not is_cut_short():
+            _, drained = ray.wait(drained, timeout=POLL_S)
+
+    def stop(self) -> None:
+        """End every actor and give its resources back. Idempotent."""
+        if self._api is not None and self._api.name not in self._lost:
+            # First the API server: its clients still hear how their requests ended.
+            ray.wait([self._api.actor.stop.remote(STOP_S)], timeout=STOP_S)
+        stops = [
+            worker.actor.stop.remote(STOP_S) for worker in self._workers if worker.name not in self._lost
+        ]
+        if stops:
+            ray.wait(stops, num_returns=len(stops), timeout=STOP_S)
+        for member in [*self._workers, *([self._api] if self._api else [])]:
+            ray.kill(member.actor)
+        for group in self._groups:
+            remove_placement_group(group)
+        self._api, self._workers, self._groups = None, [], []
+
+    def _place(self, replica_id: ReplicaId) -> list[Handle]:
+        """Create one TP group's actors, all on one node."""
+        worker = self._config.worker
+        bundle = {"CPU": 1.0, "GPU": 1.0} if worker.device == "cuda" else {"CPU": 1.0}
+        group = placement_group([bundle] * worker.tp_size, strategy="STRICT_PACK")
+        self._groups.append(group)
+        self._progress(f"placing {replica_id}")
+        try:
+            self._wait([group.ready()], f"a node for {replica_id}")
+        except LaunchError:
+            raise LaunchError(
+                f"no node can hold {replica_id}: it needs {bundle} on one node for each of its "
+                f"{worker.tp_size} ranks; free in the whole cluster: {_free_resources()}"
+            ) from None
+        incarnation = self._incarnations()
+        actors = []
+        for rank in range(worker.tp_size):
+            strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
+            options = {
+                "num_cpus": bundle["CPU"],
+                "num_gpus": bundle.get("GPU", 0.0),
+                "max_concurrency": 4,
+                "scheduling_strategy": strategy,
+                "runtime_env": {"env_vars": self._thread_environment()},
+            }
+            actor = _make(
+                Worker,
+                options,
+                worker,
+                replica_id,
+                rank,
+                incarnation,
+                self._placement.num_threads,
+                self._placement.node_address,
+                self._secret_file,
+                self._config.log_level,
+            )
+            actors.append(actor)
+            self._workers.append(_Member(f"{replica_id} rank {rank}", actor))
+        return actors
+
+    def _start_ranks(self, ranks: dict[ReplicaId, list[Handle]]) -> dict[ReplicaId, Sequence[WorkerStarted]]:
+        meetings = self._wait([actors[0].rendezvous.remote() for actors in ranks.values()], "the first ranks")
+        timeout_s = self._left_s()
+        starts: list[ObjectRef[WorkerStarted]] = [
+            actor.start.remote(host, port, timeout_s)
+            for (host, port), actors in zip(meetings, ranks.values(), strict=True)
+            for actor in actors
+        ]
+        records = self._wait(starts, "the workers")
+        size = self._config.worker.tp_size
+        return {
+            replica_id: records[place * size : (place + 1) * size] for place, replica_id in enumerate(ranks)
+        }
+
+    def _thread_environment(self) -> dict[str, str]:
+        """Thread wake-ups decide the speed of a small model on CPU: spin briefly on cores of one's own."""
+        return {
+            "OMP_NUM_THREADS": str(self._placement.num_threads),
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "GOMP_SPINCOUNT": "20000" if self._placement.spins else "0",
+        }
+
+    def _wait(self, refs: list[ObjectRef[T]], what: str) -> list[T]:
+        """Return the results; raise LaunchError for the first failure or at the start's deadline."""
+        waiting = list(refs)
+        while waiting:
+            if self._cancelled.is_set():
+                raise LaunchCancelledError
+            done, waiting = ray.wait(waiting, num_returns=1, timeout=POLL_S)
+            for ref in done:
+                _raise_told(ref)
+            if not done and self._left_s() <= 0:
+                raise LaunchError(
+                    f"{what} did not answer within start_timeout_s = {self._config.start_timeout_s:g} s"
+                )
+        return list(ray.get(refs))
+
+    def _left_s(self) -> float:
+        return max(0.0, self._deadline_s - time.monotonic())
+
+
+def _make(actor_class: type, options: dict[str, Any], *arguments: object) -> Handle:
+    return ray.remote(actor_class).options(**options).remote(*arguments)
+
+
+def _free_resources() -> dict[str, float]:
+    return dict(ray.available_resources())  # type: ignore[no-untyped-call]
+
+
+def _endpoint(records: Sequence[WorkerStarted]) -> str:
+    endpoint = records[0].endpoint
+    assert endpoint is not None, "rank 0 has an inbox"
+    return endpoint
+
+
+def _scrape_targets(started: Mapping[ReplicaId, Sequence[WorkerStarted]]) -> list[ScrapeTarget]:
+    return [
+        ScrapeTarget(
+            record.metrics_address,
+            {"process": "worker", "replica": replica_id, "rank": str(rank), "node": record.node},
+        )
+        for replica_id, records in started.items()
+        for rank, record in enumerate(records)
+    ]
+
+
+def _raise_told(ref: ObjectRef[Any]) -> None:
+    """Raise LaunchError in the actor's own words when the call failed."""
+    try:
+        ray.get(ref)
+    except RayTaskError as error:
+        raise LaunchError(str(error.cause)) from None
+    except RayError as error:
+        raise LaunchError(f"an actor died while it started: {str(error).strip().splitlines()[0]}") from None
+
+
+def _answers(actor: Handle) -> bool:
+    """Tell whether the actor lives and works; one that is only slow counts as alive."""
+    try:
+        return bool(ray.get(actor.ping.remote(), timeout=PING_S))
+    except GetTimeoutError:
+        return True
+    except RayError:
+        return False

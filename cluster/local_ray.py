@@ -1,0 +1,56 @@
+"""An own Ray cluster on this machine: no dashboard, token authentication, gone with the process.
+
+Used by the CLI's process only. `ray` is imported here once the environment is set: it reads it on import.
+"""
+
+import logging
+import os
+import secrets
+from pathlib import Path
+
+OBJECT_STORE_BYTES = 80 << 20
+"""Ray's least: nothing big travels as Ray objects."""
+SYSTEM_ENVIRONMENT = {
+    "RAY_AUTH_MODE": "token",  # Ray's ports listen on all interfaces: others shall not submit work
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+def start_local_ray(folder: Path, num_cpus: int, num_gpus: int) -> None:
+    """Start Ray in `folder` and connect to it. Its processes end with this one, however it ends.
+
+    `num_cpus` is what actors may claim; it is bookkeeping, not cores.
+    """
+    token = folder / "ray.token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32), encoding="ascii")
+    os.environ.update(SYSTEM_ENVIRONMENT)
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
+    import ray  # after the environment is set
+
+    ray.init(
+        address="local",
+        _temp_dir=str(folder),
+        include_dashboard=False,
+        num_cpus=num_cpus,
+        num_gpus=num_gpus,
+        object_store_memory=OBJECT_STORE_BYTES,
+        logging_level=logging.WARNING,
+        log_to_driver=True,
+    )
+
+
+def join_ray(address: str) -> None:
+    """Connect to a running cluster; raise ConnectionError when it does not answer."""
+    import ray
+
+    ray.init(address=address, logging_level=logging.WARNING, log_to_driver=True)
+
+
+def leave_ray() -> None:
+    """Disconnect; an own cluster's processes end. Idempotent."""
+    import ray
+
+    ray.shutdown()

@@ -1,0 +1,167 @@
+"""Serves one configuration on Ray until a signal comes or it fails: the body of `eyrie serve` and the job.
+
+Runs in the main thread: it owns signals, the run's folder, the Ray connection and the Launcher.
+"""
+
+import json
+import logging
+import os
+import secrets
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from ipaddress import ip_address
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from cache_service.log_format import set_up_logging
+from cluster.api_keys import ApiKeysError, check_api_keys, read_api_keys
+from cluster.config import API_KEYS_VARIABLE, ClusterConfig, describe, take_environment_keys
+from cluster.local_ray import join_ray, leave_ray, start_local_ray
+from cluster.run_folder import RunFolder
+from workers.card import ModelError, load_card
+
+if TYPE_CHECKING:
+    from cluster.launcher import Launcher, Placement
+
+logger = logging.getLogger(__name__)
+
+WATCH_S = 1.0
+LOOPBACK = "127.0.0.1"
+INCARNATION_BITS = 62
+
+
+class ServeError(Exception):
+    """The service cannot start, or has failed; the message is fit for the user."""
+
+
+class StopSignals:
+    """SIGTERM and SIGINT: the first asks for a drain, the second cuts it short."""
+
+    def __init__(self) -> None:
+        self.first = threading.Event()
+        self.second = threading.Event()
+
+    def install(self) -> None:
+        """Take the signals over; again after a library did."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        (self.second if self.first.is_set() else self.first).set()
+
+
+def serve(
+    config: ClusterConfig, *, progress: Callable[[str | None], None], ready: Callable[[str], None]
+) -> None:
+    """Serve until SIGTERM or SIGINT, drain, and leave nothing behind; raise ServeError otherwise.
+
+    `progress` hears what is being done while things start and stop, then None; `ready` the URL.
+    """
+    set_up_logging(config.log_level)
+    api_keys = _check(config)
+    logger.info("configuration: %s", json.dumps(describe(config, len(api_keys))))
+    if not api_keys and not _is_loopback(config.host):
+        logger.warning(
+            "serving %s without API keys: whoever reaches the port may use it; set api_keys_file or %s",
+            config.host,
+            API_KEYS_VARIABLE,
+        )
+    signals = StopSignals()
+    signals.install()
+    folder = RunFolder()
+    try:
+        secret_file, keys_file = folder.place_secrets(config, api_keys)
+        with _ray(config, folder, progress):
+            signals.install()  # Ray has taken SIGTERM
+            from cluster.launcher import LaunchCancelledError, Launcher, LaunchError
+
+            launcher = Launcher(
+                config,
+                secret_file,
+                keys_file,
+                _placement(config),
+                incarnations=lambda: secrets.randbits(INCARNATION_BITS),
+                progress=progress,
+                cancelled=signals.first,
+            )
+            try:
+                url = launcher.start()
+                folder.forget_secrets()
+                progress(None)
+                ready(url)
+                _watch(launcher, signals)
+                progress("draining: running requests finish; a second signal cuts this short")
+                launcher.drain(signals.second.is_set)
+            except LaunchError as error:
+                raise ServeError(str(error)) from None
+            except LaunchCancelledError:
+                logger.info("start given up")
+            finally:
+                progress("stopping")
+                launcher.stop()
+    finally:
+        folder.remove()
+        progress(None)
+
+
+def _check(config: ClusterConfig) -> tuple[str, ...]:
+    """Find what is wrong before anything starts; return the API keys of file and environment."""
+    keys = take_environment_keys()
+    try:
+        check_api_keys(keys, API_KEYS_VARIABLE)
+        if config.api_keys_file is not None:
+            keys += read_api_keys(config.api_keys_file)
+        load_card(config.worker.model)
+    except (ApiKeysError, ModelError) as error:
+        raise ServeError(str(error)) from None
+    return keys
+
+
+@contextmanager
+def _ray(config: ClusterConfig, folder: RunFolder, progress: Callable[[str | None], None]) -> Iterator[None]:
+    """Have a Ray connection for the while."""
+    try:
+        if config.ray_address is None:
+            progress("starting a local Ray cluster")
+            num_ranks = config.num_replicas * config.worker.tp_size
+            num_gpus = num_ranks if config.worker.device == "cuda" else 0
+            start_local_ray(folder.path, num_ranks, num_gpus)
+        else:
+            progress(f"joining Ray at {config.ray_address}")
+            join_ray(config.ray_address)
+        yield
+    except (ConnectionError, ValueError) as error:
+        raise ServeError(f"cannot use Ray: {error}") from None
+    finally:
+        leave_ray()
+
+
+def _placement(config: ClusterConfig) -> "Placement":
+    """Share the cores among the ranks of a node."""
+    from cluster.launcher import Placement
+
+    num_ranks = config.num_replicas * config.worker.tp_size
+    num_cores = len(os.sched_getaffinity(0))
+    num_threads = config.worker.num_threads or max(1, num_cores // num_ranks)
+    return Placement(
+        node_address=LOOPBACK if config.ray_address is None else None,
+        num_threads=num_threads,
+        spins=num_ranks * num_threads <= num_cores,
+    )
+
+
+def _watch(launcher: "Launcher", signals: StopSignals) -> None:
+    """Return at the first signal; raise ServeError when the service fails before it."""
+    while not signals.first.wait(WATCH_S):
+        failure = launcher.failure()
+        if failure is not None:
+            raise ServeError(failure)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
