@@ -69,13 +69,15 @@ class Admission:
         """Return the request, with a seed, or raise a RequestRefusedError that names what is wrong."""
         self._validate(submit)
         sampling = submit.sampling
-        prompt_len = len(submit.token_ids)
+        token_ids = list(submit.token_ids)
+        prompt_len = len(token_ids)
         max_tokens = self._max_context_len if sampling.max_tokens is None else sampling.max_tokens
         end_token_ids = [] if sampling.ignore_eos else self._end_token_ids
         self._num_arrived += 1
         return Request(
             request_id=submit.request_id,
-            tokens=self._cache.keyed(list(submit.token_ids), submit.tenant_salt),
+            token_ids=token_ids,
+            tokens=self._cache.keyed(token_ids, submit.tenant_salt),
             prompt_len=prompt_len,
             max_len=min(prompt_len + max_tokens, self._max_context_len),
             sampling=sampling,

@@ -17,7 +17,10 @@ class Request:
     """
 
     request_id: RequestId
+    token_ids: list[int]
+    """Prompt, then generated tokens."""
     tokens: KeyedTokens
+    """The same list, with its PageKeys."""
     prompt_len: int
     max_len: int
     """It finishes with `length` at so many tokens, prompt included."""
@@ -40,16 +43,11 @@ class Request:
     finish_reason: FinishReason | None = None
 
     @property
-    def token_ids(self) -> list[int]:
-        """Prompt, then generated tokens."""
-        return self.tokens.token_ids
-
-    @property
     def num_generated(self) -> int:
         """Tokens beyond the prompt."""
-        return len(self.tokens.token_ids) - self.prompt_len
+        return len(self.token_ids) - self.prompt_len
 
     @property
     def num_left(self) -> int:
         """Tokens still to compute before the next one is sampled: 1 while it decodes."""
-        return len(self.tokens.token_ids) - self.num_computed
+        return len(self.token_ids) - self.num_computed

@@ -1,0 +1,188 @@
+"""FakeGroup: a Scheduler over fake ranks, with each stream told in advance by a model of its own."""
+
+from random import Random
+
+from tests.property.fake_ranks import FakeRank, next_token
+from workers.config import WorkerConfig
+from workers.kvcache.manager import KVCacheManager
+from workers.kvcache.page_pool import Safety
+from workers.plan import BatchPlan
+from workers.protocol import FinishReason, RequestId, RequestOutput, SamplingParams, SubmitRequest
+from workers.scheduler.scheduler import Scheduler
+
+VOCAB_SIZE = 61
+END_TOKEN_IDS = [3, 4, 5, 6, 7]
+NAMESPACE = b"n" * 16
+INCARNATION = 11
+_SEED = 5
+
+
+class FakeGroup:
+    """Drives plan -> run on all ranks -> commit, and runs every check after every step."""
+
+    def __init__(
+        self,
+        *,
+        num_pages: int = 16,
+        page_size: int = 4,
+        num_ranks: int = 1,
+        max_running: int = 4,
+        max_waiting: int = 100,
+        max_tokens_per_step: int = 16,
+        max_context_len: int = 48,
+        prefix_caching: bool = True,
+        lookahead: int = 0,
+        safety: Safety | None = None,
+        runs_checks: bool = True,
+    ) -> None:
+        config = WorkerConfig(
+            page_size=page_size,
+            num_pages=num_pages,
+            max_running_requests=max_running,
+            max_waiting_requests=max_waiting,
+            max_tokens_per_step=max_tokens_per_step,
+        )
+        self.cache = KVCacheManager(
+            num_pages, page_size, NAMESPACE, INCARNATION, prefix_caching=prefix_caching, safety=safety
+        )
+        self.scheduler = Scheduler(
+            config,
+            self.cache,
+            end_token_ids=END_TOKEN_IDS,
+            max_context_len=max_context_len,
+            vocab_size=VOCAB_SIZE,
+            seeds=Random(_SEED),
+            lookahead=lookahead,
+            safety=safety,
+        )
+        self.ranks = [FakeRank(num_pages, page_size, VOCAB_SIZE, INCARNATION) for _ in range(num_ranks)]
+        self.now_s = 0.0
+        self.submits: dict[RequestId, SubmitRequest] = {}
+        self.seeds: dict[RequestId, int] = {}
+        self.streams: dict[RequestId, list[int]] = {}
+        self.num_cached: dict[RequestId, int] = {}
+        self.reasons: dict[RequestId, FinishReason] = {}
+        self.indexed: set[bytes] = set()  # what a router makes of the KVEvents
+        self._runs_checks = runs_checks
+        self._seeds = Random(_SEED)
+
+    def submit(
+        self,
+        token_ids: list[int],
+        sampling: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        tenant_salt: bytes = b"",
+    ) -> RequestId:
+        request_id = RequestId(f"r{len(self.submits)}")
+        submit = SubmitRequest(request_id, token_ids, sampling or SamplingParams(), priority, tenant_salt)
+        self.scheduler.add(submit, self.now_s)
+        self.submits[request_id] = submit
+        seed = submit.sampling.seed
+        self.seeds[request_id] = self._seeds.getrandbits(63) if seed is None else seed
+        self.streams[request_id] = []
+        return request_id
+
+    def abort(self, request_id: RequestId) -> None:
+        output = self.scheduler.abort(request_id, "abort")
+        assert (output is None) == (request_id in self.reasons), "an abort ends a request exactly once"
+        if output is not None:
+            self._take(output)
+
+    @property
+    def unfinished(self) -> list[RequestId]:
+        return [request_id for request_id in self.submits if request_id not in self.reasons]
+
+    def step(
+        self, *, lags: tuple[int, ...] = (), abort_in_flight: RequestId | None = None
+    ) -> BatchPlan | None:
+        """One step; rank i has then completed all but its last `lags[i]` steps."""
+        self.now_s += 1.0
+        plan = self.scheduler.plan(self.now_s)
+        if plan is not None:
+            outputs = [rank.run(plan) for rank in self.ranks]
+            assert all(output == outputs[0] for output in outputs), "ranks differ"
+            if abort_in_flight is not None:
+                self.abort(abort_in_flight)
+            for request_output in self.scheduler.commit(outputs[0], self.now_s):
+                self._take(request_output)
+        lags = lags or (0,) * len(self.ranks)
+        self.scheduler.completed(
+            min(rank.finish(rank.last_step - lag) for rank, lag in zip(self.ranks, lags, strict=True))
+        )
+        self._index_events()
+        if self._runs_checks:
+            self.check()
+        return plan
+
+    def run(self, max_steps: int = 1000) -> int:
+        """Step until no request is left; return the number of steps."""
+        for num_steps in range(max_steps):
+            if not self.scheduler.has_requests:
+                return num_steps
+            self.step()
+        raise AssertionError(f"requests left after {max_steps} steps: {self.unfinished}")
+
+    def settle(self) -> None:
+        """Two idle steps bring all pages back: each is free, or cached and evictable."""
+        for _ in range(2):
+            self.step()
+        stats = self.cache.stats()
+        assert stats.num_quiescing_pages == 0, "a page quiesces for ever"
+        assert stats.num_owned_pages == stats.num_cached_pages == stats.num_evictable_pages, "a page leaked"
+        for rank in self.ranks:
+            assert len(rank.pages) == stats.num_owned_pages and not rank.rows, "a rank's pages differ"
+        assert self.step() is None, "an idle group has nothing to say"
+
+    def check(self) -> None:
+        self.scheduler.check()
+        for rank in self.ranks:
+            rank.check()
+            assert rank.pages == self.ranks[0].pages, "ranks differ"
+        for request_id in self.submits:
+            self.check_stream(request_id)
+
+    def check_stream(self, request_id: RequestId) -> None:
+        stream, (expected, reason) = self.streams[request_id], self.expected(request_id)
+        assert stream == expected[: len(stream)], f"{request_id} generates another's text"
+        if self.reasons.get(request_id, "abort") != "abort":
+            assert stream == expected and self.reasons[request_id] == reason, f"{request_id} ends wrongly"
+
+    def expected(self, request_id: RequestId) -> tuple[list[int], FinishReason]:
+        """What the request generates when it is alone in the world."""
+        submit = self.submits[request_id]
+        sampling = submit.sampling
+        end_ids = {*([] if sampling.ignore_eos else END_TOKEN_IDS), *sampling.stop_token_ids}
+        stream: list[int] = []
+        while True:
+            banned = end_ids if len(stream) < sampling.min_tokens else ()
+            token_ids = submit.token_ids + stream
+            stream.append(next_token(token_ids, self.seeds[request_id], VOCAB_SIZE, banned))
+            if stream[-1] in end_ids and not banned:
+                return stream, "stop"
+            if len(stream) == sampling.max_tokens or len(token_ids) + 1 == self.scheduler.max_context_len:
+                return stream, "length"
+
+    def _take(self, output: RequestOutput) -> None:
+        request_id = output.request_id
+        assert request_id not in self.reasons, f"{request_id} has an output after its end"
+        self.streams[request_id] += output.token_ids
+        if output.token_ids:
+            known = self.num_cached.setdefault(request_id, output.num_cached_tokens)
+            assert output.num_cached_tokens == known, "num_cached_tokens changes"
+            assert known < len(self.submits[request_id].token_ids), "nothing was left to compute"
+        if output.finish_reason is not None:
+            self.reasons[request_id] = output.finish_reason
+
+    def _index_events(self) -> None:
+        batch = self.cache.take_events()
+        for event in batch.events if batch is not None else ():
+            if event.kind == "stored":
+                assert self.indexed.isdisjoint(event.keys), "stored twice"
+                self.indexed.update(event.keys)
+            elif event.kind == "removed":
+                assert self.indexed.issuperset(event.keys), "removed, never stored"
+                self.indexed.difference_update(event.keys)
+            else:
+                self.indexed.clear()
+        assert self.indexed == set(self.cache.snapshot()[1]), "the events tell another tree"

@@ -1,0 +1,90 @@
+"""A state machine drives add, abort, step and evict over a tiny pool, on one or two ranks."""
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+from tests.property.fake_group import VOCAB_SIZE, FakeGroup
+from workers.protocol import SamplingParams
+
+# Prompts are cut from three texts, so that they share prefixes; the last differs from the first at its end.
+_TEXTS = ([1] * 64, [2, 1] * 32, [1] * 5 + [8] * 59)
+
+_sampling = st.builds(
+    SamplingParams,
+    max_tokens=st.none() | st.integers(1, 20),
+    min_tokens=st.integers(0, 3),
+    ignore_eos=st.booleans(),
+    stop_token_ids=st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=8),
+    seed=st.sampled_from([None, 0, 1]),
+)
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    group: FakeGroup
+
+    @initialize(
+        page_size=st.sampled_from([1, 2, 4]),
+        num_pages=st.integers(3, 14),
+        num_ranks=st.integers(1, 2),
+        max_running=st.integers(1, 6),
+        max_tokens_per_step=st.integers(1, 24),
+        prefix_caching=st.sampled_from([True, True, True, False]),
+        lookahead=st.integers(0, 2),
+    )
+    def start(self, **options: int) -> None:
+        self.group = FakeGroup(**options, max_context_len=30)
+
+    @precondition(lambda self: len(self.group.unfinished) < 10)
+    @rule(
+        text=st.sampled_from(_TEXTS),
+        prompt_len=st.integers(1, 29),
+        num_copies=st.integers(1, 4),
+        sampling=_sampling,
+        priority=st.integers(0, 2),
+        tenant_salt=st.sampled_from([b"", b"", b"tenant"]),
+    )
+    def add(
+        self,
+        text: list[int],
+        prompt_len: int,
+        num_copies: int,
+        sampling: SamplingParams,
+        priority: int,
+        tenant_salt: bytes,
+    ) -> None:
+        token_ids = text[: min(prompt_len, self.group.scheduler.max_context_len - 1)]
+        for _ in range(num_copies):
+            self.group.submit(token_ids, sampling, priority=priority, tenant_salt=tenant_salt)
+
+    @precondition(lambda self: self.group.submits)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        self.group.abort(data.draw(st.sampled_from(sorted(self.group.submits))))
+
+    @rule(lags=st.tuples(st.integers(0, 3), st.integers(0, 3)), num_steps=st.integers(1, 5))
+    def step(self, lags: tuple[int, int], num_steps: int) -> None:
+        for _ in range(num_steps):
+            self.group.step(lags=lags[: len(self.group.ranks)])
+
+    @precondition(lambda self: self.group.unfinished)
+    @rule(data=st.data())
+    def abort_in_flight(self, data: st.DataObject) -> None:
+        self.group.step(abort_in_flight=data.draw(st.sampled_from(self.group.unfinished)))
+
+    @rule()
+    def evict(self) -> None:
+        self.group.cache.drop_prefixes()
+
+    def teardown(self) -> None:
+        if not hasattr(self, "group"):
+            return
+        # The first in order gains a token in every step and is never preempted: no livelock.
+        num_left = sum(self.group.scheduler.max_context_len for _ in self.group.unfinished)
+        self.group.run(max_steps=num_left + 1)
+        assert self.group.reasons.keys() == self.group.submits.keys(), "a request has no finish reason"
+        self.group.settle()
+
+
+TestSchedulerMachine = SchedulerMachine.TestCase
+TestSchedulerMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
