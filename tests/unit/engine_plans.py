@@ -93,9 +93,10 @@ class PlanLog:
         self.tokens[slot], self.num_computed[slot], self.pages[slot] = list(token_ids), 0, []
         self.ops.append(OpenSlot(slot, sampling, 0, len(token_ids), list(token_ids)))
 
-    def close(self, slot: int) -> None:
+    def close(self, slot: int, num_kept: int = 0) -> None:
+        """End a slot; its first `num_kept` pages stay, for others read them."""
         self.ops.append(CloseSlot(slot))
-        self.give_back(self.pages.pop(slot))
+        self.give_back(self.pages.pop(slot)[num_kept:])
         del self.tokens[slot], self.num_computed[slot]
 
     def give_back(self, pages: list[int]) -> None:
