@@ -37,7 +37,7 @@ _order = attrgetter("order")
 class Scheduler:
     """Continuous batching over one KVCacheManager.
 
-    Each step: every decoding request's next token, then prefill chunks in order, then admissions, within
+    Each step: every decoding request's next token, then prefill chunks and admissions in order, within
     `max_tokens_per_step`. Order is (priority, arrival). A request short of pages takes them from the last in
     order, never from one ahead of it; so the first in order always progresses and nothing fails for lack of
     pages. A preempted request keeps its tokens and computes them again, or finds them in the cache.
@@ -143,13 +143,17 @@ class Scheduler:
         self.stats.clear_observations()
         self._budget = self._config.max_tokens_per_step
         ready = self._reserve_running()
+        may_admit = len(ready) == len(self._running)
         for request in ready:
             if request.num_left == 1:
                 self._plan_row(request)
         for request in ready:
-            if request.num_left > 1 and self._budget > 0:
-                self._plan_row(request)
-        if len(ready) == len(self._running):
+            if request.num_left > 1:
+                if may_admit:
+                    self._admit(now_s, before=request)
+                if request.slot is not None:  # not preempted for one of them
+                    self._plan_row(request)
+        if may_admit:
             self._admit(now_s)
         rows = [request for request in self._running if request.num_planned]
         if not rows and not self._cache.has_ops:
@@ -278,11 +282,14 @@ class Scheduler:
         request.num_planned = min(request.num_left, self._budget)
         self._budget -= request.num_planned
 
-    def _admit(self, now_s: float) -> None:
-        """Give slots to waiting requests, strictly in order, while the step has tokens left."""
+    def _admit(self, now_s: float, before: Request | None = None) -> None:
+        """Give slots to waiting requests, those ahead of `before` or all, strictly in order, while the step
+        has tokens left."""
         while self._budget > 0:
             request = self._waiting.first
-            if request is None or not self._make_way(request):
+            if request is None or (before is not None and before.order < request.order):
+                return
+            if not self._make_way(request):
                 return
             self._open(request, now_s)
             if not self._reserve(request):
