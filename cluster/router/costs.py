@@ -3,12 +3,13 @@
 Pure functions and one running mean; called on the event loop.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from cluster.router.books import Load
 
 FIRST_PREFILL_TOKEN_S = 1e-3
-"""Until measured: a small model on a CPU."""
+"""Until any replica is measured: a small model on a CPU."""
 MIN_MEASURED_TOKENS = 32
 """Shorter prefills say more of a step's fixed cost than of a token's."""
 RATE_MEMORY = 0.9
@@ -19,18 +20,22 @@ class PrefillRate:
     """Seconds a prompt token takes on one replica: a running mean of what first tokens took."""
 
     def __init__(self) -> None:
-        self.token_s = FIRST_PREFILL_TOKEN_S
-        self._is_measured = False
+        self.token_s: float | None = None
+        """None: not measured yet."""
 
     def observe(self, num_tokens: int, duration_s: float) -> None:
         """Take in one request: the tokens ahead of it and its own, and the time to its first token."""
         if num_tokens < MIN_MEASURED_TOKENS:
             return
         measured = duration_s / num_tokens
-        self.token_s = (
-            RATE_MEMORY * self.token_s + (1 - RATE_MEMORY) * measured if self._is_measured else measured
-        )
-        self._is_measured = True
+        past = measured if self.token_s is None else self.token_s
+        self.token_s = RATE_MEMORY * past + (1 - RATE_MEMORY) * measured
+
+
+def typical_token_s(rates: Iterable[PrefillRate]) -> float:
+    """Return what a replica not measured yet is taken for: the mean of those that are."""
+    measured = [rate.token_s for rate in rates if rate.token_s is not None]
+    return sum(measured) / len(measured) if measured else FIRST_PREFILL_TOKEN_S
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class Cost:
     kv_wait_s: float
     """Until pages that others hold come free."""
     slowdown_s: float
-    """What the running requests lose to its prefill, all together."""
+    """What the running requests, and the next to come, lose to its prefill, all together."""
 
     @property
     def own_s(self) -> float:
@@ -73,5 +78,5 @@ def placement_cost(
         queue_s=load.num_prefill_tokens * token_s,
         prefill_s=prefill_s,
         kv_wait_s=num_lacking * page_size * token_s,
-        slowdown_s=prefill_s * load.num_running,
+        slowdown_s=prefill_s * (load.num_running + 1),
     )

@@ -14,7 +14,7 @@ from cache_service.keys import NamespaceDigest, PageKey, page_keys, salted
 from cluster.api.ports import NoReplicaError, OverloadedError
 from cluster.replica import Replica, ReplicaStats, ReplicaStream, ReplicaUnavailableError
 from cluster.router.books import LoadBook
-from cluster.router.costs import Cost, PrefillRate, placement_cost
+from cluster.router.costs import Cost, PrefillRate, placement_cost, typical_token_s
 from cluster.router.prefix_index import OVERLAY_S, PrefixIndex
 from workers.protocol import (
     FinishReason,
@@ -55,8 +55,8 @@ class _Candidate:
     place: _Place
     keys: list[PageKey]
     num_held: int
-    num_waiting_tokens: int
-    """Before the request and its own: what its first token waits for."""
+    num_tokens: int
+    """To prefill before it, and its whole prompt."""
     num_requests: int
     cost: Cost
 
@@ -82,7 +82,8 @@ class RoutedStream:
         self._place.book.settle(output.request_id)
         if self._awaits_token and output.token_ids:
             self._awaits_token = False
-            self._place.rate.observe(self._num_tokens, self._clock() - self._sent_s)
+            num_computed = self._num_tokens - output.num_cached_tokens
+            self._place.rate.observe(num_computed, self._clock() - self._sent_s)
         return output
 
     async def abort(self, finish_reason: FinishReason = "abort") -> None:
@@ -219,7 +220,7 @@ class Router:
             self._index.expect(place.replica_id, candidate.keys, now_s)
             self._recorder.placed(place.replica_id, len(candidate.keys), candidate.num_held)
             self._num_placed += 1
-            return RoutedStream(stream, place, candidate.num_waiting_tokens, self._clock)
+            return RoutedStream(stream, place, candidate.num_tokens, self._clock)
         raise NoReplicaError(self.ready() or "the replicas went away while the request was placed")
 
     # Filter.
@@ -261,6 +262,7 @@ class Router:
     ) -> list[_Candidate]:
         now_s = self._clock()
         prompt_len = len(request.token_ids)
+        typical_s = typical_token_s(place.rate for place in self._places)
         candidates = []
         for place, welcome in self._takers():
             page_size = welcome.page_size
@@ -269,13 +271,14 @@ class Router:
             num_uncached = max(1, prompt_len - num_held * page_size)
             load = place.book.load(now_s)
             num_pages = -(-prompt_len // page_size)
-            cost = placement_cost(load, num_uncached, num_pages - num_held, page_size, place.rate.token_s)
+            token_s = typical_s if place.rate.token_s is None else place.rate.token_s
+            cost = placement_cost(load, num_uncached, num_pages - num_held, page_size, token_s)
             candidates.append(
                 _Candidate(
                     place,
                     keys,
                     num_held,
-                    load.num_prefill_tokens + num_uncached,
+                    load.num_prefill_tokens + prompt_len,
                     load.num_running + load.num_waiting + load.num_sent,
                     cost,
                 )
