@@ -74,15 +74,15 @@ class ChatChoice(msgspec.Struct, frozen=True):
     finish_reason: FinishReason
 
 
-class ChatCompletion(msgspec.Struct, frozen=True):
+class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):
     """Answer of `/v1/chat/completions`."""
 
     id: str
+    object: Literal["chat.completion"] = "chat.completion"
     created: int
     model: str
     choices: list[ChatChoice]
     usage: Usage
-    object: Literal["chat.completion"] = "chat.completion"
 
 
 class Delta(msgspec.Struct, frozen=True):
@@ -101,15 +101,15 @@ class ChatChunkChoice(msgspec.Struct, frozen=True):
     finish_reason: FinishReason | None = None
 
 
-class ChatChunk(msgspec.Struct, frozen=True):
+class ChatChunk(msgspec.Struct, frozen=True, kw_only=True):
     """One event of a chat's stream. `usage` is there, null but in the last, when the call asked for it."""
 
     id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     created: int
     model: str
     choices: list[ChatChunkChoice]
     usage: Usage | UnsetType | None = UNSET
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
 
 
 class TextChoice(msgspec.Struct, frozen=True):
@@ -121,32 +121,32 @@ class TextChoice(msgspec.Struct, frozen=True):
     finish_reason: FinishReason | None
 
 
-class TextCompletion(msgspec.Struct, frozen=True):
+class TextCompletion(msgspec.Struct, frozen=True, kw_only=True):
     """Answer of `/v1/completions`, and each event of its stream."""
 
     id: str
+    object: Literal["text_completion"] = "text_completion"
     created: int
     model: str
     choices: list[TextChoice]
     usage: Usage | UnsetType | None = UNSET
-    object: Literal["text_completion"] = "text_completion"
 
 
-class Model(msgspec.Struct, frozen=True):
+class Model(msgspec.Struct, frozen=True, kw_only=True):
     """One entry of `/v1/models`."""
 
     id: str
+    object: Literal["model"] = "model"
     created: int
     max_model_len: int
     owned_by: Literal["eyrie"] = "eyrie"
-    object: Literal["model"] = "model"
 
 
-class ModelList(msgspec.Struct, frozen=True):
+class ModelList(msgspec.Struct, frozen=True, kw_only=True):
     """Answer of `/v1/models`."""
 
-    data: list[Model]
     object: Literal["list"] = "list"
+    data: list[Model]
 
 
 class Status(msgspec.Struct, frozen=True):

@@ -69,7 +69,13 @@ class ChatCompletions:
         no_usage = None if call.body.streams_usage else msgspec.UNSET
 
         def event(choice: ChatChunkChoice) -> ChatChunk:
-            return ChatChunk(answer_id, call.created, call.body.model, [choice], no_usage)
+            return ChatChunk(
+                id=answer_id,
+                created=call.created,
+                model=call.body.model,
+                choices=[choice],
+                usage=no_usage,
+            )
 
         def chunk(index: int, piece: Piece) -> ChatChunk:
             delta = Delta(content=piece.text) if piece.text else Delta()
@@ -79,7 +85,9 @@ class ChatCompletions:
             if not call.body.streams_usage:
                 return []
             totals = usage(generation, num_choices)
-            return [ChatChunk(answer_id, call.created, call.body.model, [], totals)]
+            return [
+                ChatChunk(id=answer_id, created=call.created, model=call.body.model, choices=[], usage=totals)
+            ]
 
         begin = Delta(role="assistant", content="")
         opening = [event(ChatChunkChoice(index, begin)) for index in range(num_choices)]

@@ -56,7 +56,13 @@ class Completions:
         no_usage = None if call.body.streams_usage else msgspec.UNSET
 
         def event(choice: TextChoice) -> TextCompletion:
-            return TextCompletion(answer_id, call.created, call.body.model, [choice], no_usage)
+            return TextCompletion(
+                id=answer_id,
+                created=call.created,
+                model=call.body.model,
+                choices=[choice],
+                usage=no_usage,
+            )
 
         def chunk(index: int, piece: Piece) -> TextCompletion:
             return event(TextChoice(index, piece.text, _logprobs(call, piece.scored), piece.finish_reason))
@@ -65,7 +71,11 @@ class Completions:
             if not call.body.streams_usage:
                 return []
             totals = usage(generation, call.body.num_choices)
-            return [TextCompletion(answer_id, call.created, call.body.model, [], totals)]
+            return [
+                TextCompletion(
+                    id=answer_id, created=call.created, model=call.body.model, choices=[], usage=totals
+                )
+            ]
 
         opening = []
         if call.body.echo:

@@ -83,6 +83,8 @@ class Lifecycle:
             logger.warning("calls did not end in time", extra={"num_calls": self._num_calls})
 
     async def _becomes_idle(self, timeout_s: float) -> bool:
+        if self._idle.is_set():  # wait_for without time would not even look
+            return True
         try:
             await asyncio.wait_for(self._idle.wait(), timeout_s)
         except TimeoutError:

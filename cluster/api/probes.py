@@ -46,7 +46,7 @@ class Probes:
     async def models(self, request: Request) -> Response:
         """Answer the list of the one model served."""
         self._service.authenticator.tenant(header(request.scope, b"authorization"))
-        return _json(ModelList([self._model()]))
+        return _json(ModelList(data=[self._model()]))
 
     async def model(self, request: Request) -> Response:
         """Answer one model, 404 for any but the one served."""
@@ -56,7 +56,11 @@ class Probes:
 
     def _model(self) -> Model:
         service = self._service
-        return Model(service.model.name, int(service.started_at_s), service.limits().context_len)
+        return Model(
+            id=service.model.name,
+            created=int(service.started_at_s),
+            max_model_len=service.limits().context_len,
+        )
 
 
 def _json(record: msgspec.Struct | list[TargetGroup], status: int = 200) -> Response:

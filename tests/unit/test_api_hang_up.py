@@ -151,6 +151,13 @@ async def test_drain_lets_running_calls_finish_and_refuses_new_ones(stream):
     assert b"the cat sat" in b"".join(running.received)
 
 
+async def test_an_idle_server_drains_at_once_and_ends_nothing(caplog):
+    service, _ = make_service(FakeRouter())
+    await service.lifecycle.drain(0.0)
+    assert service.lifecycle.is_draining
+    assert caplog.records == []
+
+
 @pytest.mark.parametrize("stream", [True, False])
 async def test_past_the_drain_deadline_calls_end_with_their_text_and_a_finish_reason(stream):
     router = FakeRouter()
