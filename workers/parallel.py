@@ -119,13 +119,15 @@ class TPGroup:
         port: int,
         *,
         timeout_s: float,
+        meeting_timeout_s: float | None = None,
         device: Literal["cpu", "cuda"] = "cpu",
         listener: socket.socket | None = None,
     ) -> Self:
         """Meet the other ranks at rank 0's `host`:`port` and return the group; blocks until all have come.
 
         Rank 0 may bring the `listener` it made with `listen`. For "cuda" the current device is the rank's.
-        Raise TPTimeoutError after `timeout_s`. All ranks must be on one machine: the board is shared memory.
+        Raise TPTimeoutError when some have not come after `meeting_timeout_s` (None: `timeout_s`, which
+        bounds every later call of the group). All ranks must share a machine: the board is shared memory.
         """
         if not 0 <= rank < size:
             raise ValueError(f"rank {rank} of {size}: ranks run from 0 to size - 1")
@@ -133,9 +135,10 @@ class TPGroup:
             if listener is not None:
                 listener.close()
             return cls.single()
+        meeting_s = timeout_s if meeting_timeout_s is None else meeting_timeout_s
         return _named_errors(
             f"rank {rank} of {size}: meeting the group at {host}:{port}",
-            lambda: cls._connect(rank, size, host, port, timeout_s, device, listener),
+            lambda: cls._connect(rank, size, host, port, timeout_s, meeting_s, device, listener),
         )
 
     @classmethod
@@ -146,10 +149,11 @@ class TPGroup:
         host: str,
         port: int,
         timeout_s: float,
+        meeting_s: float,
         device: Literal["cpu", "cuda"],
         listener: socket.socket | None,
     ) -> Self:
-        timeout = timedelta(seconds=timeout_s)
+        timeout = timedelta(seconds=meeting_s)
         if rank == 0:
             # A listener of our own: TCPStore by itself would listen on every interface of the machine.
             listener = listener or socket.create_server((host, port), backlog=128)
@@ -164,9 +168,11 @@ class TPGroup:
             )
         else:
             store = TCPStore(host, port, size, is_master=False, timeout=timeout, wait_for_workers=False)
-        links = _lead(store, size, host, timeout_s) if rank == 0 else [_follow(store, rank, host, timeout_s)]
+        links = _lead(store, size, host, meeting_s) if rank == 0 else [_follow(store, rank, host, meeting_s)]
         board = CompletionBoard.shared(store, rank, size)
-        process_group = _collectives(store, rank, size, host, timeout, device)
+        for link in links:
+            link.settimeout(timeout_s)
+        process_group = _collectives(store, rank, size, host, timedelta(seconds=timeout_s), device)
         return cls(rank, size, timeout_s, board, process_group, links, store)
 
     def all_reduce(self, tensor: torch.Tensor) -> None:

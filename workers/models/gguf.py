@@ -60,7 +60,7 @@ class GGUFWeight:
         """Return rows [first, last) in float32."""
         if self._head_dim is None:
             return self._stored_rows(first, last)
-        # Stored row 2 * d + s of a head is row s * head_dim / 2 + d of the halves layout: whole heads are read
+        # Stored row 2 * d + s of a head is row s * head_dim / 2 + d of the halves layout; heads come whole
         #   stored  0  1  2  3  4  5        halves  0  2  4 | 1  3  5
         dim = self._head_dim
         start, end = first // dim * dim, -(-last // dim) * dim

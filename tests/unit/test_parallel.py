@@ -1,0 +1,140 @@
+"""A TP group's calls, and what its ranks see when a peer dies or stalls. Ranks are real processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from workers.parallel import TPGroup, TPTimeoutError, listen
+
+SCRIPT = Path(__file__).parent / "tensor_parallel_ranks.py"
+ROOT = SCRIPT.parents[2]
+
+
+class Ranks:
+    """A process that forks groups of ranks and passes on what they say."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(SCRIPT)],
+            cwd=ROOT,
+            env={"PYTHONPATH": str(ROOT), "TORCH_CPP_LOG_LEVEL": "FATAL"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.said: list[dict] = []
+
+    def start(self, scenario: str, timeout_s: float = 30) -> list[dict]:
+        """Start two ranks; return their fields, with their pids, when both have met."""
+        assert self.process.stdin is not None
+        group = {"scenario": scenario, "size": 2, "timeout_s": timeout_s}
+        self.process.stdin.write(json.dumps(group) + "\n")
+        self.process.stdin.flush()
+        self.said = [{}, {}]
+        self.read_until(lambda: all("pid" in fields for fields in self.said))
+        return self.said
+
+    def finish(self) -> list[dict]:
+        """Return all that the ranks said when both have ended."""
+        self.read_until(lambda: all("status" in fields for fields in self.said))
+        return self.said
+
+    def read_until(self, is_enough: Callable[[], bool]) -> None:
+        """Read lines until `is_enough`."""
+        assert self.process.stdout is not None
+        while not is_enough():
+            line = self.process.stdout.readline()
+            assert line, "the ranks' process ended"
+            fields = json.loads(line)
+            self.said[fields["rank"]].update(fields)
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    ranks = Ranks()
+    yield ranks
+    ranks.process.kill()
+    ranks.process.communicate()
+
+
+def test_ranks_sum_gather_and_share_plans_and_counters(ranks: Ranks) -> None:
+    ranks.start("work")
+    first, second = ranks.finish()
+    assert first["sum"] == second["sum"] == [[3.0] * 3] * 2
+    assert first["gathered"] == [[0.0, 10.0, 1.0, 11.0]]
+    assert second["gathered"] is None
+    assert second["plans"] == [True, True, True]
+    assert first["counts"] == second["counts"] == [3, 4]
+    assert first["minimum"] == 3
+    assert [board.endswith("(deleted)") for board in first["boards"] + second["boards"]] == [True, True]
+    assert first["closed"] and second["closed"]
+
+
+def test_a_killed_peer_ends_a_collective_with_an_error(ranks: Ranks) -> None:
+    _, victim = ranks.start("reduce_until_error")
+    time.sleep(0.2)
+    os.kill(victim["pid"], signal.SIGKILL)
+    survivor, _ = ranks.finish()
+    assert survivor["error"] == "TPPeerLostError"
+    assert "rank 0: all_reduce" in survivor["message"]
+    assert survivor["after_s"] < 10
+
+
+def test_a_killed_leader_wakes_its_followers(ranks: Ranks) -> None:
+    victim, _ = ranks.start("follow_until_error")
+    os.kill(victim["pid"], signal.SIGKILL)
+    _, survivor = ranks.finish()
+    assert survivor["error"] == "TPPeerLostError"
+    assert survivor["after_s"] < 10
+
+
+def test_a_killed_follower_is_seen_by_the_next_plan(ranks: Ranks) -> None:
+    _, victim = ranks.start("lead_until_error")
+    os.kill(victim["pid"], signal.SIGKILL)
+    survivor, _ = ranks.finish()
+    assert survivor["error"] == "TPPeerLostError"
+    assert "rank 1" in survivor["message"]
+    assert survivor["after_s"] < 10
+
+
+def test_a_stalled_peer_times_out_a_collective(ranks: Ranks) -> None:
+    _, stalled = ranks.start("reduce_until_error", timeout_s=2)
+    os.kill(stalled["pid"], signal.SIGSTOP)
+    ranks.read_until(lambda: "error" in ranks.said[0])
+    os.kill(stalled["pid"], signal.SIGKILL)
+    waiting, _ = ranks.finish()
+    assert waiting["error"] == "TPTimeoutError"
+    assert waiting["after_s"] < 15
+
+
+def test_a_peer_that_never_comes_is_a_timeout() -> None:
+    listener = listen("127.0.0.1")
+    with pytest.raises(TPTimeoutError, match="rank 0 of 2: meeting the group"):
+        TPGroup.connect(0, 2, "127.0.0.1", 0, timeout_s=0.3, listener=listener)
+
+
+def test_a_rank_outside_the_group_is_refused() -> None:
+    with pytest.raises(ValueError, match="rank 2 of 2"):
+        TPGroup.connect(2, 2, "127.0.0.1", 1, timeout_s=1)
+
+
+def test_a_group_of_one_needs_no_connection() -> None:
+    group = TPGroup.connect(0, 1, "127.0.0.1", 0, timeout_s=1)
+    tensor = torch.ones(3)
+    group.all_reduce(tensor)
+    assert tensor.tolist() == [1.0, 1.0, 1.0]
+    assert group.gather_columns(tensor) is tensor
+    group.broadcast_plan(b"plan")
+    group.board.publish(5)
+    assert group.board.minimum() == 5
+    with pytest.raises(AssertionError):
+        group.board.publish(4)
+    group.close()
