@@ -1,0 +1,391 @@
+// Paged attention over a page-major pool: writes a step's K and V, then attends; decode and extend rows mixed.
+//
+// Work is cut into tasks: the queries [first_query, stop_query) of one row over the keys [first_key, stop_key) of
+// its context, times one KV head. Tasks over parts of a context leave (sum, max, unscaled output) behind, which a
+// second pass joins. The cut depends on the row alone, so its result does not depend on its neighbours.
+// Only keys that some query of the task may see are read: what lies outside can be NaN.
+
+#include "simd.h"
+#include "threads.h"
+
+namespace {
+
+constexpr int64_t KEYS_PER_TASK = 512;
+constexpr int64_t QUERIES_PER_TASK = 16;
+constexpr int64_t KEYS_PER_BLOCK = 32;
+constexpr float NO_SCORE = -INFINITY;
+
+struct Task {
+  int64_t row, first_query, stop_query, first_key, stop_key, partial;
+  bool is_whole;
+};
+
+}  // namespace
+
+extern "C" {
+
+// One step's batch; mirrors workers.native.kernels.AttentionBatch. Pointers are to int32 except `locations`.
+struct AttentionBatch {
+  const int32_t* page_rows;  // [num_rows, page_rows_stride]
+  const int32_t* query_starts;
+  const int32_t* context_lens;
+  const int64_t* locations;
+  int64_t page_rows_stride, num_rows, num_tokens, page_size;
+};
+
+// One layer and its part of the pool; mirrors workers.native.kernels.AttentionShape. Strides in elements;
+// sliding_window 0: none.
+struct AttentionShape {
+  void* pool_k;
+  void* pool_v;
+  int64_t page_stride, token_stride;
+  int64_t num_heads, num_kv_heads, head_dim, sliding_window;
+  float scale;
+  int32_t dtype;
+};
+}
+
+namespace {
+
+template <class T>
+struct Attention {
+  const AttentionBatch& batch;
+  const AttentionShape& shape;
+  const T* q;
+  const T* k;
+  const T* v;
+  int64_t q_stride, k_stride, v_stride;
+  T* out;
+  float* partials;
+  const int64_t group = shape.num_heads / shape.num_kv_heads;
+  const int64_t dim = shape.head_dim;
+  const int64_t padded_dim = (dim + LANES - 1) / LANES * LANES;
+  const int64_t partial_floats = QUERIES_PER_TASK * group * (padded_dim + 2);
+
+  T* pool_token(void* pool, int64_t location, int64_t kv_head) const {
+    // 64 bits throughout: page * page_stride passes 2^32 on real pools.
+    return static_cast<T*>(pool) + location / batch.page_size * shape.page_stride +
+           location % batch.page_size * shape.token_stride + kv_head * dim;
+  }
+
+  const T* key_token(void* pool, int64_t row, int64_t position, int64_t kv_head) const {
+    const int64_t page = batch.page_rows[row * batch.page_rows_stride + position / batch.page_size];
+    return pool_token(pool, page * batch.page_size + position % batch.page_size, kv_head);
+  }
+
+  void write(int64_t first, int64_t stop) const {
+    const size_t bytes = size_t(shape.num_kv_heads * dim) * sizeof(T);
+    for (int64_t token = first; token < stop; ++token) {
+      std::memcpy(pool_token(shape.pool_k, batch.locations[token], 0), k + token * k_stride, bytes);
+      std::memcpy(pool_token(shape.pool_v, batch.locations[token], 0), v + token * v_stride, bytes);
+    }
+  }
+
+  int64_t query_len(int64_t row) const { return batch.query_starts[row + 1] - batch.query_starts[row]; }
+  int64_t first_position(int64_t row) const { return batch.context_lens[row] - query_len(row); }
+
+  // Calls visit(task) for all tasks of the step, in an order that every thread sees alike.
+  template <class Visit>
+  void each_task(Visit&& visit) const {
+    int64_t partial = 0;
+    for (int64_t row = 0; row < batch.num_rows; ++row) {
+      const int64_t len = query_len(row), position = first_position(row);
+      for (int64_t first = 0; first < len; first += QUERIES_PER_TASK) {
+        const int64_t stop = first + QUERIES_PER_TASK < len ? first + QUERIES_PER_TASK : len;
+        const int64_t last_key = position + stop;
+        int64_t first_key = 0;
+        if (shape.sliding_window > 0 && position + first + 1 > shape.sliding_window)
+          first_key = position + first + 1 - shape.sliding_window;
+        const bool is_whole = last_key - first_key <= KEYS_PER_TASK;
+        for (; first_key < last_key; first_key += KEYS_PER_TASK) {
+          const int64_t end = first_key + KEYS_PER_TASK < last_key ? first_key + KEYS_PER_TASK : last_key;
+          visit(Task{row, first, stop, first_key, end, partial, is_whole});
+          partial += is_whole ? 0 : 1;
+        }
+      }
+    }
+  }
+
+  // Sees queries q of the task see: [low(q), high(q)) of absolute positions.
+  int64_t low(int64_t position) const {
+    return shape.sliding_window > 0 && position + 1 > shape.sliding_window ? position + 1 - shape.sliding_window : 0;
+  }
+
+  // The task's outputs, by head of the group within query: sums of exp(score - maximum) * v over its keys.
+  void attend(const Task& task, int64_t kv_head, Scratch& scratch) const {
+    const int64_t rows = (task.stop_query - task.first_query) * group;
+    float* wide_q = scratch.floats(rows * (2 * padded_dim + KEYS_PER_BLOCK + 2) + 2 * KEYS_PER_BLOCK * padded_dim);
+    float* sums = wide_q + rows * padded_dim;      // [rows, padded_dim]
+    float* scores = sums + rows * padded_dim;      // [rows, KEYS_PER_BLOCK]
+    float* keys = scores + rows * KEYS_PER_BLOCK;  // [padded_dim, KEYS_PER_BLOCK], or unused by decode
+    float* values = keys + KEYS_PER_BLOCK * padded_dim;  // [KEYS_PER_BLOCK, padded_dim]
+    float* maxima = values + KEYS_PER_BLOCK * padded_dim;
+    float* weights = maxima + rows;
+    widen_queries(task, kv_head, wide_q);
+    for (int64_t i = 0; i < rows * padded_dim; ++i) sums[i] = 0.0f;
+    for (int64_t i = 0; i < rows; ++i) maxima[i] = NO_SCORE, weights[i] = 0.0f;
+    const int64_t first_position_of_task = first_position(task.row) + task.first_query;
+    for (int64_t first = task.first_key; first < task.stop_key; first += KEYS_PER_BLOCK) {
+      const int64_t num = first + KEYS_PER_BLOCK < task.stop_key ? KEYS_PER_BLOCK : task.stop_key - first;
+      if (rows <= MAX_DOT_ROWS && padded_dim == dim)
+        dot_scores(task.row, kv_head, first, num, wide_q, rows, scores);
+      else
+        tile_scores(task.row, kv_head, first, num, wide_q, rows, keys, scores);
+      widen_values(task.row, kv_head, first, num, values);
+      for (int64_t i = 0; i < rows; ++i) {
+        const int64_t position = first_position_of_task + i / group;
+        soften(scores + i * KEYS_PER_BLOCK, low(position) - first, position + 1 - first, num, &maxima[i], &weights[i],
+               sums + i * padded_dim);
+      }
+      add_values(scores, rows, values, num, sums);
+    }
+    finish(task, kv_head, rows, maxima, weights, sums);
+  }
+
+  void widen_queries(const Task& task, int64_t kv_head, float* to) const {
+    const int64_t token = batch.query_starts[task.row] + task.first_query;
+    for (int64_t i = 0; i < (task.stop_query - task.first_query) * group; ++i, to += padded_dim) {
+      const T* from = q + (token + i / group) * q_stride + (kv_head * group + i % group) * dim;
+      for (int64_t d = 0; d < padded_dim; ++d) to[d] = d < dim ? widen(from[d]) * shape.scale : 0.0f;
+    }
+  }
+
+  static constexpr int64_t MAX_DOT_ROWS = 8;
+
+  // Few rows: dot products straight from the pool, vectors along the head's dimension, four keys at a time.
+  void dot_scores(int64_t row, int64_t kv_head, int64_t first, int64_t num, const float* wide_q, int64_t rows,
+                  float* scores) const {
+    for (int64_t t = 0; t < num; t += 4) {
+      const T* from[4];
+      for (int64_t u = 0; u < 4; ++u)
+        from[u] = key_token(shape.pool_k, row, first + (t + u < num ? t + u : num - 1), kv_head);
+      int64_t i = 0;
+      for (; i + 3 <= rows; i += 3) dot_tile<3>(from, wide_q + i * padded_dim, scores + i * KEYS_PER_BLOCK + t);
+      for (; i < rows; ++i) dot_tile<1>(from, wide_q + i * padded_dim, scores + i * KEYS_PER_BLOCK + t);
+    }
+  }
+
+  template <int ROWS>
+  void dot_tile(const T* const (&from)[4], const float* wide_q, float* scores) const {
+    Floats dots[ROWS][4] = {};
+    for (int64_t d = 0; d < dim; d += LANES)
+      for (int u = 0; u < 4; ++u) {
+        const Floats key = load(from[u] + d);
+        for (int i = 0; i < ROWS; ++i) dots[i][u] += load(wide_q + i * padded_dim + d) * key;
+      }
+    for (int i = 0; i < ROWS; ++i)
+      for (int u = 0; u < 4; ++u) scores[i * KEYS_PER_BLOCK + u] = sum_lanes(dots[i][u]);
+  }
+
+  // Many rows: keys transposed to [padded_dim, KEYS_PER_BLOCK], then tiles of rows times vectors of keys.
+  void tile_scores(int64_t row, int64_t kv_head, int64_t first, int64_t num, const float* wide_q, int64_t rows,
+                   float* keys, float* scores) const {
+    for (int64_t t = 0; t < KEYS_PER_BLOCK; ++t) {
+      if (t >= num) {
+        for (int64_t d = 0; d < dim; ++d) keys[d * KEYS_PER_BLOCK + t] = 0.0f;
+        continue;
+      }
+      const T* from = key_token(shape.pool_k, row, first + t, kv_head);
+      for (int64_t d = 0; d < dim; ++d) keys[d * KEYS_PER_BLOCK + t] = widen(from[d]);
+    }
+    for (int64_t c = 0; c < KEYS_PER_BLOCK; c += 2 * LANES) {
+      int64_t i = 0;
+      for (; i + 4 <= rows; i += 4) score_tile<4>(wide_q + i * padded_dim, keys + c, scores + i * KEYS_PER_BLOCK + c);
+      for (; i < rows; ++i) score_tile<1>(wide_q + i * padded_dim, keys + c, scores + i * KEYS_PER_BLOCK + c);
+    }
+  }
+
+  template <int ROWS>
+  void score_tile(const float* wide_q, const float* keys, float* scores) const {
+    Floats dots[ROWS][2] = {};
+    for (int64_t d = 0; d < dim; ++d) {
+      const Floats low = load(keys + d * KEYS_PER_BLOCK), high = load(keys + d * KEYS_PER_BLOCK + LANES);
+      for (int i = 0; i < ROWS; ++i) {
+        const float value = wide_q[i * padded_dim + d];
+        dots[i][0] += value * low;
+        dots[i][1] += value * high;
+      }
+    }
+    for (int i = 0; i < ROWS; ++i) {
+      store(scores + i * KEYS_PER_BLOCK, dots[i][0]);
+      store(scores + i * KEYS_PER_BLOCK + LANES, dots[i][1]);
+    }
+  }
+
+  void widen_values(int64_t row, int64_t kv_head, int64_t first, int64_t num, float* values) const {
+    for (int64_t t = 0; t < num; ++t) {
+      const T* from = key_token(shape.pool_v, row, first + t, kv_head);
+      float* to = values + t * padded_dim;
+      int64_t d = 0;
+      for (; d + LANES <= dim; d += LANES) store(to + d, load(from + d));
+      for (; d < padded_dim; ++d) to[d] = d < dim ? widen(from[d]) : 0.0f;
+    }
+  }
+
+  // Turns one row's scores of a block into weights exp(score - maximum); keys outside [low, high) get none.
+  // A larger maximum scales down what was summed before it (online softmax; Milakov and Gimelshein 2018).
+  void soften(float* scores, int64_t low, int64_t high, int64_t num, float* maximum, float* weight,
+              float* sums) const {
+    for (int64_t t = 0; t < KEYS_PER_BLOCK; ++t)
+      if (t < low || t >= high || t >= num) scores[t] = NO_SCORE;
+    Floats most = load(scores);
+    for (int64_t t = LANES; t < KEYS_PER_BLOCK; t += LANES) {
+      const Floats next = load(scores + t);
+      // Written so that a NaN score wins, and shows in the logits.
+      most = select(next <= most, most, next);
+    }
+    const float found = max_lanes(most);
+    if (found > *maximum || found != found) {
+      if (*maximum != NO_SCORE) {
+        const float ratio = std::exp(*maximum - found);
+        *weight *= ratio;
+        for (int64_t d = 0; d < padded_dim; d += LANES) store(sums + d, load(sums + d) * ratio);
+      }
+      *maximum = found;
+    }
+    if (*maximum == NO_SCORE) {  // nothing seen yet: exp(-inf + inf) would be NaN
+      for (int64_t t = 0; t < KEYS_PER_BLOCK; ++t) scores[t] = 0.0f;
+      return;
+    }
+    Floats total = {};
+    for (int64_t t = 0; t < KEYS_PER_BLOCK; t += LANES) {
+      const Floats score = load(scores + t);
+      const Floats value = select(score == splat(NO_SCORE), Floats{}, exp(score - *maximum));
+      total += value;
+      store(scores + t, value);
+    }
+    *weight += sum_lanes(total);
+  }
+
+  void add_values(const float* weights, int64_t rows, const float* values, int64_t num, float* sums) const {
+    for (int64_t d = 0; d < padded_dim; d += 2 * LANES) {
+      int64_t i = 0;
+      if (d + 2 * LANES <= padded_dim) {
+        for (; i + 4 <= rows; i += 4) value_tile<4, 2>(weights + i * KEYS_PER_BLOCK, values + d, num, sums + i * padded_dim + d);
+        for (; i + 3 <= rows; i += 3) value_tile<3, 2>(weights + i * KEYS_PER_BLOCK, values + d, num, sums + i * padded_dim + d);
+        for (; i < rows; ++i) value_tile<1, 2>(weights + i * KEYS_PER_BLOCK, values + d, num, sums + i * padded_dim + d);
+      }
+      for (; i < rows; ++i) value_tile<1, 1>(weights + i * KEYS_PER_BLOCK, values + d, num, sums + i * padded_dim + d);
+    }
+  }
+
+  template <int ROWS, int VECTORS>
+  void value_tile(const float* weights, const float* values, int64_t num, float* sums) const {
+    Floats totals[ROWS][VECTORS];
+    for (int i = 0; i < ROWS; ++i)
+      for (int j = 0; j < VECTORS; ++j) totals[i][j] = load(sums + i * padded_dim + j * LANES);
+    for (int64_t t = 0; t < num; ++t)
+      for (int j = 0; j < VECTORS; ++j) {
+        const Floats value = load(values + t * padded_dim + j * LANES);
+        for (int i = 0; i < ROWS; ++i) totals[i][j] += weights[i * KEYS_PER_BLOCK + t] * value;
+      }
+    for (int i = 0; i < ROWS; ++i)
+      for (int j = 0; j < VECTORS; ++j) store(sums + i * padded_dim + j * LANES, totals[i][j]);
+  }
+
+  float* partial_of(const Task& task, int64_t kv_head) const {
+    return partials + (task.partial * shape.num_kv_heads + kv_head) * partial_floats;
+  }
+
+  void finish(const Task& task, int64_t kv_head, int64_t rows, const float* maxima, const float* weights,
+              const float* sums) const {
+    if (task.is_whole) {
+      for (int64_t i = 0; i < rows; ++i) write_out(task, kv_head, i, sums + i * padded_dim, weights[i]);
+      return;
+    }
+    float* to = partial_of(task, kv_head);  // per row: maximum, weight, sums
+    for (int64_t i = 0; i < rows; ++i, to += padded_dim + 2) {
+      to[0] = maxima[i];
+      to[1] = weights[i];
+      std::memcpy(to + 2, sums + i * padded_dim, size_t(padded_dim) * sizeof(float));
+    }
+  }
+
+  void write_out(const Task& task, int64_t kv_head, int64_t i, const float* sums, float weight) const {
+    const int64_t token = batch.query_starts[task.row] + task.first_query + i / group;
+    T* to = out + token * shape.num_heads * dim + (kv_head * group + i % group) * dim;
+    const float factor = 1.0f / weight;
+    for (int64_t d = 0; d < dim; ++d) narrow(to + d, sums[d] * factor);
+  }
+
+  // Joins the parts of one task's context: `first` is the first of `num` consecutive partials.
+  void join(const Task& first, int64_t num, int64_t kv_head, Scratch& scratch) const {
+    float* sums = scratch.floats(padded_dim);
+    for (int64_t i = 0; i < (first.stop_query - first.first_query) * group; ++i) {
+      const int64_t part_stride = shape.num_kv_heads * partial_floats;
+      const float* part = partial_of(first, kv_head) + i * (padded_dim + 2);
+      float maximum = NO_SCORE, weight = 0.0f;
+      for (int64_t n = 0; n < num; ++n)
+        if (!(part[n * part_stride] <= maximum)) maximum = part[n * part_stride];
+      for (int64_t d = 0; d < padded_dim; ++d) sums[d] = 0.0f;
+      for (int64_t n = 0; n < num; ++n) {
+        const float* from = part + n * part_stride;
+        if (from[0] == NO_SCORE) continue;  // a window ended before this part
+        const float ratio = std::exp(from[0] - maximum);
+        weight += from[1] * ratio;
+        for (int64_t d = 0; d < padded_dim; ++d) sums[d] += from[2 + d] * ratio;
+      }
+      write_out(first, kv_head, i, sums, weight);
+    }
+  }
+
+  void run(Scratch& shared) {
+    int64_t num_tasks = 0, num_partials = 0;
+    each_task([&](const Task& task) { num_tasks += 1, num_partials += task.is_whole ? 0 : 1; });
+    partials = num_partials ? shared.floats(num_partials * shape.num_kv_heads * partial_floats) : nullptr;
+    Chunks chunks(num_tasks * shape.num_kv_heads, 1);
+    parallel(omp_get_max_threads(), [&](int thread, int num_threads) {
+      static thread_local Scratch scratch;
+      const int64_t share = (batch.num_tokens + num_threads - 1) / num_threads;
+      const int64_t end = (thread + 1) * share < batch.num_tokens ? (thread + 1) * share : batch.num_tokens;
+      write(thread * share, end);
+      barrier(num_threads);
+      int64_t taken, stop, index = 0;
+      bool has_more = chunks.take(&taken, &stop);
+      each_task([&](const Task& task) {
+        for (int64_t head = 0; head < shape.num_kv_heads; ++head, ++index)
+          if (has_more && index == taken) {
+            attend(task, head, scratch);
+            has_more = chunks.take(&taken, &stop);
+          }
+      });
+      if (num_partials == 0) return;
+      barrier(num_threads);
+      Task first{};
+      int64_t parts = 0, joined = 0;
+      each_task([&](const Task& task) {
+        if (task.is_whole) return;
+        if (parts == 0) first = task;
+        parts += 1;
+        if (task.stop_key < first_position(task.row) + task.stop_query) return;
+        for (int64_t head = 0; head < shape.num_kv_heads; ++head)
+          if (joined++ % num_threads == thread) join(first, parts, head, scratch);
+        parts = 0;
+      });
+    });
+  }
+};
+
+template <class T>
+void attention(const AttentionBatch& batch, const AttentionShape& shape, const void* q, int64_t q_stride, const void* k,
+               int64_t k_stride, const void* v, int64_t v_stride, void* out) {
+  static thread_local Scratch shared;
+  Attention<T>{batch, shape, static_cast<const T*>(q), static_cast<const T*>(k), static_cast<const T*>(v), q_stride,
+               k_stride, v_stride, static_cast<T*>(out), nullptr}
+      .run(shared);
+}
+
+}  // namespace
+
+extern "C" {
+
+// q [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim]: tokens their stride (elements) apart, each
+// token's heads contiguous; out [tokens, heads * head_dim] contiguous. All of the pool's dtype.
+void eyrie_attention(const AttentionBatch* batch, const AttentionShape* shape, const void* q, int64_t q_stride,
+                     const void* k, int64_t k_stride, const void* v, int64_t v_stride, void* out) {
+  if (shape->dtype == BFLOAT16)
+    attention<bf16>(*batch, *shape, q, q_stride, k, k_stride, v, v_stride, out);
+  else
+    attention<float>(*batch, *shape, q, q_stride, k, k_stride, v, v_stride, out);
+}
+}

@@ -1,0 +1,217 @@
+"""NativeKernels: the compiled CPU kernels as functions of tensors. Called in the engine's thread.
+
+Tensors go down as raw addresses, checked here and nowhere below. Threads are torch's own.
+"""
+
+import ctypes
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from workers.native.build import COMPILERS, built_library, default_cache_folder
+
+KERNEL_DTYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1}
+"""Element types the kernels know, by their code in simd.h."""
+
+_POINTER, _INT, _FLOAT, _CODE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int32
+
+
+class AttentionBatch(ctypes.Structure):
+    """One step's batch, as attention.cpp reads it."""
+
+    _fields_ = (
+        ("page_rows", _POINTER),
+        ("query_starts", _POINTER),
+        ("context_lens", _POINTER),
+        ("locations", _POINTER),
+        ("page_rows_stride", _INT),
+        ("num_rows", _INT),
+        ("num_tokens", _INT),
+        ("page_size", _INT),
+    )
+
+
+class AttentionShape(ctypes.Structure):
+    """One layer and its part of the pool, as attention.cpp reads it."""
+
+    _fields_ = (
+        ("pool_k", _POINTER),
+        ("pool_v", _POINTER),
+        ("page_stride", _INT),
+        ("token_stride", _INT),
+        ("num_heads", _INT),
+        ("num_kv_heads", _INT),
+        ("head_dim", _INT),
+        ("sliding_window", _INT),
+        ("scale", _FLOAT),
+        ("dtype", _CODE),
+    )
+
+
+class NativeKernels:
+    """One loaded library. Holds no state: any number of models may share it."""
+
+    def __init__(self, library: Path) -> None:
+        # torch, imported above, has loaded the OpenMP runtime that the library's symbols resolve to.
+        functions = ctypes.CDLL(str(library))
+        self._packed_words = _declare(functions.eyrie_packed_words, [_INT, _INT], _INT)
+        self._pack_linear = _declare(functions.eyrie_pack_linear, [_POINTER, _INT, _INT, _INT, _POINTER])
+        self._linear = _declare(
+            functions.eyrie_linear,
+            [_POINTER, _CODE, _INT, _INT, _POINTER, _INT, _INT, _POINTER, _POINTER, _CODE, _INT],
+        )
+        self._attention = _declare(
+            functions.eyrie_attention,
+            [_POINTER, _POINTER, _POINTER, _INT, _POINTER, _INT, _POINTER, _INT, _POINTER],
+        )
+        self._rms_norm = _declare(
+            functions.eyrie_rms_norm,
+            [_POINTER, _INT, _POINTER, _INT, _POINTER, _POINTER, _FLOAT, _INT, _INT, _POINTER, _CODE],
+        )
+        self._rotate = _declare(
+            functions.eyrie_rotate, [_POINTER, _INT, _INT, _INT, _INT, _POINTER, _POINTER, _INT, _CODE]
+        )
+        self._silu_mul = _declare(functions.eyrie_silu_mul, [_POINTER, _INT, _INT, _INT, _POINTER, _CODE])
+
+    @classmethod
+    def load(cls, cache_folder: Path | None = None, compilers: Sequence[str] = COMPILERS) -> "NativeKernels":
+        """Compile if need be, and load. Raises NativeBuildError where that cannot be done."""
+        return cls(built_library(cache_folder or default_cache_folder(), compilers))
+
+    def pack_linear(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return bf16 `weight` [n, k] in the layout of linear.cpp."""
+        assert weight.dtype == torch.bfloat16 and weight.stride(1) == 1, (weight.dtype, weight.stride())
+        n, k = weight.shape
+        packed = torch.empty(self._packed_words(n, k), dtype=torch.int32)
+        self._pack_linear(weight.data_ptr(), weight.stride(0), n, k, packed.data_ptr())
+        return packed
+
+    def linear(
+        self,
+        x: torch.Tensor,
+        packed: torch.Tensor,
+        num_columns: int,
+        bias: torch.Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """Return x W^T (+ bias) [rows, num_columns] for x [rows, k] float32 or bf16, bias float32.
+
+        Accumulates in float32, in an order that does not depend on the number of rows.
+        """
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        rows, k = x.shape
+        out = torch.empty(rows, num_columns, dtype=out_dtype or x.dtype)
+        self._linear(
+            x.data_ptr(),
+            KERNEL_DTYPES[x.dtype],
+            x.stride(0),
+            rows,
+            packed.data_ptr(),
+            num_columns,
+            k,
+            None if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+            KERNEL_DTYPES[out.dtype],
+            num_columns,
+        )
+        return out
+
+    def attention(
+        self, batch: int, shape: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        """Write k and v into the pool and attend; see attention.cpp. `batch`, `shape`: structures' addresses.
+
+        q [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim]; returns [tokens, heads * head_dim].
+        """
+        tokens, num_heads, head_dim = q.shape
+        q, k, v = _whole_heads(q), _whole_heads(k), _whole_heads(v)
+        out = torch.empty(tokens, num_heads * head_dim, dtype=q.dtype)
+        self._attention(
+            batch,
+            shape,
+            q.data_ptr(),
+            q.stride(0),
+            k.data_ptr(),
+            k.stride(0),
+            v.data_ptr(),
+            v.stride(0),
+            out.data_ptr(),
+        )
+        return out
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """Return x / rms(x) * weight, x [rows, size]."""
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        rows, size = x.shape
+        out = torch.empty(rows, size, dtype=x.dtype)
+        code = KERNEL_DTYPES[x.dtype]
+        self._rms_norm(
+            x.data_ptr(), x.stride(0), None, 0, None, weight.data_ptr(), eps, rows, size, out.data_ptr(), code
+        )
+        return out
+
+    def add_rms_norm(
+        self, x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return x + delta, and that normalised; x and delta [rows, size] contiguous."""
+        rows, size = x.shape
+        assert x.is_contiguous() and delta.is_contiguous(), (x.stride(), delta.stride())
+        total, out = torch.empty_like(x), torch.empty_like(x)
+        self._rms_norm(
+            x.data_ptr(),
+            size,
+            delta.data_ptr(),
+            size,
+            total.data_ptr(),
+            weight.data_ptr(),
+            eps,
+            rows,
+            size,
+            out.data_ptr(),
+            KERNEL_DTYPES[x.dtype],
+        )
+        return total, out
+
+    def rotate_(self, heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """Rotate heads [tokens, heads, dim] in place by cos and sin [tokens, 1, dim / 2] (halves layout)."""
+        tokens, num_heads, dim = heads.shape
+        assert heads.stride(2) == 1 and heads.stride(1) == dim, heads.stride()
+        assert cos.stride(0) == sin.stride(0) and cos.stride(2) == 1, (cos.stride(), sin.stride())
+        self._rotate(
+            heads.data_ptr(),
+            heads.stride(0),
+            tokens,
+            num_heads,
+            dim,
+            cos.data_ptr(),
+            sin.data_ptr(),
+            cos.stride(0),
+            KERNEL_DTYPES[heads.dtype],
+        )
+        return heads
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """Return silu(gate) * up [rows, size] of gate_up [rows, 2 * size] = [ gate | up ]."""
+        assert gate_up.stride(1) == 1, gate_up.stride()
+        rows, size = gate_up.shape[0], gate_up.shape[1] // 2
+        out = torch.empty(rows, size, dtype=gate_up.dtype)
+        code = KERNEL_DTYPES[gate_up.dtype]
+        self._silu_mul(gate_up.data_ptr(), gate_up.stride(0), rows, size, out.data_ptr(), code)
+        return out
+
+
+def _declare(
+    function: Callable[..., int], arguments: list[type], result: type | None = None
+) -> Callable[..., int]:
+    function.argtypes = arguments  # type: ignore[attr-defined]  # a ctypes function pointer
+    function.restype = result  # type: ignore[attr-defined]
+    return function
+
+
+def _whole_heads(heads: torch.Tensor) -> torch.Tensor:
+    """Return [tokens, heads, dim] with each token's heads contiguous; tokens may lie apart."""
+    _, _, dim = heads.shape
+    return heads if heads.stride(2) == 1 and heads.stride(1) == dim else heads.contiguous()
