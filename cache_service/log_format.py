@@ -14,7 +14,11 @@ class FieldFormatter(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
         """Return the line without a traceback."""
         line = super().formatMessage(record)
-        fields = [f"{key}={value}" for key, value in vars(record).items() if key not in _OWN]
+        fields = [
+            f"{key}={value}"
+            for key, value in vars(record).items()
+            if key not in _OWN and not key.startswith("_")  # Ray adds such to every record
+        ]
         return " ".join([line, *fields]).replace("\n", "\\n")
 
 

@@ -132,11 +132,14 @@ class Connection:
                 except Exception:  # the thread's top: a bug here must end the streams, never hang them
                     logger.exception("replica receiver failed", extra={"endpoint": self._endpoint})
                     why = "the receiver failed; its log says more"
-                retry_s = RETRY_S if self._incarnation is not None else min(2 * retry_s, MAX_RETRY_S)
+                was_open = self._incarnation is not None
+                retry_s = RETRY_S if was_open else min(2 * retry_s, MAX_RETRY_S)
                 self._incarnation = None
                 self._outbox.clear()
                 if not self._closing.is_set():
-                    logger.warning("replica connection lost", extra={"endpoint": self._endpoint, "why": why})
+                    # A loss is news, the vain attempts after it are not.
+                    level = logging.WARNING if was_open else logging.DEBUG
+                    logger.log(level, "no replica connection", extra={"endpoint": self._endpoint, "why": why})
                 self._listener.closed(why)
                 self._closing.wait(retry_s)
         finally:

@@ -8,6 +8,7 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from ipaddress import ip_address
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from cache_service.curve import SecretFileError, read_cluster_secret
 from cache_service.log_format import set_up_logging
 from cluster.api_keys import ApiKeysError, check_api_keys, read_api_keys
 from cluster.config import API_KEYS_VARIABLE, ClusterConfig, describe, take_environment_keys
@@ -113,10 +115,27 @@ def _check(config: ClusterConfig) -> tuple[str, ...]:
         check_api_keys(keys, API_KEYS_VARIABLE)
         if config.api_keys_file is not None:
             keys += read_api_keys(config.api_keys_file)
+        if config.secret_file is not None:
+            read_cluster_secret(config.secret_file)
+        if config.ray_address is None:
+            _check_port(config.host, config.port)
         load_card(config.worker.model)
-    except (ApiKeysError, ModelError) as error:
+    except (ApiKeysError, ModelError, SecretFileError) as error:
         raise ServeError(str(error)) from None
     return keys
+
+
+def _check_port(host: str, port: int) -> None:
+    """Spare the user a start that must fail: the API server binds later, and checks again."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise ServeError(
+            f"cannot listen on {host}:{port}: {error.strerror}; choose another --host or --port (0: any free one)"
+        ) from None
 
 
 @contextmanager
