@@ -19,9 +19,9 @@ from typing import Self
 
 import msgspec
 import torch
-from followers import TIMEOUT_S, Followers
 from tokenizers import Tokenizer, models
 
+from tests.followers import TIMEOUT_S, Followers
 from workers.card import load_card
 from workers.config import WorkerConfig
 from workers.engine.engine import Engine

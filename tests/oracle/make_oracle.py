@@ -50,12 +50,19 @@ class Oracle:
             folder, gguf_file=GGUF, dtype=torch.float32
         ).eval()
 
-    def greedy(self, text: str, num_tokens: int = NUM_TOKENS) -> GreedyRecord:
+    def prompt_ids(self, text: str) -> list[int]:
         messages = [{"role": "user", "content": text}]
         rendered = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        prompt_ids = self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
-        token_ids, margins = greedy_tokens(self.model, prompt_ids, num_tokens)
-        return GreedyRecord(text, prompt_ids, token_ids, margins)
+        return self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+
+    def greedy(self, text: str, num_tokens: int = NUM_TOKENS) -> GreedyRecord:
+        prompt_ids = self.prompt_ids(text)
+        return GreedyRecord(text, prompt_ids, *greedy_tokens(self.model, prompt_ids, num_tokens))
+
+    @torch.inference_mode()
+    def logits(self, token_ids: list[int]) -> torch.Tensor:
+        """Return the logits after each token, [tokens, vocab]."""
+        return self.model(torch.tensor([token_ids])).logits[0]
 
 
 @torch.inference_mode()

@@ -1,0 +1,125 @@
+"""Greedy tokens are transformers' own, whatever runs beside them, however they are cut, paged and sharded.
+
+`-s` prints the ties.
+"""
+
+import itertools
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from tests.covering import pairwise
+from tests.followers import Followers
+from tests.harness import TINY_CONFIG, write_tiny_model
+from tests.oracle.make_oracle import Oracle, greedy_tokens, read_records
+from tests.scenario import FACTORS, MAX_TIE_MARGIN, Case, Comparison, Scenario
+
+COVERING = pairwise(FACTORS, seed=1)
+PRODUCT = [dict(zip(FACTORS, values, strict=True)) for values in itertools.product(*FACTORS.values())]
+RECORDS = [Case(record.prompt_ids, record.token_ids, record.margins) for record in read_records()]
+
+
+def name_of(combination):
+    return "-".join(str(value) for value in combination.values())
+
+
+def play(combination, cases, comparison, followers, *, max_running, **options):
+    scenario = Scenario(combination, cases, max_running)
+    # Two cores: threads that outnumber them wait for each other.
+    scenario.play(comparison, followers, num_threads=2 // combination["tp_size"], **options)
+
+
+@pytest.fixture(scope="module")
+def followers():
+    with Followers(1) as followers:
+        yield followers
+
+
+@pytest.fixture(scope="module")
+def comparison():
+    comparison = Comparison()
+    yield comparison
+    comparison.finish()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A random two-layer model in a folder, and answers of transformers' own."""
+    folder = write_tiny_model(tmp_path_factory.mktemp("tiny"))
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**TINY_CONFIG), dtype=torch.float32).eval()
+    model.save_pretrained(folder)
+    write_tiny_model(folder)
+    generator = torch.Generator().manual_seed(1)
+    cases = []
+    for prompt_len in (3, 17, 33, 62, 70):
+        prompt_ids = torch.randint(3, 256, (prompt_len,), generator=generator).tolist()
+        cases.append(Case(prompt_ids, *greedy_tokens(model, prompt_ids, 8)))
+    return str(folder), cases
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("number", range(len(COVERING)), ids=[name_of(c) for c in COVERING])
+def test_smollm2_answers_like_the_oracle(number, followers, comparison):
+    """Each combination serves its share of the 100 prompts; `make test-slow` serves all of them in each."""
+    Scenario(COVERING[number], RECORDS[number :: len(COVERING)], max_running=4).play(
+        comparison, followers, num_threads=2
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("combination", COVERING, ids=name_of)
+def test_smollm2_answers_all_prompts_like_the_oracle(combination, followers, comparison):
+    play(combination, RECORDS, comparison, followers, max_running=16)
+
+
+@pytest.mark.parametrize("combination", COVERING, ids=name_of)
+def test_a_random_model_answers_like_the_oracle(combination, tiny, followers, comparison):
+    model, cases = tiny
+    play(combination, cases, comparison, followers, max_running=3, model=model)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+@pytest.mark.parametrize("tp_size", FACTORS["tp_size"])
+def test_a_random_model_answers_like_the_oracle_in_the_full_product(tp_size, tiny, followers, comparison):
+    model, cases = tiny
+    for combination in PRODUCT:
+        if combination["tp_size"] == tp_size:
+            Scenario(combination, cases, max_running=3).play(
+                comparison, followers, model=model, num_threads=1
+            )
+
+
+@pytest.mark.timeout(300)
+def test_ten_committed_answers_are_recomputed_by_transformers():
+    oracle = Oracle()
+    for record in read_records()[::10]:
+        again = oracle.prompt_ids(record.text)
+        assert again == record.prompt_ids
+        logits = oracle.logits(again + record.token_ids[:-1])[len(again) - 1 :]
+        best, second = logits.topk(2, dim=-1).values.unbind(-1)
+        margins = (best - second).tolist()
+        for index, token_id in enumerate(record.token_ids):
+            is_best = token_id == int(logits[index].argmax())
+            assert is_best or margins[index] < MAX_TIE_MARGIN, f"{record.text!r}: token {index}"
+            assert margins[index] == pytest.approx(record.margins[index], abs=2e-3)
+
+
+def test_a_wrong_answer_is_no_tie():
+    comparison = Comparison()
+    comparison.compare("tie", [1, 9], [1, 2], [0.5, 0.0005])
+    assert len(comparison.ties) == 1
+    with pytest.raises(AssertionError, match="token 1 is 9, expected 2"):
+        comparison.compare("wrong", [1, 9], [1, 2], [0.5, 0.005])
+    comparison.compare("tie", [9], [2], [0.0005])
+    with pytest.raises(AssertionError, match="2 ties"):
+        comparison.finish()
+
+
+def test_covering_array_holds_every_pair_of_values():
+    for (a, values_a), (b, values_b) in itertools.combinations(FACTORS.items(), 2):
+        found = {(combination[a], combination[b]) for combination in COVERING}
+        assert found == set(itertools.product(values_a, values_b))

@@ -1,0 +1,209 @@
+"""Scenarios: greedy answers have to be the oracle's under every way of serving them.
+
+A combination of FACTORS becomes options, a pool size, arrivals, urgent intruders, neighbours to abort.
+`play` serves the cases that way, compares them token by token and proves that all it asks for took place.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+from tests.followers import Followers
+from tests.harness import Harness
+from workers.config import WorkerConfig
+
+FACTORS: dict[str, list[Any]] = {
+    "composition": ["alone", "together", "staggered"],
+    "chunk_len": [5, 24, 256],
+    "page_size": [1, 16, 64],
+    "is_hitting": [False, True],
+    "is_evicting": [False, True],
+    "is_preempting": [False, True],
+    "is_aborting": [False, True],
+    "tp_size": [1, 2],
+    "graphs": [False, True],
+}
+MAX_TIE_MARGIN = 1e-3
+URGENT_LEN, URGENT_TOKENS = 6, 2
+NEIGHBOUR_TOKENS = 12
+NOISE_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Case:
+    """A prompt, its greedy answer, and how far the oracle's best logit lay above the second at each token."""
+
+    prompt_ids: list[int]
+    token_ids: list[int]
+    margins: list[float]
+
+
+@dataclass
+class Comparison:
+    """Tokens compared so far and the differences that are ties."""
+
+    num_tokens: int = 0
+    ties: list[str] = field(default_factory=list)
+
+    def compare(self, name: str, found: list[int], expected: list[int], margins: list[float]) -> None:
+        """Fail on a difference that is no tie. What follows a tie is another text and is not compared."""
+        assert len(found) == len(expected), f"{name}: {len(found)} tokens, expected {len(expected)}"
+        for index, (token_id, wanted) in enumerate(zip(found, expected, strict=True)):
+            self.num_tokens += 1
+            if token_id == wanted:
+                continue
+            assert margins[index] < MAX_TIE_MARGIN, (
+                f"{name}: token {index} is {token_id}, expected {wanted} by a margin of {margins[index]}; "
+                f"found {found}, expected {expected}"
+            )
+            self.ties.append(f"tie: {name}: token {index}: {token_id}/{wanted}, margin {margins[index]}")
+            return
+
+    def finish(self) -> None:
+        """Print the ties; fail if they are more than 1 per 1,000 tokens."""
+        print(*self.ties, sep="\n")
+        assert len(self.ties) <= max(1, self.num_tokens / 1000), (
+            f"{len(self.ties)} ties: {self.num_tokens} tokens"
+        )
+
+
+class Scenario:
+    """One combination over one list of cases."""
+
+    def __init__(self, combination: dict[str, Any], cases: Sequence[Case], max_running: int) -> None:
+        self.combination = combination
+        self.cases = cases
+        self.name = " ".join(f"{name}={value}" for name, value in combination.items())
+        self.max_running = 1 if combination["composition"] == "alone" else max_running
+        self._random = Random(self.name)
+        self._num_extra = 0
+        self._to_abort: dict[str, int] = {}
+
+    def config(self, **options: Any) -> WorkerConfig:
+        combination = self.combination
+        return WorkerConfig(
+            dtype="float32",
+            page_size=combination["page_size"],
+            num_pages=self._num_pages(),
+            max_tokens_per_step=combination["chunk_len"],
+            max_running_requests=self.max_running,
+            max_waiting_requests=10_000,
+            tp_size=combination["tp_size"],
+            graphs=combination["graphs"],
+            kv_sanitizer=True,
+            **options,
+        )
+
+    def play(self, comparison: Comparison, followers: Followers | None, **options: Any) -> None:
+        """Serve all cases, then, where prefixes are to be hit, what they become when half answered."""
+        with Harness(self.config(**options), followers=followers) as harness:
+            if self.combination["is_evicting"]:
+                self._fill(harness)
+            self._serve(harness, "first", self.cases, comparison)
+            if self.combination["is_hitting"]:
+                # Latest first: those are still in a small pool.
+                self._serve(harness, "again", [half_answered(case) for case in self.cases[::-1]], comparison)
+            pages = harness.idle_pages()
+            assert pages["owned"] == pages["cached"], f"{self.name}: pages leaked: {pages}"
+            self._prove(harness)
+
+    def _fill(self, harness: Harness) -> None:
+        """Leave the pool full of cached pages: whoever comes next has to evict some."""
+        capacity = harness.scheduler.max_context_len
+        prompt = [self._random.randrange(3, 200) for _ in range(capacity - 1)]
+        harness.submit("filler", prompt, max_tokens=1, ignore_eos=True, tenant_salt=b"filler")
+        harness.run()
+
+    def _serve(self, harness: Harness, turn: str, cases: Sequence[Case], comparison: Comparison) -> None:
+        arrivals = [(f"{turn}-{index}", case) for index, case in enumerate(cases)]
+        expected = dict(arrivals)
+        if self.combination["is_aborting"]:
+            self._add_neighbour(harness)  # ahead of all: aborted while it runs
+        num_steps = 0
+        while arrivals or any(harness.answers[name].finish_reason is None for name in expected):
+            while arrivals and self._has_arrived(num_steps):
+                name, case = arrivals.pop(0)
+                harness.submit(
+                    name,
+                    case.prompt_ids,
+                    max_tokens=len(case.token_ids),
+                    ignore_eos=True,
+                    tenant_salt=b"" if self.combination["is_hitting"] else name.encode(),
+                )
+                if self.combination["composition"] == "staggered":
+                    break
+            if self.combination["is_preempting"] and num_steps % 7 == 5:
+                self._add_intruder(harness)
+            if self.combination["is_aborting"]:
+                self._disturb(harness, num_steps)
+            harness.step()
+            num_steps += 1
+            assert num_steps < 20_000, f"{self.name}: no end: {harness.unfinished()}"
+        for name in self._to_abort:
+            harness.abort(name)
+        self._to_abort.clear()
+        harness.run()
+        for name, case in expected.items():
+            answer = harness.answers[name]
+            assert answer.finish_reason == "length"
+            comparison.compare(f"{self.name} {name}", answer.token_ids, case.token_ids, case.margins)
+
+    def _has_arrived(self, num_steps: int) -> bool:
+        return self.combination["composition"] != "staggered" or num_steps % 3 == 0
+
+    def _add_intruder(self, harness: Harness) -> None:
+        """Submit a short request that goes before all others: with all slots taken it preempts one."""
+        self._num_extra += 1
+        name = f"urgent-{self._num_extra}"
+        prompt = [self._random.randrange(3, 200) for _ in range(URGENT_LEN)]
+        harness.submit(name, prompt, priority=-1, max_tokens=URGENT_TOKENS, ignore_eos=True)
+
+    def _add_neighbour(self, harness: Harness) -> None:
+        self._num_extra += 1
+        name = f"neighbour-{self._num_extra}"
+        prompt = [self._random.randrange(3, 200) for _ in range(self._random.randrange(2, 40))]
+        harness.submit(
+            name, prompt, temperature=1.0, seed=self._num_extra, max_tokens=NEIGHBOUR_TOKENS, ignore_eos=True
+        )
+        self._to_abort[name] = self._random.randrange(1, 9)
+
+    def _disturb(self, harness: Harness, num_steps: int) -> None:
+        """Add a sampling neighbour now and then; abort each after a few steps, wherever it stands."""
+        if num_steps % 5 == 1:
+            self._add_neighbour(harness)
+        for name, steps_left in list(self._to_abort.items()):
+            if steps_left:
+                self._to_abort[name] -= 1
+            else:
+                del self._to_abort[name]
+                harness.abort(name)
+
+    def _num_pages(self) -> int:
+        """Return pages for all; when evicting, for what runs at once; when preempting too, for less."""
+        page_size = self.combination["page_size"]
+        sizes = sorted(-(-(len(case.prompt_ids) + len(case.token_ids)) // page_size) for case in self.cases)
+        if not self.combination["is_evicting"]:
+            return 3 * sum(sizes) + NOISE_TOKENS // page_size
+        running = sum(sizes[-self.max_running :]) + self.max_running
+        return max(running // 2, sizes[-1] + 1) if self.combination["is_preempting"] else running
+
+    def _prove(self, harness: Harness) -> None:
+        """Hold what took place against what the combination asks for."""
+        wanted, stats, steps = self.combination, harness.scheduler.stats, harness.engine.graph_steps
+        num_replays = sum(count for (_, outcome), count in steps.items() if outcome == "replay")
+        num_evictions = harness.cache.stats().num_evictions
+        num_aborted = stats.num_finished["abort"]
+        num_cached = sum(answer.num_cached_tokens for answer in harness.answers.values())
+        assert harness.engine.num_sanitized_steps > 0
+        assert (num_replays > 0) == wanted["graphs"], f"{self.name}: steps ran as {steps}"
+        assert (num_evictions > 0) == wanted["is_evicting"], f"{self.name}: {num_evictions} evictions"
+        assert (num_aborted > 0) == wanted["is_aborting"], f"{self.name}: {num_aborted} aborted"
+        assert (num_cached > 0) == wanted["is_hitting"], f"{self.name}: {num_cached} cached tokens"
+        assert not wanted["is_preempting"] or stats.num_preemptions > 0, f"{self.name}: none preempted"
+
+
+def half_answered(case: Case) -> Case:
+    """Return the case as a prompt that ends within the answer: its whole pages may be in the cache."""
+    half = len(case.token_ids) // 2 + 1
+    return Case(case.prompt_ids + case.token_ids[:half], case.token_ids[half:], case.margins[half:])
