@@ -134,7 +134,7 @@ def _check_port(host: str, port: int) -> None:
             probe.bind(address)
     except OSError as error:
         raise ServeError(
-            f"cannot listen on {host}:{port}: {error.strerror}; choose another --host or --port (0: any free one)"
+            f"cannot listen on {host}:{port}: {error.strerror}; name another --host or --port (0: any free)"
         ) from None
 
 
