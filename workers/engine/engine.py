@@ -4,6 +4,7 @@ No Ray, no scheduler, no clock: what a step does is a function of the plans so f
 """
 
 import hashlib
+import logging
 from collections import Counter
 from dataclasses import asdict
 
@@ -12,6 +13,7 @@ import torch
 
 from cache_service.keys import KVNamespace
 from workers.attention.backend import AttentionBackend
+from workers.attention.native import NativeAttention
 from workers.attention.reference import ReferenceAttention
 from workers.card import ModelCard
 from workers.config import WorkerConfig
@@ -30,6 +32,8 @@ from workers.kvcache.sanitizer import KVSanitizer
 from workers.models.config import Dtype
 from workers.models.sharding import head_layout, kv_shape
 from workers.models.weights import load_model
+from workers.native.build import NativeBuildError
+from workers.native.kernels import NativeKernels
 from workers.parallel import TPGroup
 from workers.plan import (
     BatchPlan,
@@ -46,9 +50,15 @@ from workers.plan import (
 )
 from workers.protocol import TokenLogprobs
 
+logger = logging.getLogger(__name__)
+
 
 class TokenError(RuntimeError):
     """A plan's token id outside the vocabulary: admission refuses those, so a bug; checked mode only."""
+
+
+class BackendError(ValueError):
+    """The chosen attention backend cannot run here."""
 
 
 class Engine:
@@ -99,7 +109,13 @@ class Engine:
         # A step may hold max_tokens_per_step tokens or one token of every slot.
         max_tokens = max(config.max_tokens_per_step, max_slots)
         self._stager = Stager(self._table, max_tokens, device, copies, mechanisms)
-        self._runner = ModelRunner(loaded.decoder, _attention(config, self._pool), self._pool)
+        kernels = _native_kernels(config, self._pool)
+        attention: AttentionBackend
+        if kernels is None:
+            attention = ReferenceAttention(self._pool)
+        else:
+            attention = NativeAttention(self._pool, kernels)
+        self._runner = ModelRunner(loaded.decoder, attention, self._pool)
         batch_sizes = config.graph_batch_sizes or default_batch_sizes(max_slots)
         is_supported = GraphRunner.supports(device)
         self._guard = GraphGuard(batch_sizes, config.graphs, is_supported)
@@ -244,5 +260,24 @@ def _available_bytes(device: torch.device, tp_size: int) -> int:
     return available_host_bytes() // tp_size  # all ranks of a CPU group share the node's memory
 
 
-def _attention(config: WorkerConfig, pool: KVPool) -> AttentionBackend:
-    return ReferenceAttention(pool)
+def _native_kernels(config: WorkerConfig, pool: KVPool) -> NativeKernels | None:
+    """Return the compiled kernels; None: this rank computes in plain torch."""
+    if config.attention_backend == "reference":
+        return None
+    must = config.attention_backend == "native"
+    if not NativeAttention.supports(pool):
+        if must:
+            raise BackendError(
+                f"attention_backend=native on {config.device} in {pool.layer(0)[0].dtype}; the compiled"
+                " kernels run on cpu in float32 or bfloat16; choose those, or attention_backend=auto"
+            )
+        return None
+    try:
+        return NativeKernels.load()
+    except NativeBuildError as error:
+        if must:
+            raise BackendError(
+                f"attention_backend=native: {error}; or choose attention_backend=auto"
+            ) from error
+        logger.warning("compiled kernels are not to be had; computing in torch", extra={"reason": str(error)})
+        return None

@@ -146,12 +146,15 @@ class BucketInputs:
     def __init__(
         self, num_rows: int, pages_per_row: int, device: torch.device, mechanisms: Mechanisms = ALL_ON
     ) -> None:
-        pinned = device.type == "cuda"
+        def make() -> HostInputs:
+            host = HostInputs(num_rows, num_rows, pages_per_row, pinned=device.type == "cuda")
+            host.start_array[:] = np.arange(num_rows + 1)  # one token a row, on every step
+            host.sample_array[:] = np.arange(num_rows)
+            return host
+
         self.num_rows = num_rows
         self.static = StepInputs(num_rows, num_rows, pages_per_row, device)
-        self.ring = StagingRing(
-            lambda: HostInputs(num_rows, num_rows, pages_per_row, pinned), mechanisms.rings_staging
-        )
+        self.ring = StagingRing(make, mechanisms.rings_staging)
         self.has_rows = False
 
 
@@ -183,7 +186,8 @@ class Stager:
     def stage_eager(self, plan: BatchPlan, mode: Mode) -> tuple[ForwardBatch, SlotArray]:
         """Stage a plan of any mode; the batch's tensors belong to this step."""
         host = self._eager_ring.acquire()
-        slots = self._fill(host, plan, mode)
+        slots = np.array(plan.slots, dtype=np.int64)
+        self._fill(host, plan, slots)
         num_rows, num_tokens = len(plan.slots), len(plan.token_ids)
         lens = host.len_array[:num_rows]
         num_columns = -(-int(lens.max()) // self._table.page_size)
@@ -215,11 +219,9 @@ class Stager:
         #           0         num_real                                     num_rows
         host = bucket.ring.acquire()
         num_real, num_rows = len(plan.slots), bucket.num_rows
-        slots = np.full(num_rows, self._table.dummy_slot, dtype=np.int64)
-        slots[:num_real] = self._fill(host, plan, "decode")
+        slots = np.array(plan.slots + [self._table.dummy_slot] * (num_rows - num_real), dtype=np.int64)
+        self._fill_decode(host, plan, slots[:num_real])
         self._table.stage_rows(slots[:num_real], host.row_array[:num_real])
-        host.start_array[:] = np.arange(num_rows + 1)
-        host.sample_array[:] = host.start_array[:-1]
         if num_real < num_rows and self._mechanisms.pads_rows:
             host.token_id_array[num_real:] = 0
             host.position_array[num_real:] = 0
@@ -236,28 +238,29 @@ class Stager:
         host.fence = self._copies.fence()
         return static_batch(bucket, num_real, host.start_array, host.len_array), slots
 
-    def _fill(self, host: HostInputs, plan: BatchPlan, mode: Mode) -> SlotArray:
-        """Write all but page rows and sample indices of the plan's rows; return their slots."""
-        num_rows, num_tokens = len(plan.slots), len(plan.token_ids)
-        slots = np.array(plan.slots, dtype=np.int64)
+    def _fill_decode(self, host: HostInputs, plan: BatchPlan, slots: SlotArray) -> None:
+        """Write tokens, positions, places and lengths of rows of one token each."""
+        num_rows = len(slots)
+        positions = host.position_array[:num_rows]
+        positions[:] = plan.starts
+        host.token_id_array[:num_rows] = plan.token_ids
+        host.len_array[:num_rows] = positions
+        host.len_array[:num_rows] += 1
+        self._table.stage_locations(slots, positions, host.location_array[:num_rows])
+
+    def _fill(self, host: HostInputs, plan: BatchPlan, slots: SlotArray) -> None:
+        """Write all but page rows and sample indices of rows of any length."""
+        num_rows, num_tokens = len(slots), len(plan.token_ids)
         starts = np.array(plan.starts, dtype=np.int64)
+        lens = np.array(plan.lens, dtype=np.int64)
+        ends = np.cumsum(lens)
         positions = host.position_array[:num_tokens]
+        positions[:] = np.arange(num_tokens) + np.repeat(starts - (ends - lens), lens)
         host.token_id_array[:num_tokens] = plan.token_ids
-        if mode == "decode":
-            token_slots = slots
-            positions[:] = starts
-            host.start_array[: num_rows + 1] = np.arange(num_rows + 1)
-            np.add(starts, 1, out=host.len_array[:num_rows], casting="same_kind")
-        else:
-            lens = np.array(plan.lens, dtype=np.int64)
-            token_slots = np.repeat(slots, lens)
-            ends = np.cumsum(lens)
-            positions[:] = np.arange(num_tokens) + np.repeat(starts - (ends - lens), lens)
-            host.start_array[0] = 0
-            host.start_array[1 : num_rows + 1] = ends
-            host.len_array[:num_rows] = starts + lens
-        self._table.stage_locations(token_slots, positions, host.location_array[:num_tokens])
-        return slots
+        host.start_array[0] = 0
+        host.start_array[1 : num_rows + 1] = ends
+        host.len_array[:num_rows] = starts + lens
+        self._table.stage_locations(np.repeat(slots, lens), positions, host.location_array[:num_tokens])
 
     def _send(self, staged: torch.Tensor) -> torch.Tensor:
         target = torch.empty(staged.shape, dtype=staged.dtype, device=self._device)

@@ -24,12 +24,14 @@ class PageTable:
     def __init__(
         self, max_slots: int, pages_per_row: int, page_size: int, num_pages: int, checked: bool
     ) -> None:
+        assert page_size.bit_count() == 1, f"page_size {page_size} is no power of two"
         self.rows: npt.NDArray[np.int32] = np.zeros((max_slots + 1, pages_per_row), dtype=np.int32)
         self.max_slots = max_slots
         self.dummy_slot = max_slots
         self.page_size = page_size
         self.num_pages = num_pages
         self._checked = checked
+        self._shift = page_size.bit_length() - 1
 
     @property
     def pages_per_row(self) -> int:
@@ -70,12 +72,13 @@ class PageTable:
 
         In checked mode a token on the dummy page raises: only padded rows go there, and not through here.
         """
-        columns, offsets = np.divmod(positions, self.page_size)
+        columns = positions >> self._shift
         if self._checked:
             self._check_range("slot", slots, self.max_slots)
             self._check_range("position", positions, self.pages_per_row * self.page_size)
-        np.multiply(self.rows[slots, columns], self.page_size, out=out, dtype=np.int64)
-        out += offsets
+        out[:] = self.rows[slots, columns]  # widened to 64 bits before the product
+        out <<= self._shift
+        out += positions & (self.page_size - 1)
         if self._checked and (on_dummy := np.flatnonzero(out < self.page_size)).size:
             token = int(on_dummy[0])
             raise PageTableError(
