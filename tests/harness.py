@@ -82,6 +82,7 @@ def tiny_config(model: Path, **changes: object) -> WorkerConfig:
         "max_running_requests": 8,
         "max_tokens_per_step": 32,
         "kv_sanitizer": True,
+        "attention_backend": "reference",
         "num_threads": 1,
     }
     return WorkerConfig(**(options | changes))  # type: ignore[arg-type]
@@ -174,15 +175,18 @@ class Harness:
         output = self.scheduler.abort(RequestId(request_id), reason)
         self._take([] if output is None else [output])
 
-    def step(self) -> list[RequestOutput]:
-        """Plan, run and commit one step; an empty list if there was nothing to do."""
+    def step(self, lost: type | None = None) -> list[RequestOutput]:
+        """Plan, run and commit one step; an empty list if there was nothing to do.
+
+        Ops of type `lost`, of which there must be some, do not reach the ranks.
+        """
         self._num_steps += 1
         self.scheduler.completed(self._group.board.minimum())
         plan = self.scheduler.plan(float(self._num_steps))
         if plan is None:
             return []
         self.plans.append(plan)
-        output = self.run_plan(plan)
+        output = self.run_plan(plan if lost is None else without(plan, lost))
         outputs = self.scheduler.commit(output, float(self._num_steps))
         self.cache.take_events()
         self.scheduler.check()
@@ -231,3 +235,10 @@ class Harness:
             answer.logprobs += output.logprobs
             answer.finish_reason = output.finish_reason
             answer.num_cached_tokens = output.num_cached_tokens
+
+
+def without(plan: BatchPlan, lost: type) -> BatchPlan:
+    """Return the plan less its ops of one type."""
+    kept = [op for op in plan.ops if not isinstance(op, lost)]
+    assert len(kept) < len(plan.ops), f"the plan has no {lost.__name__}"
+    return msgspec.structs.replace(plan, ops=kept)
