@@ -36,7 +36,8 @@ class WorkerConfig:
     max_tokens_per_step: Annotated[int, Field(ge=1)] = 256
     """Token budget of a step: decodes first, prefill chunks fill the rest."""
     attention_backend: Literal["auto", "reference", "native"] = "auto"
-    """`native`: the compiled CPU kernels; `auto`: native where they compile, else reference."""
+    """`native`: the compiled CPU kernels, for attention and all else they know; `reference`: plain torch;
+    `auto`: native where they compile, else reference."""
     graphs: bool = True
     """False: every decode step runs eager (the ablation)."""
     graph_batch_sizes: tuple[PositiveInt, ...] | None = None

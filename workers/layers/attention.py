@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from workers.attention.backend import AttentionBackend, AttentionLayer
+from workers.layers.kernels import LayerKernels
 from workers.layers.linear import Linear, RowParallelLinear
 from workers.layers.norm import RMSNorm
 from workers.layers.placement import Placement, Run, head_runs, whole
@@ -51,6 +52,11 @@ class Attention(nn.Module):
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype, device=device)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype, device=device)
+        self._kernels: LayerKernels | None = None
+
+    def adopt(self, kernels: LayerKernels) -> None:
+        """Rotate by a compiled kernel from now on; the projections and norms adopt theirs themselves."""
+        self._kernels = kernels
 
     def placements(self) -> Iterator[tuple[str, Placement]]:
         """Yield checkpoint names (under the layer's self_attn) and where this rank's share goes."""
@@ -84,10 +90,16 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(x.shape[0], -1, layer.head_dim)  # [tokens, q + k + v heads, head_dim]
         v = qkv[:, num_rotated:]
         if self.q_norm is None or self.k_norm is None:
-            rotated = rotate(qkv[:, :num_rotated], cos, sin)  # q and k heads at once
+            rotated = self._rotate(qkv[:, :num_rotated], cos, sin)  # q and k heads at once
             q, k = rotated[:, : layer.num_heads], rotated[:, layer.num_heads :]
         else:
-            q = rotate(self.q_norm(qkv[:, : layer.num_heads]), cos, sin)
-            k = rotate(self.k_norm(qkv[:, layer.num_heads : num_rotated]), cos, sin)
+            q = self._rotate(self.q_norm(qkv[:, : layer.num_heads]), cos, sin)
+            k = self._rotate(self.k_norm(qkv[:, layer.num_heads : num_rotated]), cos, sin)
         attended: torch.Tensor = self.output(backend.forward(layer, q, k, v))
         return attended
+
+    def _rotate(self, heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """Rotate heads that nobody else reads: the kernel does it in place."""
+        if self._kernels is not None:
+            return self._kernels.rotate_(heads, cos, sin)
+        return rotate(heads, cos, sin)

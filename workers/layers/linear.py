@@ -1,22 +1,15 @@
 """Linear and RowParallelLinear: the only place where a model multiplies by its weights.
 
-The loader fills `weight`; a compiled CPU kernel may then take it over in its own packed form (`pack`).
+The loader fills `weight`; compiled kernels may then take it over in a form of their own (`adopt`).
 Column parallelism needs no class of its own: a rank's Linear simply has its share of the rows.
 """
-
-from collections.abc import Callable
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from workers.layers.kernels import LayerKernels, Matmul
 from workers.parallel import TPGroup
-
-Matmul = Callable[[torch.Tensor], torch.Tensor]
-"""x [tokens, in_features] -> [tokens, out_features], bias included."""
-
-Packer = Callable[[torch.Tensor, torch.Tensor | None], Matmul | None]
-"""(weight [out_features, in_features], bias) -> the kernel's matmul; None where it has none for the shape."""
 
 
 class Linear(nn.Module):
@@ -31,19 +24,19 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = zeros(out_features, in_features, dtype=dtype, device=device)
         self.bias = zeros(out_features, dtype=dtype, device=device) if bias else None
-        self._packed: Matmul | None = None
+        self._matmul: Matmul | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [tokens, in_features] to [tokens, out_features]."""
-        if self._packed is not None:
-            return self._packed(x)
+        if self._matmul is not None:
+            return self._matmul(x)
         return functional.linear(x, self.weight, self.bias)
 
-    def pack(self, packer: Packer) -> None:
+    def adopt(self, kernels: LayerKernels) -> None:
         """Hand the loaded weight to a kernel; the plain copy is dropped if the kernel takes it."""
-        packed = packer(self.weight.detach(), None if self.bias is None else self.bias.detach())
-        if packed is not None:
-            self._packed = packed
+        bias = None if self.bias is None else self.bias.detach()
+        self._matmul = kernels.matmul(self.weight.detach(), bias)
+        if self._matmul is not None:
             self.weight = zeros(0, 0, dtype=self.weight.dtype, device=self.weight.device)
 
 

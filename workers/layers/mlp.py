@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from workers.layers.kernels import LayerKernels
 from workers.layers.linear import Linear, RowParallelLinear
 from workers.layers.placement import Placement, Run, shard_run, whole
 from workers.models.config import ModelConfig
@@ -34,6 +35,11 @@ class GatedMLP(nn.Module):
             device=device,
             group=group,
         )
+        self._kernels: LayerKernels | None = None
+
+    def adopt(self, kernels: LayerKernels) -> None:
+        """Gate by a compiled kernel from now on; the projections adopt theirs themselves."""
+        self._kernels = kernels
 
     def placements(self) -> Iterator[tuple[str, Placement]]:
         """Yield checkpoint names (under the layer's mlp) and where this rank's share goes."""
@@ -53,6 +59,11 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [tokens, hidden] (normalised) to [tokens, hidden]."""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        out: torch.Tensor = self.down(functional.silu(gate) * up)
+        gate_up = self.gate_up(x)
+        if self._kernels is not None:
+            gated = self._kernels.silu_mul(gate_up)
+        else:
+            gate, up = gate_up.chunk(2, dim=-1)
+            gated = functional.silu(gate) * up
+        out: torch.Tensor = self.down(gated)
         return out

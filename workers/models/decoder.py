@@ -11,7 +11,8 @@ from torch import nn
 from workers.attention.backend import AttentionBackend
 from workers.layers.attention import Attention
 from workers.layers.embedding import VocabularyEmbedding, VocabularyHead
-from workers.layers.linear import Linear, Packer
+from workers.layers.kernels import LayerKernels
+from workers.layers.linear import Linear
 from workers.layers.mlp import GatedMLP
 from workers.layers.norm import RMSNorm
 from workers.layers.placement import Placement, whole
@@ -42,12 +43,21 @@ class DecoderLayer(nn.Module):
             yield f"mlp.{name}", placement
 
     def forward(
-        self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backend: AttentionBackend
-    ) -> torch.Tensor:
-        """Map the residual stream [tokens, hidden] to the next layer's."""
-        hidden = hidden + self.attention(self.attention_norm(hidden), cos, sin, backend)
-        hidden = hidden + self.mlp(self.mlp_norm(hidden))
-        return hidden
+        self,
+        hidden: torch.Tensor,
+        delta: torch.Tensor | None,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        backend: AttentionBackend,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take the residual stream and what the layer before adds to it (None: nothing), [tokens, hidden]
+        each; return the same for the next layer. Sums are left to the norm that reads them next."""
+        if delta is None:
+            x = self.attention_norm(hidden)
+        else:
+            hidden, x = self.attention_norm.add(hidden, delta)
+        hidden, x = self.mlp_norm.add(hidden, self.attention(x, cos, sin, backend))
+        return hidden, self.mlp(x)
 
 
 class Decoder(nn.Module):
@@ -97,11 +107,11 @@ class Decoder(nn.Module):
                 found[f"model.layers.{index}.{name}"] = placement
         return found
 
-    def pack(self, packer: Packer) -> None:
-        """Hand every linear's loaded weight to a compiled kernel, one after the other."""
+    def adopt(self, kernels: LayerKernels) -> None:
+        """Compute by compiled kernels wherever they can; the weights must be loaded."""
         for module in self.modules():
-            if isinstance(module, Linear):
-                module.pack(packer)
+            if isinstance(module, Linear | RMSNorm | Attention | GatedMLP):
+                module.adopt(kernels)
 
     def forward(
         self, token_ids: torch.Tensor, positions: torch.Tensor, attention: AttentionBackend
@@ -112,9 +122,10 @@ class Decoder(nn.Module):
         """
         hidden: torch.Tensor = self.embedding(token_ids)
         cos, sin = self.rotary(positions)
+        delta: torch.Tensor | None = None
         for layer in self.layers:
-            hidden = layer(hidden, cos, sin, attention)
-        return hidden
+            hidden, delta = layer(hidden, delta, cos, sin, attention)
+        return hidden if delta is None else hidden + delta
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """Return float32 [S, vocab] for rows [S, hidden] of `forward`; None on ranks other than 0."""

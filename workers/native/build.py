@@ -61,6 +61,13 @@ def built_library(cache_folder: Path, compilers: Sequence[str] = COMPILERS) -> P
     return library
 
 
+def has_matrix_units() -> bool:
+    """Tell whether this CPU multiplies bf16 matrices in hardware (AMX)."""
+    with contextlib.suppress(OSError):
+        return " amx_bf16" in Path("/proc/cpuinfo").read_text()
+    return False
+
+
 def _digest(texts: dict[str, bytes], compiler: str) -> str:
     """Name a build by all it depends on: sources, flags, compiler and the CPU that `native` stands for."""
     version = subprocess.run(

@@ -1,4 +1,4 @@
-"""NativeKernels: the compiled CPU kernels as functions of tensors. Called in the engine's thread.
+"""NativeKernels: the compiled CPU kernels as functions of tensors, called in the engine's thread.
 
 Tensors go down as raw addresses, checked here and nowhere below. Threads are torch's own.
 """
@@ -9,10 +9,16 @@ from pathlib import Path
 
 import torch
 
-from workers.native.build import COMPILERS, built_library, default_cache_folder
+from workers.layers.kernels import Matmul
+from workers.native.build import COMPILERS, built_library, default_cache_folder, has_matrix_units
+from workers.native.packed_torch import packed_by_torch
+from workers.native.self_check import check_kernels
 
 KERNEL_DTYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1}
 """Element types the kernels know, by their code in simd.h."""
+
+MAX_ROWS_BESIDE_MATRIX_UNITS = 16
+"""On CPUs with AMX, products of more rows are bound by arithmetic, of which AMX has several times as much."""
 
 _POINTER, _INT, _FLOAT, _CODE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int32
 
@@ -50,9 +56,13 @@ class AttentionShape(ctypes.Structure):
 
 
 class NativeKernels:
-    """One loaded library. Holds no state: any number of models may share it."""
+    """One loaded library, as LayerKernels and for NativeAttention. Any number of models may share it.
 
-    def __init__(self, library: Path) -> None:
+    `max_matmul_rows`: products of more rows are left to torch; None: none are.
+    """
+
+    def __init__(self, library: Path, max_matmul_rows: int | None = None) -> None:
+        self._max_matmul_rows = max_matmul_rows
         # torch, imported above, has loaded the OpenMP runtime that the library's symbols resolve to.
         functions = ctypes.CDLL(str(library))
         self._packed_words = _declare(functions.eyrie_packed_words, [_INT, _INT], _INT)
@@ -76,8 +86,27 @@ class NativeKernels:
 
     @classmethod
     def load(cls, cache_folder: Path | None = None, compilers: Sequence[str] = COMPILERS) -> "NativeKernels":
-        """Compile if need be, and load. Raises NativeBuildError where that cannot be done."""
-        return cls(built_library(cache_folder or default_cache_folder(), compilers))
+        """Compile if need be, load and check. Raises NativeBuildError where one of them cannot be done."""
+        library = built_library(cache_folder or default_cache_folder(), compilers)
+        kernels = cls(library, MAX_ROWS_BESIDE_MATRIX_UNITS if has_matrix_units() else None)
+        check_kernels(kernels)
+        return kernels
+
+    def matmul(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Matmul | None:
+        """Return x W^T + b by the packed weight; None for anything but bf16, where torch is as fast."""
+        if weight.dtype != torch.bfloat16 or weight.numel() == 0:
+            return None
+        num_columns, packed = weight.shape[0], self.pack_linear(weight)
+        wide_bias = None if bias is None else bias.float()
+
+        def native(x: torch.Tensor) -> torch.Tensor:
+            return self.linear(x, packed, num_columns, wide_bias)
+
+        max_rows = self._max_matmul_rows
+        if max_rows is None:
+            return native
+        by_torch = packed_by_torch(weight, bias)
+        return lambda x: native(x) if x.shape[0] <= max_rows else by_torch(x)
 
     def pack_linear(self, weight: torch.Tensor) -> torch.Tensor:
         """Return bf16 `weight` [n, k] in the layout of linear.cpp."""
