@@ -16,12 +16,12 @@ def say(rank: int, **fields) -> None:
     os.write(1, (json.dumps({"rank": rank, **fields}) + "\n").encode())  # whole lines: ranks share the pipe
 
 
-def work(group: TPGroup) -> None:
+def work(group: TPGroup, device: str) -> None:
     """Every call once."""
-    tensor = torch.full((2, 3), group.rank + 1.0, dtype=torch.bfloat16)
+    tensor = torch.full((2, 3), group.rank + 1.0, dtype=torch.bfloat16, device=device)
     group.all_reduce(tensor)
     say(group.rank, sum=tensor.tolist())
-    gathered = group.gather_columns(torch.tensor([[group.rank, 10.0 + group.rank]]))
+    gathered = group.gather_columns(torch.tensor([[group.rank, 10.0 + group.rank]], device=device))
     say(group.rank, gathered=None if gathered is None else gathered.tolist())
     sizes = [0, 1, 100_000]
     if group.rank == 0:
@@ -33,23 +33,45 @@ def work(group: TPGroup) -> None:
     group.all_reduce(tensor)  # both have published
     say(group.rank, counts=group.board.counts(), minimum=group.board.minimum())
     maps = Path("/proc/self/maps").read_text().splitlines()
+    if device == "cuda":
+        say(group.rank, graphed=sum_in_a_graph(group))
     say(group.rank, boards=[line.split(maxsplit=5)[5] for line in maps if "eyrie-board" in line])
 
 
-def reduce_until_error(group: TPGroup) -> None:
-    tensor = torch.zeros(8)
+def sum_in_a_graph(group: TPGroup) -> list[float]:
+    """Capture an all_reduce and replay it over two inputs."""
+    tensor = torch.zeros(2, device="cuda")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        group.all_reduce(tensor)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        group.all_reduce(tensor)
+    sums = []
+    for value in (1.0, 5.0):
+        tensor.fill_(value + group.rank)
+        torch.cuda.synchronize()
+        graph.replay()
+        torch.cuda.synchronize()
+        sums.append(tensor[0].item())
+    return sums
+
+
+def reduce_until_error(group: TPGroup, device: str) -> None:
+    tensor = torch.zeros(8, device=device)
     while True:
         group.all_reduce(tensor)
 
 
-def follow_until_error(group: TPGroup) -> None:
+def follow_until_error(group: TPGroup, device: str) -> None:
     if group.rank == 0:
         time.sleep(60)
     while True:
         group.receive_plan(60)
 
 
-def lead_until_error(group: TPGroup) -> None:
+def lead_until_error(group: TPGroup, device: str) -> None:
     if group.rank > 0:
         time.sleep(60)
     while True:
@@ -63,8 +85,10 @@ SCENARIOS = {
 }
 
 
-def run_rank(scenario: str, rank: int, size: int, timeout_s: float, listener) -> None:
+def run_rank(scenario: str, rank: int, size: int, timeout_s: float, device: str, listener) -> None:
     port = listener.getsockname()[1]
+    if device == "cuda":
+        torch.cuda.set_device(rank)
     group = TPGroup.connect(
         rank,
         size,
@@ -72,12 +96,13 @@ def run_rank(scenario: str, rank: int, size: int, timeout_s: float, listener) ->
         port,
         timeout_s=timeout_s,
         meeting_timeout_s=60,
+        device=device,
         listener=listener if rank == 0 else None,
     )
     say(rank, pid=os.getpid())
     started = time.monotonic()
     try:
-        SCENARIOS[scenario](group)
+        SCENARIOS[scenario](group, device)
     except TPGroupError as error:
         say(rank, error=type(error).__name__, message=str(error), after_s=time.monotonic() - started)
     finally:
@@ -86,14 +111,14 @@ def run_rank(scenario: str, rank: int, size: int, timeout_s: float, listener) ->
     say(rank, closed=True)
 
 
-def run_group(scenario: str, size: int, timeout_s: float) -> None:
+def run_group(scenario: str, size: int, timeout_s: float, device: str) -> None:
     listener = listen("127.0.0.1")
     ranks = {}
     for rank in range(size):
         pid = os.fork()
         if pid == 0:
             try:
-                run_rank(scenario, rank, size, timeout_s, listener)
+                run_rank(scenario, rank, size, timeout_s, device, listener)
             finally:
                 os._exit(0)
         ranks[pid] = rank

@@ -1,68 +1,22 @@
 """A TP group's calls, and what its ranks see when a peer dies or stalls. Ranks are real processes."""
 
-import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 import torch
 
+from tests.unit.tensor_parallel_group import Ranks
 from workers.parallel import TPGroup, TPTimeoutError, listen
-
-SCRIPT = Path(__file__).parent / "tensor_parallel_ranks.py"
-ROOT = SCRIPT.parents[2]
-
-
-class Ranks:
-    """A process that forks groups of ranks and passes on what they say."""
-
-    def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, str(SCRIPT)],
-            cwd=ROOT,
-            env={"PYTHONPATH": str(ROOT), "TORCH_CPP_LOG_LEVEL": "FATAL"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.said: list[dict] = []
-
-    def start(self, scenario: str, timeout_s: float = 30) -> list[dict]:
-        """Start two ranks; return their fields, with their pids, when both have met."""
-        assert self.process.stdin is not None
-        group = {"scenario": scenario, "size": 2, "timeout_s": timeout_s}
-        self.process.stdin.write(json.dumps(group) + "\n")
-        self.process.stdin.flush()
-        self.said = [{}, {}]
-        self.read_until(lambda: all("pid" in fields for fields in self.said))
-        return self.said
-
-    def finish(self) -> list[dict]:
-        """Return all that the ranks said when both have ended."""
-        self.read_until(lambda: all("status" in fields for fields in self.said))
-        return self.said
-
-    def read_until(self, is_enough: Callable[[], bool]) -> None:
-        """Read lines until `is_enough`."""
-        assert self.process.stdout is not None
-        while not is_enough():
-            line = self.process.stdout.readline()
-            assert line, "the ranks' process ended"
-            fields = json.loads(line)
-            self.said[fields["rank"]].update(fields)
 
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Ranks]:
     ranks = Ranks()
     yield ranks
-    ranks.process.kill()
-    ranks.process.communicate()
+    ranks.close()
 
 
 def test_ranks_sum_gather_and_share_plans_and_counters(ranks: Ranks) -> None:
