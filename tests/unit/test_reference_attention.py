@@ -72,11 +72,15 @@ class PagedRows:
     def attend(self, window: int | None) -> torch.Tensor:
         backend = ReferenceAttention(self.pool)
         backend.plan(self.batch)
-        new_k, new_v = (
+        return backend.forward(layer(window), *self.new_tokens())
+
+    def new_tokens(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return q, k and v of the batch's tokens."""
+        k, v = (
             torch.cat([own[r][self.context_lens[r] - self.query_lens[r] :] for r in range(len(own))])
             for own in (self.k, self.v)
         )
-        return backend.forward(layer(window), torch.cat(self.q), new_k, new_v)
+        return torch.cat(self.q), k, v
 
     def dense(self, row: int, window: int | None) -> torch.Tensor:
         queries, keys = self.query_lens[row], self.context_lens[row]

@@ -114,6 +114,7 @@ class Engine:
         if kernels is None:
             attention = ReferenceAttention(self._pool)
         else:
+            loaded.decoder.adopt(kernels)
             attention = NativeAttention(self._pool, kernels)
         self._runner = ModelRunner(loaded.decoder, attention, self._pool)
         batch_sizes = config.graph_batch_sizes or default_batch_sizes(max_slots)
