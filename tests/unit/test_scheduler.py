@@ -84,6 +84,17 @@ def test_there_are_never_more_running_requests_than_tokens_in_a_step():
         assert group.scheduler.num_running <= 2
 
 
+def test_the_token_budget_bounds_running_requests_of_all_priorities():
+    group = FakeGroup(max_running=4, max_tokens_per_step=2)
+    group.submit([1] * 20, greedy(4), priority=1)
+    for number in range(3):
+        group.step()
+        group.submit([number], greedy(10), priority=0)
+    while group.scheduler.has_requests:
+        group.step()
+        assert group.scheduler.num_running <= 2
+
+
 def test_the_first_in_order_progresses_though_decodes_fill_the_step():
     group = FakeGroup(max_running=3, max_tokens_per_step=3)
     for number in (1, 2):

@@ -104,7 +104,9 @@ def test_lower_priorities_are_not_preempted_for_nothing():
 
 
 def test_the_rows_of_requests_preempted_while_planning_are_dropped_from_the_step():
-    group = FakeGroup(num_pages=8, page_size=2, max_context_len=16, max_running=3, prefix_caching=False)
+    group = FakeGroup(
+        num_pages=8, page_size=2, max_context_len=16, max_tokens_per_step=13, prefix_caching=False
+    )
     for number in range(2):
         group.submit([number] * 4, endless(), priority=1)
     group.step()
@@ -120,7 +122,7 @@ def test_admission_leaves_a_page_for_each_running_request_lest_it_be_preempted_a
     group = FakeGroup(num_pages=8, page_size=2, max_context_len=16, prefix_caching=False)
     group.submit([1] * 8, endless(6))  # 4 pages now, 3 more later
     group.step()
-    group.submit([2] * 8, endless(2))
+    group.submit([2] * 6, endless(2))  # the 3 free pages would do
     group.step()
     assert group.scheduler.num_running == 1 and group.scheduler.num_waiting == 1
     group.run()
@@ -128,20 +130,49 @@ def test_admission_leaves_a_page_for_each_running_request_lest_it_be_preempted_a
 
 
 def test_a_request_waits_for_quiescing_pages_instead_of_preempting_for_them():
-    group = FakeGroup(num_pages=6, page_size=2, max_context_len=12, num_ranks=2, prefix_caching=False)
-    short = group.submit([1] * 4, endless(2))  # 3 pages
-    long = group.submit([2] * 5, endless(5))  # 3, later more
+    group = FakeGroup(num_pages=8, page_size=2, max_context_len=12, num_ranks=2, prefix_caching=False)
+    short = group.submit([1] * 6, endless(2))  # 4 pages in the end
+    older, younger = group.submit([2] * 3, endless(5)), group.submit([3], endless(5))
     while short not in group.reasons:
-        group.step(lags=(0, 3))
-    third = group.submit([3], endless(1))  # would fit into the pages to come, but long is ahead of it
-    plan = group.step(lags=(0, 3))
+        group.step(lags=(0, 9))
+    waiting = group.submit([4], endless(1))
+    for _ in range(4):
+        plan = group.step(lags=(0, 9))
     stats = group.cache.stats()
-    assert (stats.num_free_pages, stats.num_quiescing_pages) == (0, 3)
-    assert plan.slots == [] and group.scheduler.num_running == 1
-    assert group.scheduler.stats.num_stalls == 1
+    assert (stats.num_free_pages, stats.num_quiescing_pages) == (0, 4)
+    # Both lack a page, and nobody is let in ahead of them.
+    assert plan is None and group.scheduler.num_running == 2
+    assert group.scheduler.stats.num_stalls > 0 and group.scheduler.stats.num_preemptions == 0
     group.run()
-    assert group.reasons.keys() == {short, long, third}
+    assert group.reasons.keys() == {short, older, younger, waiting}
     assert group.scheduler.stats.num_preemptions == 0
+
+
+def test_pages_that_come_free_are_for_the_first_who_lacks_them():
+    group = FakeGroup(num_pages=8, page_size=2, max_context_len=16, num_ranks=2, prefix_caching=False)
+    group.submit([1] * 6, endless(1), priority=0)  # 3 pages that quiesce after the first step
+    low = group.submit([2] * 2, endless(8), priority=1)
+    for _ in range(2):
+        group.step(lags=(0, 9))
+    high = group.submit([3] * 9, endless(1), priority=0)  # 5 pages: 3 are free, 3 to come
+    group.step(lags=(0, 9))
+    plan = group.step(lags=(0, 9))
+    assert plan.slots == [] and group.cache.stats().num_free_pages == 3  # low lacks one; they are not its
+    group.run()
+    assert list(group.reasons)[1:] == [high, low]
+    assert group.scheduler.stats.num_preemptions == 0
+
+
+def test_nobody_is_preempted_for_pages_that_the_one_in_need_would_share_with_it():
+    group = FakeGroup(num_pages=7, page_size=2, max_context_len=14, max_tokens_per_step=32)
+    group.submit([9], endless(4), priority=0)
+    group.submit([1] * 7, endless(3), priority=2)  # 4 pages, 3 of them complete
+    group.step()
+    # 3 shared pages and 3 more: the low one's fourth and 2 free ones would leave no spare page.
+    group.submit([1] * 6 + [2] * 6, endless(1), priority=1)
+    group.step()
+    assert group.scheduler.num_running == 2 and group.scheduler.stats.num_preemptions == 0
+    group.run()
 
 
 def test_an_abort_ends_a_request_wherever_it_stands():

@@ -4,6 +4,7 @@ It owns the PagePool, the RadixCache and every slot's row of pages, writes the o
 tables equal to them (I1), and numbers the relocations (I8). Lives in rank 0's step loop thread.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -121,14 +122,18 @@ class KVCacheManager:
         """Wrap a request's tokens for `open`. The list stays the caller's, who may append to it."""
         return KeyedTokens(token_ids, salted(self._namespace, tenant_salt), self.page_size)
 
-    def num_lacking(self, tokens: KeyedTokens, num_tokens: int, num_spare_pages: int) -> int:
+    def num_lacking(
+        self, tokens: KeyedTokens, num_tokens: int, num_spare_pages: int, closing: Sequence[int] = ()
+    ) -> int:
         """Return how many pages are too few to open a request of `num_tokens` and leave spare ones over.
 
-        Its cached prefix counts as had; evictable and quiescing pages count as there. 0 or less: it fits.
+        Its cached prefix counts as had; evictable and quiescing pages count as there, and so does what slots
+        `closing` would release. 0 or less: it fits.
         """
         path = self._match(tokens)
         num_evictable = self._tree.num_unlocked - sum(not self._tree.is_locked(node) for node in path)
         num_available = self._pool.num_free + self._pool.num_quiescing + num_evictable
+        num_available += self._num_released(closing, kept=path)
         return self.pages_for(num_tokens) - len(path) + num_spare_pages - num_available
 
     def open(self, op: OpenSlot, tokens: KeyedTokens) -> int:
@@ -212,14 +217,6 @@ class KVCacheManager:
         self._tree.unlock(row.path, self._planned_step)
         self._log_freed()
 
-    def num_released_by(self, slot: int) -> int:
-        """Return how many pages could be had by closing the slot: those it shares with no other slot."""
-        row = self._rows[slot]
-        num_shared = sum(
-            self._pool.num_leases(node.page) > 2 for node in row.path
-        )  # the tree, this row, others
-        return len(row.pages) - num_shared
-
     def planned(self, step: int) -> None:
         """Note that `step` is planned: pages released from now on may be touched by it."""
         assert step > self._planned_step, f"step {step} is planned after step {self._planned_step}"
@@ -300,6 +297,17 @@ class KVCacheManager:
         if not self._prefix_caching:
             return []
         return self._tree.match(tokens.keys(0, (len(tokens.token_ids) - 1) // self.page_size))
+
+    def _num_released(self, closing: Sequence[int], kept: Sequence[Node]) -> int:
+        """Return how many pages nobody holds once the slots are closed, beside those `kept`."""
+        rows = [self._rows[slot] for slot in closing]
+        num_private = sum(len(row.pages) - len(row.path) for row in rows)
+        num_locks = Counter(node for row in rows for node in row.path)
+        for node in kept:
+            del num_locks[node]
+        # The tree's own lease on a node's page is no lock.
+        num_unlocked = sum(locks == self._pool.num_leases(node.page) - 1 for node, locks in num_locks.items())
+        return num_private + num_unlocked
 
     def _make_room(self, num_pages: int) -> None:
         while self._pool.num_free < num_pages:

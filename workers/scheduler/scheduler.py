@@ -221,7 +221,9 @@ class Scheduler:
             "a slot has two requests, or none and is not free"
         )
         for request in self._waiting:
-            assert request.slot is None and request.num_planned == 0, f"{request.request_id} waits and runs"
+            assert request.slot is None and request.num_computed == request.num_planned == 0, (
+                f"{request.request_id} waits and runs"
+            )
         assert self._waiting.num_tokens == sum(len(request.token_ids) for request in self._waiting), (
             "the queue miscounts its tokens"
         )
@@ -302,20 +304,25 @@ class Scheduler:
 
         Beside its pages one spare page a running request is left: else the next steps would preempt it again.
         """
-        num_lacking = self._cache.num_lacking(request.tokens, self._reserved_len(request), len(self._running))
-        num_victims = num_gained = 0
-        while num_lacking > num_gained or not (self._free_slots or num_victims):
-            if num_victims == len(self._running) or self._running[-1 - num_victims].order < request.order:
+        victims: list[Request] = []
+        while self._num_lacking(request, victims) > 0 or not (self._free_slots or victims):
+            if len(victims) == len(self._running):
                 return False
-            slot = self._running[-1 - num_victims].slot
-            assert slot is not None
-            num_gained += self._cache.num_released_by(slot) + 1  # and its spare page
-            num_victims += 1
-        if num_victims == 0:
-            return True
-        for victim in self._running[-num_victims:]:
+            victim = self._running[-1 - len(victims)]
+            if victim.order < request.order:
+                return False
+            victims.append(victim)
+        for victim in victims:
             self._preempt(victim)
-        return self._make_way(request)
+        return True
+
+    def _num_lacking(self, request: Request, victims: list[Request]) -> int:
+        return self._cache.num_lacking(
+            request.tokens,
+            self._reserved_len(request),
+            num_spare_pages=len(self._running) - len(victims),
+            closing=[victim.slot for victim in victims if victim.slot is not None],
+        )
 
     def _open(self, request: Request, now_s: float) -> None:
         self._waiting.remove(request)
