@@ -149,8 +149,7 @@ class Scheduler:
                 self._plan_row(request)
         for request in ready:
             if request.num_left > 1:
-                if may_admit:
-                    self._admit(now_s, before=request)
+                may_admit = may_admit and self._admit(now_s, before=request)
                 if request.slot is not None:  # not preempted for one of them
                     self._plan_row(request)
         if may_admit:
@@ -284,20 +283,22 @@ class Scheduler:
         request.num_planned = min(request.num_left, self._budget)
         self._budget -= request.num_planned
 
-    def _admit(self, now_s: float, before: Request | None = None) -> None:
-        """Give slots to waiting requests, those ahead of `before` or all, strictly in order, while the step
-        has tokens left."""
-        while self._budget > 0:
-            request = self._waiting.first
-            if request is None or (before is not None and before.order < request.order):
-                return
+    def _admit(self, now_s: float, before: Request | None = None) -> bool:
+        """Give slots to waiting requests in order, those ahead of `before` or all, while the step has tokens.
+
+        False once the first of them has no room: nobody behind it may have it.
+        """
+        while self._budget > 0 and (request := self._waiting.first) is not None:
+            if before is not None and before.order < request.order:
+                break
             if not self._make_way(request):
-                return
+                return False
             self._open(request, now_s)
             if not self._reserve(request):
                 self.stats.num_stalls += 1
-                return
+                return False
             self._plan_row(request)
+        return True
 
     def _make_way(self, request: Request) -> bool:
         """Tell whether a waiting request can have a slot and pages; preempt those behind it if that helps.
@@ -305,7 +306,7 @@ class Scheduler:
         Beside its pages one spare page a running request is left: else the next steps would preempt it again.
         """
         victims: list[Request] = []
-        while self._num_lacking(request, victims) > 0 or not (self._free_slots or victims):
+        while not (self._free_slots or victims) or self._num_lacking(request, victims) > 0:
             if len(victims) == len(self._running):
                 return False
             victim = self._running[-1 - len(victims)]
