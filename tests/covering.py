@@ -23,7 +23,7 @@ def all_pairs(factors: Mapping[str, Sequence[Any]]) -> set[Pair]:
 
 
 def pairwise(
-    factors: Mapping[str, Sequence[Any]], seed: int = 0, num_candidates: int = 200
+    factors: Mapping[str, Sequence[Any]], seed: int = 0, num_candidates: int = 60
 ) -> list[Combination]:
     """Return combinations that cover all pairs. Greedy: of random ones, the best is next."""
     random = Random(seed)

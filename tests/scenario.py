@@ -5,9 +5,9 @@ A combination of FACTORS becomes options, a pool size, arrivals, urgent intruder
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
-from typing import Any
+from typing import Any, Self
 
 from tests.followers import Followers
 from tests.harness import Harness
@@ -23,11 +23,13 @@ FACTORS: dict[str, list[Any]] = {
     "is_aborting": [False, True],
     "tp_size": [1, 2],
     "graphs": [False, True],
+    "attention_backend": ["reference", "auto"],  # auto: compiled kernels, where there is a compiler
 }
 MAX_TIE_MARGIN = 1e-3
 URGENT_LEN, URGENT_TOKENS = 6, 2
 NEIGHBOUR_TOKENS = 12
 NOISE_TOKENS = 1024
+NUM_AGAIN = 20
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,18 @@ class Case:
     prompt_ids: list[int]
     token_ids: list[int]
     margins: list[float]
+
+    def cut(self, num_tokens: int) -> Self:
+        """Return the case with the first tokens of its answer only."""
+        return replace(self, token_ids=self.token_ids[:num_tokens], margins=self.margins[:num_tokens])
+
+    def half_answered(self) -> Self:
+        """Return the case as a prompt that ends within the answer: its whole pages may be in the cache."""
+        half = len(self.token_ids) // 2 + 1
+        prompt_ids = self.prompt_ids + self.token_ids[:half]
+        return replace(
+            self, prompt_ids=prompt_ids, token_ids=self.token_ids[half:], margins=self.margins[half:]
+        )
 
 
 @dataclass
@@ -91,6 +105,7 @@ class Scenario:
             max_waiting_requests=10_000,
             tp_size=combination["tp_size"],
             graphs=combination["graphs"],
+            attention_backend=combination["attention_backend"],
             kv_sanitizer=True,
             **options,
         )
@@ -102,8 +117,9 @@ class Scenario:
                 self._fill(harness)
             self._serve(harness, "first", self.cases, comparison)
             if self.combination["is_hitting"]:
-                # Latest first: those are still in a small pool.
-                self._serve(harness, "again", [half_answered(case) for case in self.cases[::-1]], comparison)
+                # Latest first, for those are still in a small pool; a sample of them will do.
+                again = [case.half_answered() for case in self.cases[::-1][:NUM_AGAIN]]
+                self._serve(harness, "again", again, comparison)
             pages = harness.idle_pages()
             assert pages["owned"] == pages["cached"], f"{self.name}: pages leaked: {pages}"
             self._prove(harness)
@@ -133,8 +149,12 @@ class Scenario:
                 )
                 if self.combination["composition"] == "staggered":
                     break
-            if self.combination["is_preempting"] and num_steps % 7 == 5:
-                self._add_intruder(harness)
+            if (
+                self.combination["is_preempting"]
+                and num_steps % 11 == 5
+                and num_steps < 11 * (3 + len(cases))
+            ):
+                self._add_intruder(harness)  # so many, and no more: they would starve the others
             if self.combination["is_aborting"]:
                 self._disturb(harness, num_steps)
             harness.step()
@@ -201,9 +221,3 @@ class Scenario:
         assert (num_aborted > 0) == wanted["is_aborting"], f"{self.name}: {num_aborted} aborted"
         assert (num_cached > 0) == wanted["is_hitting"], f"{self.name}: {num_cached} cached tokens"
         assert not wanted["is_preempting"] or stats.num_preemptions > 0, f"{self.name}: none preempted"
-
-
-def half_answered(case: Case) -> Case:
-    """Return the case as a prompt that ends within the answer: its whole pages may be in the cache."""
-    half = len(case.token_ids) // 2 + 1
-    return Case(case.prompt_ids + case.token_ids[:half], case.token_ids[half:], case.margins[half:])

@@ -15,8 +15,10 @@ from tests.harness import TINY_CONFIG, write_tiny_model
 from tests.oracle.make_oracle import Oracle, greedy_tokens, read_records
 from tests.scenario import FACTORS, MAX_TIE_MARGIN, Case, Comparison, Scenario
 
-COVERING = pairwise(FACTORS, seed=1)
-PRODUCT = [dict(zip(FACTORS, values, strict=True)) for values in itertools.product(*FACTORS.values())]
+# Of the seeds with a dozen combinations, one with few that serve alone: those take longest.
+COVERING = pairwise(FACTORS, seed=2)
+SERVED = FACTORS | {"attention_backend": ["auto"]}
+PRODUCT = [dict(zip(SERVED, values, strict=True)) for values in itertools.product(*SERVED.values())]
 RECORDS = [Case(record.prompt_ids, record.token_ids, record.margins) for record in read_records()]
 
 
@@ -53,9 +55,9 @@ def tiny(tmp_path_factory):
     write_tiny_model(folder)
     generator = torch.Generator().manual_seed(1)
     cases = []
-    for prompt_len in (3, 17, 33, 62, 70):
+    for prompt_len in (3, 17, 33, 70):
         prompt_ids = torch.randint(3, 256, (prompt_len,), generator=generator).tolist()
-        cases.append(Case(prompt_ids, *greedy_tokens(model, prompt_ids, 8)))
+        cases.append(Case(prompt_ids, *greedy_tokens(model, prompt_ids, 6)))
     return str(folder), cases
 
 
