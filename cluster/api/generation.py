@@ -7,6 +7,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
+from starlette.requests import ClientDisconnect
+
 from cluster.api.choice_text import ChoiceText, Piece
 from cluster.api.errors import RETRY_AFTER_S, ApiError, draining, replica_failed
 from cluster.api.ports import (
@@ -98,13 +100,18 @@ class Generation:
             self._first_outputs.append(output)
 
     async def run(self, emit: Emit) -> None:
-        """Emit every choice's pieces until all have finished."""
+        """Emit every choice's pieces until all have finished. One choice's failure is the end of all."""
         tasks = [
             asyncio.create_task(self._run_choice(index, choice, first, emit))
             for index, (choice, first) in enumerate(zip(self.choices, self._first_outputs, strict=True))
         ]
         try:
             await asyncio.gather(*tasks)
+        except ClientDisconnect:
+            raise
+        except Exception:
+            self._fail()
+            raise
         finally:
             for task in tasks:
                 task.cancel()
@@ -154,6 +161,11 @@ class Generation:
         else:
             self._recorder.next_tokens(now_s - last_s, num_tokens)
         return now_s
+
+    def _fail(self) -> None:
+        for choice in self.choices:
+            if choice.finish_reason is None:
+                self._finish(choice, "error")
 
     def _finish(self, choice: Choice, reason: FinishReason) -> None:
         assert choice.finish_reason is None, "a request ends once"

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import httpx
@@ -207,9 +208,11 @@ async def test_a_bug_midway_ends_the_stream_without_its_details():
         yield stream.output()
         yield "not an output, SECRET"
 
-    response, _ = await chat(FakeRouter(script), stream=True)
-    *_, last, failure = events(response.text)
-    assert last["choices"][0]["finish_reason"] == "error"
+    response, recorder = await chat(FakeRouter(script), stream=True, n=2)
+    *_, first, second, failure = events(response.text)
+    assert {first["choices"][0]["index"], second["choices"][0]["index"]} == {0, 1}
+    assert first["choices"][0]["finish_reason"] == second["choices"][0]["finish_reason"] == "error"
+    assert [summary.finish_reason for summary in recorder.summaries] == ["error", "error"]
     assert failure["error"]["type"] == "server_error"
     assert "SECRET" not in response.text and "Traceback" not in response.text
 
@@ -217,3 +220,12 @@ async def test_a_bug_midway_ends_the_stream_without_its_details():
 async def test_answers_are_plain_json_objects():
     response, _ = await chat(FakeRouter(says("x")))
     assert json.loads(response.content)["id"].startswith("chatcmpl-req-b00t-")
+
+
+async def test_a_model_without_a_chat_template_says_where_to_go():
+    service, _ = make_service(FakeRouter(says("x")))
+    service = dataclasses.replace(service, model=dataclasses.replace(service.model, chat_template=None))
+    async with client_of(service) as client:
+        response = await client.post("/v1/chat/completions", json=CHAT)
+    assert response.status_code == 400
+    assert "/v1/completions" in response.json()["error"]["message"]

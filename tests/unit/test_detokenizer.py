@@ -1,3 +1,4 @@
+import functools
 import json
 
 import pytest
@@ -9,6 +10,7 @@ from tokenizers import decoders, models
 from cluster.api.detokenizer import Detokenizer
 from cluster.api.tokenizer import Tokenizer, UnsupportedTokenizerError
 from tests.unit.api_fakes import library_tokenizer
+from workers.card import load_card
 
 LIBRARY = library_tokenizer()
 TOKENIZER = Tokenizer(LIBRARY.to_str())
@@ -59,6 +61,19 @@ def test_special_tokens_have_no_text_and_do_not_split_what_surrounds_them():
 
 def test_ids_the_model_has_and_the_tokenizer_has_not_stand_for_nothing():
     assert "".join(one_by_one(TOKENIZER, [NUM_TOKENS + 5])) == ""
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 49_151), max_size=30))
+def test_the_real_models_tokens_add_up_to_its_own_decode(token_ids):
+    ours, library = smollm2()
+    assert "".join(one_by_one(ours, token_ids)) == library.decode(token_ids)
+
+
+@functools.cache
+def smollm2():
+    text = load_card("smollm2-135m").tokenizer_json
+    return Tokenizer(text), LibraryTokenizer.from_str(text)
 
 
 def sentencepiece_tokenizer() -> LibraryTokenizer:
