@@ -14,8 +14,6 @@ from pathlib import Path
 from types import MappingProxyType
 
 import msgspec
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from workers.card_directory import read_directory_config, read_directory_text
 from workers.card_gguf import read_gguf_config, read_gguf_text
@@ -139,6 +137,13 @@ def _allowed() -> str:
 
 
 def _card(name: str, source: Path, hub: HubSource | None, config: ModelConfig, text: TextCard) -> ModelCard:
+    if config.num_heads % config.num_kv_heads:
+        raise ModelError(
+            f"{source}: {config.num_heads} attention heads; a multiple of the {config.num_kv_heads} KV heads "
+            "is needed"
+        )
+    if config.head_dim % 2:
+        raise ModelError(f"{source}: heads of {config.head_dim} dimensions; RoPE needs an even number")
     for token_id in (text.bos_token_id, *text.end_token_ids):
         if token_id is not None and token_id >= config.vocab_size:
             raise ModelError(
@@ -163,6 +168,10 @@ def _hub_card(repo_id: str) -> ModelCard:
 
 
 def _snapshot(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
+    # 0.3 s of imports that no other kind of model needs
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
     try:
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

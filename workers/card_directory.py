@@ -43,12 +43,6 @@ def read_directory_config(folder: Path) -> ModelConfig:
         raise ModelError(f"{fields.path}: hidden_act is {activation!r}; 'silu' is supported")
     hidden_size, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     num_layers = fields.integer("num_hidden_layers")
-    num_kv_heads = fields.integer("num_key_value_heads", num_heads)
-    if num_heads % num_kv_heads:
-        raise ModelError(
-            f"{fields.path}: num_attention_heads is {num_heads}; a multiple of num_key_value_heads "
-            f"{num_kv_heads} is needed"
-        )
     window, full_layers = _window(fields, family, num_layers)
     biased = fields.boolean("attention_bias", False)
     context_len = fields.integer("max_position_embeddings")
@@ -59,7 +53,7 @@ def read_directory_config(folder: Path) -> ModelConfig:
         intermediate_size=fields.integer("intermediate_size"),
         num_layers=num_layers,
         num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
+        num_kv_heads=fields.integer("num_key_value_heads", num_heads),
         head_dim=fields.integer("head_dim", 128 if family == "qwen3" else hidden_size // num_heads),
         rms_norm_eps=fields.number("rms_norm_eps", _DEFAULT_EPS),
         rope_theta=_rope_theta(fields),

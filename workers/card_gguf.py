@@ -30,6 +30,8 @@ def read_gguf_config(file: GGUFFile) -> ModelConfig:
     if architecture not in _FAMILIES:
         allowed = ", ".join(sorted(_FAMILIES))
         raise ModelError(f"{file.path}: architecture {architecture!r} is not supported; supported: {allowed}")
+    if fields.number("split.count", 1) > 1:
+        raise ModelError(f"{file.path}: one part of a split file; merge the parts with gguf-split --merge")
     if fields.number(f"{architecture}.expert_count", 0):
         raise ModelError(
             f"{file.path}: a mixture of experts ({architecture}.expert_count); only dense models run"

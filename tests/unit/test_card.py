@@ -98,7 +98,8 @@ def test_the_original_context_defaults_to_the_models(tmp_path: Path) -> None:
         ({"hidden_size": "32"}, "hidden_size is '32'; a number is needed"),
         ({"hidden_size": 0}, "hidden_size is 0; a whole number of at least 1"),
         ({"num_hidden_layers": 1.5}, "num_hidden_layers is 1.5; a whole number"),
-        ({"num_key_value_heads": 3}, "num_attention_heads is 4; a multiple of num_key_value_heads 3"),
+        ({"num_key_value_heads": 3}, "4 attention heads; a multiple of the 3 KV heads is needed"),
+        ({"head_dim": 9}, "heads of 9 dimensions; RoPE needs an even number"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; 'silu' is supported"),
         ({"torch_dtype": "float64"}, "torch_dtype is 'float64'; supported: float32, bfloat16, float16"),
         (

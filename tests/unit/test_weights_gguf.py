@@ -152,6 +152,22 @@ def test_an_unsupported_type_is_refused_with_those_allowed(tmp_path: Path) -> No
         load_card(str(model.write(extra=add_blocks)))
 
 
+def test_what_cannot_run_is_refused(tmp_path: Path) -> None:
+    model = GGUFModel(tmp_path / "m.gguf", "llama", [Q.F32])
+    cases = {
+        "split.count": (2, "one part of a split file; merge the parts"),
+        "llama.expert_count": (8, "a mixture of experts"),
+        "llama.rope.dimension_count": (32, "is 32 of a head's 64 dimensions; RoPE over the whole head"),
+    }
+    for key, (value, message) in cases.items():
+        path = model.write(extra=lambda writer, key=key, value=value: writer.add_uint32(key, value))
+        with pytest.raises(ModelError, match=message):
+            load_card(str(path))
+    model.kv_heads = 3
+    with pytest.raises(ModelError, match="4 attention heads; a multiple of the 3 KV heads"):
+        load_card(str(model.write()))
+
+
 def test_a_missing_key_and_a_foreign_architecture_are_named(tmp_path: Path) -> None:
     model = GGUFModel(tmp_path / "m.gguf", "llama", [Q.F32])
     with pytest.raises(ModelError, match=r"m\.gguf: llama\.embedding_length is missing"):
