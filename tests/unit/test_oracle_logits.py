@@ -46,17 +46,18 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
     "rope_theta": 500000.0,
 }
+# Chosen so that the ramp crosses several of the eight frequencies, and differently when not truncated
 YARN = {
     "rope_type": "yarn",
     "factor": 4.0,
-    "original_max_position_embeddings": 16,
+    "original_max_position_embeddings": 48,
     "rope_theta": 10000.0,
 }
 YARN_MSCALE = YARN | {
     "mscale": 0.7,
     "mscale_all_dim": 0.4,
-    "beta_fast": 16,
-    "beta_slow": 2,
+    "beta_fast": 4,
+    "beta_slow": 0.3,
     "truncate": False,
 }
 PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
