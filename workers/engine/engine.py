@@ -22,6 +22,7 @@ from workers.engine.graph_guard import EagerReason, GraphGuard, Outcome, default
 from workers.engine.graph_runner import GraphRunner
 from workers.engine.mechanisms import ALL_ON, Mechanisms
 from workers.engine.model_runner import ModelRunner
+from workers.engine.recording import RecordingKernels
 from workers.engine.sampler import Sampler
 from workers.engine.staging import CudaCopies, InlineCopies, Stager
 from workers.kvcache.kv_pool import KVPool
@@ -33,7 +34,6 @@ from workers.models.config import Dtype
 from workers.models.sharding import head_layout, kv_shape
 from workers.models.weights import load_model
 from workers.native.build import NativeBuildError
-from workers.native.kernels import NativeKernels
 from workers.parallel import TPGroup
 from workers.plan import (
     BatchPlan,
@@ -120,7 +120,14 @@ class Engine:
         batch_sizes = config.graph_batch_sizes or default_batch_sizes(max_slots)
         is_supported = GraphRunner.supports(device)
         self._guard = GraphGuard(batch_sizes, config.graphs, is_supported)
-        self._graphs = GraphRunner(self._runner, batch_sizes, pages_per_row, device, mechanisms)
+        self._graphs = GraphRunner(
+            self._runner,
+            batch_sizes,
+            pages_per_row,
+            device,
+            mechanisms,
+            kernels if tp_group.size == 1 else None,
+        )
         if config.graphs and is_supported:
             with torch.inference_mode():
                 self._capture(tp_group, batch_sizes)
@@ -261,7 +268,7 @@ def _available_bytes(device: torch.device, tp_size: int) -> int:
     return available_host_bytes() // tp_size  # all ranks of a CPU group share the node's memory
 
 
-def _native_kernels(config: WorkerConfig, pool: KVPool) -> NativeKernels | None:
+def _native_kernels(config: WorkerConfig, pool: KVPool) -> RecordingKernels | None:
     """Return the compiled kernels; None: this rank computes in plain torch."""
     if config.attention_backend == "reference":
         return None
@@ -274,7 +281,9 @@ def _native_kernels(config: WorkerConfig, pool: KVPool) -> NativeKernels | None:
             )
         return None
     try:
-        return NativeKernels.load()
+        kernels = RecordingKernels.load()
+        assert isinstance(kernels, RecordingKernels)
+        return kernels
     except NativeBuildError as error:
         if must:
             raise BackendError(

@@ -6,6 +6,7 @@ device is decided in `_capture` alone. The engine's thread.
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ import torch
 from workers.engine.forward_batch import ForwardBatch
 from workers.engine.mechanisms import ALL_ON, Mechanisms
 from workers.engine.model_runner import ModelRunner
+from workers.engine.recording import Arena, Recording, RecordingError, RecordingKernels
 from workers.engine.staging import BucketInputs, static_batch
 
 logger = logging.getLogger(__name__)
@@ -22,7 +24,11 @@ PreparedStep = Callable[[], torch.Tensor | None]
 
 
 class GraphRunner:
-    """Buckets of static inputs, each with a prepared step once `capture` has run."""
+    """Buckets of static inputs, each with a prepared step once `capture` has run.
+
+    With `kernels`, those that the decoder and its attention use, a step is recorded and replayed; without, or
+    in a group of several ranks, whose collectives no recording repeats, it is the decoder itself.
+    """
 
     def __init__(
         self,
@@ -31,8 +37,11 @@ class GraphRunner:
         pages_per_row: int,
         device: torch.device,
         mechanisms: Mechanisms = ALL_ON,
+        kernels: RecordingKernels | None = None,
     ) -> None:
         self._runner = runner
+        self._kernels = kernels
+        self._arena = Arena()
         self._device = device
         self._inputs = {
             size: BucketInputs(size, pages_per_row, device, mechanisms) for size in sorted(batch_sizes)
@@ -76,9 +85,10 @@ class GraphRunner:
         return None if logits is None else logits[: batch.num_real_rows]
 
     def _capture(self, inputs: BucketInputs) -> PreparedStep:
-        """Run the bucket once over pads, which allocates and packs whatever it needs, and bind its inputs.
+        """Run the bucket over pads, which allocates and packs whatever it needs, and bind its inputs.
 
-        The prepared step makes fresh logits on each call; a graph that reuses its output must clone it.
+        The prepared step makes logits of its own on each call. Raises RuntimeError where a recording does not
+        repeat what the decoder computes.
         """
         host_query_starts = np.arange(inputs.num_rows + 1, dtype=np.int32)
         host_context_lens = np.ones(inputs.num_rows, dtype=np.int32)
@@ -88,7 +98,20 @@ class GraphRunner:
         self._runner.plan(batch)
         self._runner.compute(batch)
 
-        def step() -> torch.Tensor | None:
+        def computed() -> torch.Tensor | None:
             return self._runner.compute(batch)
 
-        return step
+        if self._kernels is None:
+            return computed
+        with Recording(self._kernels, self._arena) as recording:
+            logits = computed()
+        assert logits is not None, "a recording is of a group of one, which always has logits"
+
+        def replayed() -> torch.Tensor:
+            recording.replay()
+            return logits.clone()
+
+        inputs.static.token_ids.fill_(1)  # other inputs than those recorded
+        if not torch.equal(replayed(), cast(torch.Tensor, computed())):
+            raise RecordingError(f"bucket {inputs.num_rows}: a replay differs from the decoder")
+        return replayed
