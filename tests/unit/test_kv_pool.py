@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from workers.kvcache.kv_pool import DUMMY_PAGE, POISON, KVPool
+from workers.config import WorkerConfig
+from workers.kvcache.kv_pool import DUMMY_PAGE, POISON, KVPool, allocate_pool
 from workers.kvcache.layout import BundleLayout, ElementType, SectionShape, target_only
+from workers.kvcache.pool_size import PoolSizeError
 
 CPU = torch.device("cpu")
 
@@ -86,3 +88,12 @@ def test_the_dummy_page_is_never_poisoned_and_can_be_cleared() -> None:
     kv.zero_dummy_page()
     assert not kv.data[DUMMY_PAGE].any()
     assert kv.is_poisoned(1)
+
+
+def test_memory_that_is_gone_is_a_clear_error() -> None:
+    layout = target_only(3, 4, 2, 8, "bfloat16")
+    with pytest.raises(PoolSizeError, match=r"GiB of KV pages could not be allocated .*lower kv_gb"):
+        allocate_pool(WorkerConfig(), layout, 1 << 50, CPU)
+    with pytest.raises(PoolSizeError, match="lower num_pages"):
+        allocate_pool(WorkerConfig(num_pages=1 << 50), layout, 1 << 50, CPU)
+    assert allocate_pool(WorkerConfig(), layout, 3, CPU).num_pages == 3

@@ -25,7 +25,7 @@ from workers.engine.model_runner import ModelRunner
 from workers.engine.recording import RecordingKernels
 from workers.engine.sampler import Sampler
 from workers.engine.staging import CudaCopies, InlineCopies, Stager
-from workers.kvcache.kv_pool import KVPool
+from workers.kvcache.kv_pool import KVPool, allocate_pool
 from workers.kvcache.layout import BundleLayout, target_only
 from workers.kvcache.page_table import PageTable
 from workers.kvcache.pool_size import available_host_bytes, pool_size
@@ -102,7 +102,7 @@ class Engine:
 
         pages_per_row = size.pages_per_row(config.page_size)
         max_slots = config.max_running_requests
-        self._pool = KVPool(self.layout, size.num_pages, device)
+        self._pool = allocate_pool(config, self.layout, size.num_pages, device)
         self._table = PageTable(max_slots, pages_per_row, config.page_size, size.num_pages, self._is_checked)
         self._sampler = Sampler(card.vocab_size, max_slots, device) if tp_group.rank == 0 else None
         copies = CudaCopies() if device.type == "cuda" else InlineCopies()

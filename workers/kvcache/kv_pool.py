@@ -4,7 +4,9 @@ from collections.abc import Sequence
 
 import torch
 
+from workers.config import WorkerConfig
 from workers.kvcache.layout import BundleLayout, ElementType, Section
+from workers.kvcache.pool_size import GIB, PoolSizeError
 
 DUMMY_PAGE = 0
 """Padded rows read and write this page; no request owns it; between steps it holds zeros."""
@@ -69,6 +71,18 @@ class KVPool:
         """Return the section of every page: [num_pages + 1, *section.shape]."""
         flat = self.data[:, section.offset : section.offset + section.num_bytes]
         return flat.view(TORCH_DTYPES[section.dtype]).view(-1, *section.shape)
+
+
+def allocate_pool(config: WorkerConfig, layout: BundleLayout, num_pages: int, device: torch.device) -> KVPool:
+    """Return a pool of the size `pool_size` found; raises PoolSizeError where the memory is gone by now."""
+    try:
+        return KVPool(layout, num_pages, device)
+    except RuntimeError as error:  # torch's out-of-memory errors, of every device
+        option = "num_pages" if config.num_pages is not None else "kv_gb"
+        raise PoolSizeError(
+            f"{(num_pages + 1) * layout.bundle_bytes / GIB:.2f} GiB of KV pages could not be allocated beside"
+            f" the weights ({error}); lower {option}"
+        ) from error
 
 
 def _runs(pages: Sequence[int]) -> list[tuple[int, int]]:
