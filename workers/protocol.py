@@ -68,7 +68,7 @@ class SubmitRequest(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
 
 
 class AbortRequest(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
-    """End a request; `finish_reason` is what its last output says (`stop` for a stop string seen by the API)."""
+    """End a request. `finish_reason` is what its last output says: `stop` for a stop string the API saw."""
 
     request_id: RequestId
     finish_reason: FinishReason = "abort"
