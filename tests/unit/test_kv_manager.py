@@ -185,6 +185,16 @@ def test_num_lacking_counts_the_cached_prefix_once():
     assert cache.num_lacking(other, 9, 0) == 3 - 4
 
 
+def test_num_lacking_counts_what_closing_slots_would_release_and_what_stays_shared():
+    cache = make_cache(num_pages=8)
+    for slot in range(3):
+        prefill(cache, slot, tokens(9))  # 2 shared pages and one of its own each
+    other, same = cache.keyed(tokens(9, first=50), b""), cache.keyed(tokens(9), b"")
+    lacking = [cache.num_lacking(other, 32, 0, closing) for closing in ([], [0], [0, 1], [0, 1, 2])]
+    assert lacking == [8 - 3, 8 - 4, 8 - 5, 8 - 8]  # the shared pages go with their last holder
+    assert cache.num_lacking(same, 32, 0, [0, 1, 2]) == 6 - 6  # it keeps them
+
+
 def test_check_finds_a_row_that_points_at_a_freed_page():
     cache = make_cache()
     prefill(cache, 0, tokens(3))
