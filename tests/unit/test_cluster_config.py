@@ -16,6 +16,8 @@ from cluster.config import (
     take_environment_keys,
 )
 
+CONFIGS = Path(__file__).resolve().parents[2] / "deploy" / "configs"
+
 
 @pytest.fixture
 def written(tmp_path):
@@ -102,6 +104,11 @@ def test_every_option_is_a_flag_once_and_in_the_json_schema():
         assert flag.path[-1] in (worker if flag.path[0] == "worker" else schema["properties"])
     assert schema["additionalProperties"] is False
     json.dumps(schema)
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_shipped_configurations_are_valid(file):
+    assert load_config(file, {}).schema == 1
 
 
 def test_api_keys_leave_the_environment_and_never_show(monkeypatch):

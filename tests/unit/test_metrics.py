@@ -1,0 +1,144 @@
+"""Metrics: what is counted is what happened; names and labels keep to the rules."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+import cluster.metrics
+import workers.metrics
+from cluster.api.ports import RequestSummary
+from cluster.metrics import ApiMetrics
+from tests.unit.replica_threads import NAMESPACE
+from workers.kvcache.manager import KVCacheManager
+from workers.metrics import LeaderSources, RankLabels, WorkerMetrics
+from workers.plan import BatchPlan, RelocationVersion
+from workers.protocol import LoadReport, ReplicaId
+from workers.scheduler.stats import SchedulerStats
+
+ROOT = Path(__file__).resolve().parents[2]
+ALLOWED_LABELS = {
+    "model", "replica", "rank", "node",
+    "finish_reason", "route", "status", "mode", "outcome", "reason", "state", "le",
+}  # fmt: skip
+
+
+class FakeInbox:
+    def __init__(self):
+        self.refusals = {"protocol_version": 2}
+
+
+def value(text, name, **labels):
+    found = [
+        sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name == name and labels.items() <= sample.labels.items()
+    ]
+    assert len(found) == 1, (name, labels, found)
+    return found[0]
+
+
+@pytest.fixture
+def api():
+    metrics = ApiMetrics("tiny", "10.0.0.1")
+    metrics.watch(lambda: 3, lambda: 2)
+    metrics.first_token(0.2)
+    metrics.next_tokens(0.03, 3)
+    metrics.finished(RequestSummary("length", 1.5, prompt_len=40, generated_len=9, cached_len=32))
+    metrics.finished(RequestSummary("stop", 0.5, prompt_len=10, generated_len=1, cached_len=0))
+    metrics.answered("/v1/completions", 200)
+    metrics.placed(ReplicaId("replica-1"), 5, 4)
+    text, content_type = metrics.exposition()
+    assert content_type.startswith("text/plain")
+    return text.decode()
+
+
+@pytest.fixture
+def rank():
+    registry = CollectorRegistry()
+    stats = SchedulerStats()
+    stats.num_finished["abort"] = 2
+    stats.num_refused["queue_full"] = 7
+    stats.num_preemptions = 1
+    stats.num_prompt_tokens, stats.num_cached_tokens, stats.num_generated_tokens = 100, 60, 30
+    stats.queue_s = [0.01, 0.02]
+    cache = KVCacheManager(16, 16, NAMESPACE, 1)
+    sources = LeaderSources(stats, cache, FakeInbox())
+    labels = RankLabels("tiny", "replica-0", 0, "10.0.0.1")
+    metrics = WorkerMetrics(registry, labels, {("decode", "replay"): 5}, {("mixed", "mixed"): 4}, sources)
+    metrics.stepped(BatchPlan(1, RelocationVersion(1, 0), [], [0], [0], [1], [5], [0]), 0.02)
+    metrics.stepped(BatchPlan(2, RelocationVersion(1, 0), [], [], [], [], [], []), 0.0)
+    metrics.loaded(LoadReport(3, 4, 0, 16, 16, 0, 0.02))
+    return generate_latest(registry).decode()
+
+
+def test_an_api_process_counts_what_clients_saw(api):
+    assert value(api, "eyrie_requests_total", finish_reason="length") == 1
+    assert value(api, "eyrie_requests_total", finish_reason="stop") == 1
+    assert value(api, "eyrie_time_to_first_token_seconds_sum") == pytest.approx(0.2)
+    assert value(api, "eyrie_inter_token_seconds_count") == 3
+    assert value(api, "eyrie_inter_token_seconds_sum") == pytest.approx(0.03)
+    assert value(api, "eyrie_request_seconds_sum") == pytest.approx(2.0)
+    assert value(api, "eyrie_request_prompt_tokens_total") == 50
+    assert value(api, "eyrie_request_cached_tokens_total") == 32
+    assert value(api, "eyrie_request_generated_tokens_total") == 10
+    assert value(api, "eyrie_http_answers_total", route="/v1/completions", status="200") == 1
+    assert value(api, "eyrie_router_placements_total", replica="replica-1") == 1
+    assert value(api, "eyrie_router_held_pages_total", replica="replica-1") == 4
+    assert value(api, "eyrie_router_index_gaps") == 3
+    assert value(api, "eyrie_ready_replicas") == 2
+
+
+def test_a_leader_counts_what_its_scheduler_and_engine_did(rank):
+    assert value(rank, "eyrie_worker_requests_total", finish_reason="abort") == 2
+    assert value(rank, "eyrie_refusals_total", reason="queue_full") == 7
+    assert value(rank, "eyrie_refusals_total", reason="protocol_version") == 2
+    assert value(rank, "eyrie_running_requests") == 3
+    assert value(rank, "eyrie_waiting_requests") == 4
+    assert value(rank, "eyrie_prompt_tokens_total") == 100
+    assert value(rank, "eyrie_cached_tokens_total") == 60
+    assert value(rank, "eyrie_generated_tokens_total") == 30
+    assert value(rank, "eyrie_preemptions_total") == 1
+    assert value(rank, "eyrie_kv_pages", state="free") == 16
+    assert value(rank, "eyrie_kv_pages", state="owned") == 0
+    assert value(rank, "eyrie_kv_evictions_total") == 0
+    assert value(rank, "eyrie_graph_steps_total", mode="decode", outcome="replay") == 5
+    assert value(rank, "eyrie_graph_eager_total", mode="mixed", reason="mixed") == 4
+    assert value(rank, "eyrie_step_seconds_count", mode="decode") == 1, "steps without rows are no steps"
+
+
+def test_queue_times_are_observed_once_a_step(rank):
+    assert value(rank, "eyrie_queue_seconds_count") == 4  # two steps saw the fixture's two
+    assert value(rank, "eyrie_queue_seconds_sum") == pytest.approx(0.06)
+
+
+@pytest.mark.parametrize("process", ["api", "rank"])
+def test_names_and_labels_keep_to_the_rules(process, request):
+    text = request.getfixturevalue(process)
+    names = set()
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            names.add(sample.name)
+            assert sample.name.startswith("eyrie_")
+            assert set(sample.labels) <= ALLOWED_LABELS, sample
+            assert {"model", "node"} <= set(sample.labels), sample
+    assert not [name for name in names if "milli" in name or name.endswith(("_ms", "_kb", "_mb"))]
+
+
+def test_there_is_one_table_of_buckets():
+    assert cluster.metrics.SECONDS_BUCKETS == workers.metrics.SECONDS_BUCKETS
+
+
+def test_metrics_are_declared_in_metrics_files_only():
+    for package in ("cluster", "workers", "cache_service", "deploy"):
+        for file in (ROOT / package).rglob("*.py"):
+            if file.name == "metrics.py":
+                continue
+            for node in ast.walk(ast.parse(file.read_text())):
+                names = []
+                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("prometheus_client"):
+                    names = [alias.name for alias in node.names]
+                assert not {"Counter", "Gauge", "Histogram", "Summary", "Info"} & set(names), file
