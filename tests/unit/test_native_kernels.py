@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch.nn import functional
 
+from workers.native.build import built_library, default_cache_folder
 from workers.native.kernels import NativeKernels
+from workers.native.packed_torch import packed_by_torch
 
 BOTH = [torch.float32, torch.bfloat16]
 
@@ -152,3 +154,18 @@ def test_results_do_not_depend_on_the_number_of_threads(kernels, num_threads):
         assert torch.equal(kernels.pack_linear(weight), packed)
     finally:
         torch.set_num_threads(before)
+
+
+def test_products_of_many_rows_can_be_left_to_torch(kernels):
+    weight, bias = randn(64, 48, dtype=torch.bfloat16), randn(64, dtype=torch.bfloat16, seed=1)
+    x = randn(20, 48, dtype=torch.bfloat16, seed=2)
+    expected = functional.linear(x.double(), weight.double(), bias.double())
+    mixed = NativeKernels(built_library(default_cache_folder()), max_matmul_rows=4)
+    for rows in (1, 4, 5, 20):
+        assert_close(mixed.matmul(weight, bias)(x[:rows]), expected[:rows], torch.bfloat16)
+        assert_close(kernels.matmul(weight, bias)(x[:rows]), expected[:rows], torch.bfloat16)
+        assert_close(packed_by_torch(weight, bias)(x[:rows]), expected[:rows], torch.bfloat16)
+
+
+def test_float32_products_stay_with_torch(kernels):
+    assert kernels.matmul(randn(64, 48), None) is None

@@ -4,19 +4,50 @@
 // Packed weights: panels of COLUMNS output columns. A 32-bit word holds (W[n, 2p], W[n, 2p + 1]), the even one
 // in its low half:
 //   panel | pair p = 0: COLUMNS words | pair p = 1: COLUMNS words | ...            (K / 2 pairs, zero padded)
-// so that one shift and one mask widen two k of a vector of columns.
+// so that one shift and one mask widen two k of a vector of columns, and CPUs with bf16 products take a word of
+// both x and W as it is.
 
 #include "simd.h"
 #include "threads.h"
+
+#if defined(__AVX512BF16__) && defined(__AVX512F__)
+#include <immintrin.h>
+#define EYRIE_PAIR_PRODUCTS 1
+#endif
 
 namespace {
 
 constexpr int VECTORS = 2;
 constexpr int COLUMNS = VECTORS * LANES;
 constexpr int PREFETCH_WORDS = 512;
-constexpr int64_t MAX_ROW_BLOCK_FLOATS = 48 * 1024;  // of widened x at a time: stays in the L2 cache
+constexpr int64_t MAX_ROW_BLOCK_WORDS = 48 * 1024;  // of prepared x at a time: stays in the L2 cache
 
 static_assert(sizeof(Words) == LANES * 4);
+
+// What a row of x is made into for the tiles, once per call: float32 for each k, or a word for each pair of k.
+template <class In>
+struct Prepared {
+  using Value = float;
+  static constexpr int64_t PER_PAIR = 2;
+};
+
+#if defined(EYRIE_PAIR_PRODUCTS)
+template <>
+struct Prepared<bf16> {
+  using Value = uint32_t;
+  static constexpr int64_t PER_PAIR = 1;
+};
+
+// sum + even x * even w + odd x * odd w in every lane.
+inline Floats add_pair_products(Floats sum, uint32_t x, Words w) {
+#if defined(__AVX512BF16__)
+  return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(x)), (__m512bh)w);
+#else  // to test the layout on other CPUs
+  const float even = bits_of<float>(x << 16), odd = bits_of<float>(x & 0xFFFF0000u);
+  return sum + even * (Floats)(w << 16) + odd * (Floats)(w & 0xFFFF0000u);
+#endif
+}
+#endif
 
 inline Floats even_of(Words pair) { return (Floats)(pair << 16); }
 inline Floats odd_of(Words pair) { return (Floats)(pair & 0xFFFF0000u); }
@@ -57,11 +88,10 @@ inline void add_products(Floats (&sums)[ROWS][NUM], const float* x, int64_t x_st
 }
 
 // ROWS rows of x times PANELS panels. ROWS * PANELS * VECTORS accumulators stay in registers.
-template <int ROWS, int PANELS, class Out>
-void tile(const float* x, int64_t x_stride, const uint32_t* panel, int64_t pairs, int64_t columns,
-          const float* bias, Out* out, int64_t out_stride) {
+template <int ROWS, int PANELS>
+inline void sum_pairs(Floats (&sums)[ROWS][PANELS * VECTORS], const float* x, int64_t x_stride,
+                      const uint32_t* panel, int64_t pairs) {
   const int64_t panel_words = pairs * COLUMNS;
-  Floats sums[ROWS][PANELS * VECTORS] = {};
   for (int64_t p = 0; p < pairs; ++p) {
     const uint32_t* words = panel + p * COLUMNS;
     const float* values = x + 2 * p;
@@ -75,6 +105,30 @@ void tile(const float* x, int64_t x_stride, const uint32_t* panel, int64_t pairs
     for (int j = 0; j < PANELS * VECTORS; ++j) weights[j] = odd_of(words_at(words, panel_words, j));
     add_products(sums, values + 1, x_stride, weights);
   }
+}
+
+#if defined(EYRIE_PAIR_PRODUCTS)
+template <int ROWS, int PANELS>
+inline void sum_pairs(Floats (&sums)[ROWS][PANELS * VECTORS], const uint32_t* x, int64_t x_stride,
+                      const uint32_t* panel, int64_t pairs) {
+  const int64_t panel_words = pairs * COLUMNS;
+  for (int64_t p = 0; p < pairs; ++p) {
+    const uint32_t* words = panel + p * COLUMNS;
+    if (ROWS == 1)
+      for (int j = 0; j < PANELS; ++j) __builtin_prefetch(words + j * panel_words + PREFETCH_WORDS);
+    for (int j = 0; j < PANELS * VECTORS; ++j) {
+      const Words pair = words_at(words, panel_words, j);
+      for (int i = 0; i < ROWS; ++i) sums[i][j] = add_pair_products(sums[i][j], x[i * x_stride + p], pair);
+    }
+  }
+}
+#endif
+
+template <int ROWS, int PANELS, class Value, class Out>
+void tile(const Value* x, int64_t x_stride, const uint32_t* panel, int64_t pairs, int64_t columns,
+          const float* bias, Out* out, int64_t out_stride) {
+  Floats sums[ROWS][PANELS * VECTORS] = {};
+  sum_pairs<ROWS, PANELS>(sums, x, x_stride, panel, pairs);
   for (int i = 0; i < ROWS; ++i)
     for (int j = 0; j < PANELS * VECTORS; ++j) {
       const int64_t first = j * LANES;
@@ -83,8 +137,17 @@ void tile(const float* x, int64_t x_stride, const uint32_t* panel, int64_t pairs
     }
 }
 
+#if defined(EYRIE_PAIR_PRODUCTS)
+void prepare_rows(const bf16* x, int64_t x_stride, int64_t rows, int64_t k, uint32_t* to, int64_t to_stride) {
+  for (int64_t i = 0; i < rows; ++i) {
+    if (k & 1) to[i * to_stride + k / 2] = 0;
+    std::memcpy(to + i * to_stride, x + i * x_stride, size_t(k) * sizeof(bf16));
+  }
+}
+#endif
+
 template <class In>
-void widen_rows(const In* x, int64_t x_stride, int64_t rows, int64_t k, float* to, int64_t to_stride) {
+void prepare_rows(const In* x, int64_t x_stride, int64_t rows, int64_t k, float* to, int64_t to_stride) {
   for (int64_t i = 0; i < rows; ++i) {
     const In* from = x + i * x_stride;
     float* row = to + i * to_stride;
@@ -95,9 +158,9 @@ void widen_rows(const In* x, int64_t x_stride, int64_t rows, int64_t k, float* t
   }
 }
 
-template <class Out>
+template <class Value, class Out>
 struct Product {
-  const float* x;
+  const Value* x;
   int64_t x_stride, rows;
   const uint32_t* packed;
   int64_t n, pairs;
@@ -138,27 +201,31 @@ void linear(const In* x, int64_t x_stride, int64_t rows, const uint32_t* packed,
             const float* bias, Out* out, int64_t out_stride) {
   static thread_local Scratch scratch;
   const int64_t pairs = (k + 1) / 2;
-  const int64_t stride = pairs * 2 + 16;  // + 16: rows a power of two apart would share cache sets
-  int64_t block = MAX_ROW_BLOCK_FLOATS / stride / 12 * 12;
+  using Value = typename Prepared<In>::Value;
+  static_assert(sizeof(Value) == sizeof(float));
+  // + 16: rows a power of two apart would share cache sets
+  const int64_t stride = pairs * Prepared<In>::PER_PAIR + 16;
+  int64_t block = MAX_ROW_BLOCK_WORDS / stride / 12 * 12;
   if (block < 12) block = 12;
   if (block > rows) block = rows;
-  float* wide = scratch.floats(block * stride);
+  Value* prepared = reinterpret_cast<Value*>(scratch.floats(block * stride));
   const int64_t num_panels = (n + COLUMNS - 1) / COLUMNS;
   const int max_threads = omp_get_max_threads();
   for (int64_t first = 0; first < rows; first += block) {
     const int64_t here = first + block < rows ? block : rows - first;
-    const Product<Out> product{wide, stride, here, packed, n, pairs, bias, out + first * out_stride, out_stride};
+    const Product<Value, Out> product{prepared, stride, here,       packed, n, pairs, bias, out + first * out_stride,
+                                      out_stride};
     // A panel is 4 * COLUMNS * pairs bytes: small chunks balance, whole quads feed the one-row tile.
     int64_t chunk = num_panels / (max_threads * 8) / 4 * 4;
     Chunks chunks(num_panels, chunk < 4 ? (rows <= 2 ? 4 : 1) : chunk);
     const bool is_small = here * k <= 2048;
-    if (is_small) widen_rows(x + first * x_stride, x_stride, here, k, wide, stride);
+    if (is_small) prepare_rows(x + first * x_stride, x_stride, here, k, prepared, stride);
     parallel(max_threads, [&](int thread, int num_threads) {
       if (!is_small) {
         const int64_t share = (here + num_threads - 1) / num_threads;
         const int64_t row = thread * share, stop = row + share < here ? row + share : here;
         if (row < stop)
-          widen_rows(x + (first + row) * x_stride, x_stride, stop - row, k, wide + row * stride, stride);
+          prepare_rows(x + (first + row) * x_stride, x_stride, stop - row, k, prepared + row * stride, stride);
         barrier(num_threads);
       }
       int64_t panel, last;
