@@ -33,6 +33,8 @@ Handle = Any
 POLL_S = 0.25
 PING_S = 10.0
 """An actor that does not answer for so long is only slow; one that Ray calls dead is dead."""
+SOME = 0.001
+"""Of a node's own resource: says where to go and takes nothing that others need."""
 STOP_S = 10.0
 """What an actor gets to give its ports and memory back."""
 
@@ -59,6 +61,8 @@ class Placement:
 
     node_address: str | None
     """Where sockets bind; None: each node's address as Ray knows it."""
+    stays_here: bool
+    """All actors go to this process's node: only here is the cluster secret."""
     num_threads: int
     """Compute threads of a rank on CPU."""
     spins: bool
@@ -102,7 +106,8 @@ class Launcher:
         """
         config = self._config
         self._progress("starting the HTTP server")
-        api = _make(ApiServer, {"num_cpus": 0}, config, self._secret_file, self._keys_file)
+        here = {_this_node(): SOME}  # the API keys' file is on this node
+        api = _make(ApiServer, {"num_cpus": 0, "resources": here}, config, self._secret_file, self._keys_file)
         self._api = _Member("API server", api)
         self._wait([api.bind.remote()], "the HTTP server")  # first: a port in use is known at once
         replica_ids = [ReplicaId(f"replica-{number}") for number in range(config.num_replicas)]
@@ -157,7 +162,8 @@ class Launcher:
         """Create one TP group's actors, all on one node."""
         worker = self._config.worker
         bundle = {"CPU": 1.0, "GPU": 1.0} if worker.device == "cuda" else {"CPU": 1.0}
-        group = placement_group([bundle] * worker.tp_size, strategy="STRICT_PACK")
+        where = {_this_node(): SOME} if self._placement.stays_here else {}
+        group = placement_group([{**bundle, **where}] * worker.tp_size, strategy="STRICT_PACK")
         self._groups.append(group)
         self._progress(f"placing {replica_id}")
         try:
@@ -237,6 +243,11 @@ class Launcher:
 
 def _make(actor_class: type, options: dict[str, Any], *arguments: object) -> Handle:
     return ray.remote(actor_class).options(**options).remote(*arguments)
+
+
+def _this_node() -> str:
+    """Return the resource that only this process's node has."""
+    return f"node:{ray.util.get_node_ip_address()}"  # type: ignore[no-untyped-call]
 
 
 def _free_resources() -> dict[str, float]:

@@ -6,10 +6,12 @@ Used by the CLI's process only. `ray` is imported here once the environment is s
 import logging
 import os
 import secrets
+import socket
 from pathlib import Path
 
 OBJECT_STORE_BYTES = 80 << 20
 """Ray's least: nothing big travels as Ray objects."""
+PROBE_S = 5.0
 SYSTEM_ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",  # Ray's ports listen on all interfaces: others shall not submit work
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -43,7 +45,13 @@ def start_local_ray(folder: Path, num_cpus: int, num_gpus: int) -> None:
 
 
 def join_ray(address: str) -> None:
-    """Connect to a running cluster; raise ConnectionError when it does not answer."""
+    """Connect to a running cluster, HOST:PORT or `auto`; raise ConnectionError when it does not answer."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal():
+        try:  # Ray itself would try for minutes
+            socket.create_connection((host, int(port)), PROBE_S).close()
+        except OSError as error:
+            raise ConnectionError(f"nobody answers at {address}: {error.strerror or error}") from None
     import ray
 
     ray.init(address=address, logging_level=logging.WARNING, log_to_driver=True)

@@ -142,19 +142,25 @@ def _check_port(host: str, port: int) -> None:
 def _ray(config: ClusterConfig, folder: RunFolder, progress: Callable[[str | None], None]) -> Iterator[None]:
     """Have a Ray connection for the while."""
     try:
-        if config.ray_address is None:
-            progress("starting a local Ray cluster")
-            num_ranks = config.num_replicas * config.worker.tp_size
-            num_gpus = num_ranks if config.worker.device == "cuda" else 0
-            start_local_ray(folder.path, num_ranks, num_gpus)
-        else:
-            progress(f"joining Ray at {config.ray_address}")
-            join_ray(config.ray_address)
-        yield
-    except (ConnectionError, ValueError) as error:
+        _connect(config, folder, progress)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        leave_ray()
         raise ServeError(f"cannot use Ray: {error}") from None
+    try:
+        yield
     finally:
         leave_ray()
+
+
+def _connect(config: ClusterConfig, folder: RunFolder, progress: Callable[[str | None], None]) -> None:
+    if config.ray_address is not None:
+        progress(f"joining Ray at {config.ray_address}")
+        join_ray(config.ray_address)
+        return
+    progress("starting a local Ray cluster")
+    num_ranks = config.num_replicas * config.worker.tp_size
+    num_gpus = num_ranks if config.worker.device == "cuda" else 0
+    start_local_ray(folder.path, num_ranks, num_gpus)
 
 
 def _placement(config: ClusterConfig) -> "Placement":
@@ -166,6 +172,7 @@ def _placement(config: ClusterConfig) -> "Placement":
     num_threads = config.worker.num_threads or max(1, num_cores // num_ranks)
     return Placement(
         node_address=LOOPBACK if config.ray_address is None else None,
+        stays_here=config.secret_file is None,
         num_threads=num_threads,
         spins=num_ranks * num_threads <= num_cores,
     )

@@ -94,8 +94,9 @@ class Rank:
             self._group.close()
 
     def stop(self) -> None:
-        """Make `run` return. Any thread may call it."""
-        self._loop.stop()
+        """Make `run` return; a follower's returns when rank 0's does. Any thread may call it."""
+        if isinstance(self._loop, StepLoop):
+            self._loop.stop()
 
     def _lead(
         self,

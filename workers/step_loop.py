@@ -282,25 +282,23 @@ class StepLoop:
 
 
 class FollowerLoop:
-    """The loop of ranks other than 0: apply and run what rank 0 decided, in its order (I1)."""
+    """The loop of ranks other than 0: apply and run what rank 0 decided, in its order (I1).
+
+    Only rank 0 ends it: a follower that left by itself would fail the steps still to come.
+    """
 
     def __init__(self, engine: StepEngine, group: PlanChannel, *, silence_s: float) -> None:
         self._engine = engine
         self._group = group
         self._silence_s = silence_s
         self._decoder = msgspec.msgpack.Decoder(BatchPlan)
-        self._stopping = threading.Event()
 
     def run(self) -> None:
-        """Follow until the log ends or `stop`; raise a TPGroupError when rank 0 is silent for `silence_s`."""
-        while not self._stopping.is_set():
+        """Follow until rank 0 ends the log; raise a TPGroupError when it is gone, or silent too long."""
+        while True:
             payload = self._group.receive_plan(self._silence_s)
             if payload == END_OF_LOG:
                 return
             plan = self._decoder.decode(payload)
             self._engine.run(plan)
             self._group.board.publish(plan.step)
-
-    def stop(self) -> None:
-        """Make `run` return after the next plan. Any thread may call it."""
-        self._stopping.set()

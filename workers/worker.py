@@ -138,7 +138,7 @@ class Worker:
             logging.shutdown()
             os._exit(FAILED_EXIT_CODE)
         if not self._stopping.is_set():
-            logger.error("rank 0 ended the log", extra={"rank": self._rank, "replica": self._replica_id})
+            logger.info("rank 0 ended the log", extra={"rank": self._rank, "replica": self._replica_id})
 
     def _build(self, spec: "RankSpec") -> "tuple[Rank, WorkerStarted]":
         from workers.rank import Rank

@@ -48,6 +48,7 @@ def test_the_schema_is_json_schema_of_the_file():
         (["--api-keys-file", "/no/such/keys"], 1, ["/no/such/keys"]),
         (["--secret-file", "/no/such/secret"], 1, ["/no/such/secret"]),
         (["--host", "host.invalid"], 1, ["host.invalid"]),
+        (["--ray-address", "127.0.0.1:9"], 1, ["127.0.0.1:9", "Ray"]),
     ],
 )
 def test_a_bad_flag_is_named_with_what_is_allowed(arguments, exit_code, parts):
