@@ -91,7 +91,8 @@ class Scenario:
         self.name = " ".join(f"{name}={value}" for name, value in combination.items())
         self.max_running = 1 if combination["composition"] == "alone" else max_running
         self._random = Random(self.name)
-        self._num_extra = 0
+        self._num_neighbours = 0
+        self._num_urgent = 0
         self._to_abort: dict[str, int] = {}
 
     def config(self, **options: Any) -> WorkerConfig:
@@ -117,8 +118,10 @@ class Scenario:
                 self._fill(harness)
             self._serve(harness, "first", self.cases, comparison)
             if self.combination["is_hitting"]:
-                # Latest first, for those are still in a small pool; a sample of them will do.
-                again = [case.half_answered() for case in self.cases[::-1][:NUM_AGAIN]]
+                # In a small pool only the last are still there; the longest has a whole page at least.
+                longest = max(self.cases, key=lambda case: len(case.prompt_ids))
+                self._serve(harness, "warm", [longest], comparison)
+                again = [case.half_answered() for case in [longest, *self.cases[:NUM_AGAIN]]]
                 self._serve(harness, "again", again, comparison)
             pages = harness.idle_pages()
             assert pages["owned"] == pages["cached"], f"{self.name}: pages leaked: {pages}"
@@ -136,7 +139,7 @@ class Scenario:
         expected = dict(arrivals)
         if self.combination["is_aborting"]:
             self._add_neighbour(harness)  # ahead of all: aborted while it runs
-        num_steps = 0
+        num_steps, next_intrusion = 0, 5
         while arrivals or any(harness.answers[name].finish_reason is None for name in expected):
             while arrivals and self._has_arrived(num_steps):
                 name, case = arrivals.pop(0)
@@ -149,12 +152,8 @@ class Scenario:
                 )
                 if self.combination["composition"] == "staggered":
                     break
-            if (
-                self.combination["is_preempting"]
-                and num_steps % 11 == 5
-                and num_steps < 11 * (3 + len(cases))
-            ):
-                self._add_intruder(harness)  # so many, and no more: they would starve the others
+            if self.combination["is_preempting"] and num_steps >= next_intrusion:
+                next_intrusion = num_steps + self._intrude(harness, len(cases))
             if self.combination["is_aborting"]:
                 self._disturb(harness, num_steps)
             harness.step()
@@ -172,19 +171,41 @@ class Scenario:
     def _has_arrived(self, num_steps: int) -> bool:
         return self.combination["composition"] != "staggered" or num_steps % 3 == 0
 
-    def _add_intruder(self, harness: Harness) -> None:
-        """Submit a short request that goes before all others: with all slots taken it preempts one."""
-        self._num_extra += 1
-        name = f"urgent-{self._num_extra}"
-        prompt = [self._random.randrange(3, 200) for _ in range(URGENT_LEN)]
-        harness.submit(name, prompt, priority=-1, max_tokens=URGENT_TOKENS, ignore_eos=True)
+    def _intrude(self, harness: Harness, num_cases: int) -> int:
+        """Submit an urgent request that somebody must give way to: for his slot, or all for their pages.
+
+        Return after how many steps to try again; never, once it would only starve the others.
+        """
+        is_evicting = self.combination["is_evicting"]
+        if harness.scheduler.num_running < (1 if is_evicting else self.max_running):
+            return 1
+        self._num_urgent += 1
+        name = f"urgent-{self._num_urgent}"
+        prompt_len = harness.scheduler.max_context_len - URGENT_TOKENS if is_evicting else URGENT_LEN
+        prompt = [self._random.randrange(3, 200) for _ in range(prompt_len)]
+        harness.submit(
+            name,
+            prompt,
+            priority=-1,
+            max_tokens=URGENT_TOKENS,
+            ignore_eos=True,
+            tenant_salt=name.encode(),
+        )
+        limit = 2 if is_evicting else 3 + num_cases
+        return 11 if self._num_urgent % limit else 1_000_000
 
     def _add_neighbour(self, harness: Harness) -> None:
-        self._num_extra += 1
-        name = f"neighbour-{self._num_extra}"
+        self._num_neighbours += 1
+        name = f"neighbour-{self._num_neighbours}"
         prompt = [self._random.randrange(3, 200) for _ in range(self._random.randrange(2, 40))]
         harness.submit(
-            name, prompt, temperature=1.0, seed=self._num_extra, max_tokens=NEIGHBOUR_TOKENS, ignore_eos=True
+            name,
+            prompt,
+            temperature=1.0,
+            seed=self._num_neighbours,
+            max_tokens=NEIGHBOUR_TOKENS,
+            ignore_eos=True,
+            tenant_salt=name.encode(),
         )
         self._to_abort[name] = self._random.randrange(1, 9)
 
