@@ -26,7 +26,7 @@ FACTORS: dict[str, list[Any]] = {
     "attention_backend": ["reference", "auto"],  # auto: compiled kernels, where there is a compiler
 }
 MAX_TIE_MARGIN = 1e-3
-URGENT_LEN, URGENT_TOKENS = 6, 2
+URGENT_LEN, URGENT_TOKENS = 6, 6
 NEIGHBOUR_TOKENS = 12
 NOISE_TOKENS = 1024
 NUM_AGAIN = 20
@@ -92,7 +92,7 @@ class Scenario:
         self.max_running = 1 if combination["composition"] == "alone" else max_running
         self._random = Random(self.name)
         self._num_neighbours = 0
-        self._num_urgent = 0
+        self._num_intrusions = 0
         self._to_abort: dict[str, int] = {}
 
     def config(self, **options: Any) -> WorkerConfig:
@@ -123,15 +123,14 @@ class Scenario:
                 self._serve(harness, "warm", [longest], comparison)
                 again = [case.half_answered() for case in [longest, *self.cases[:NUM_AGAIN]]]
                 self._serve(harness, "again", again, comparison)
+            self._calm_down(harness, comparison)
             pages = harness.idle_pages()
             assert pages["owned"] == pages["cached"], f"{self.name}: pages leaked: {pages}"
             self._prove(harness)
 
     def _fill(self, harness: Harness) -> None:
         """Leave the pool full of cached pages: whoever comes next has to evict some."""
-        capacity = harness.scheduler.max_context_len
-        prompt = [self._random.randrange(3, 200) for _ in range(capacity - 1)]
-        harness.submit("filler", prompt, max_tokens=1, ignore_eos=True, tenant_salt=b"filler")
+        self._submit_noise(harness, "filler", harness.scheduler.max_context_len - 1, 1)
         harness.run()
 
     def _serve(self, harness: Harness, turn: str, cases: Sequence[Case], comparison: Comparison) -> None:
@@ -153,7 +152,7 @@ class Scenario:
                 if self.combination["composition"] == "staggered":
                     break
             if self.combination["is_preempting"] and num_steps >= next_intrusion:
-                next_intrusion = num_steps + self._intrude(harness, len(cases))
+                next_intrusion = num_steps + self._intrude(harness)
             if self.combination["is_aborting"]:
                 self._disturb(harness, num_steps)
             harness.step()
@@ -168,46 +167,66 @@ class Scenario:
             assert answer.finish_reason == "length"
             comparison.compare(f"{self.name} {name}", answer.token_ids, case.token_ids, case.margins)
 
+    def _calm_down(self, harness: Harness, comparison: Comparison) -> None:
+        """Serve one case with nothing beside it: its steps are decode steps, the graphs' own."""
+        case = min(self.cases, key=lambda case: len(case.prompt_ids))
+        harness.submit(
+            "calm",
+            case.prompt_ids,
+            max_tokens=len(case.token_ids),
+            ignore_eos=True,
+            tenant_salt=b"" if self.combination["is_hitting"] else b"calm",
+        )
+        harness.run()
+        comparison.compare(
+            f"{self.name} calm", harness.answers["calm"].token_ids, case.token_ids, case.margins
+        )
+
     def _has_arrived(self, num_steps: int) -> bool:
         return self.combination["composition"] != "staggered" or num_steps % 3 == 0
 
-    def _intrude(self, harness: Harness, num_cases: int) -> int:
-        """Submit an urgent request that somebody must give way to: for his slot, or all for their pages.
+    def _intrude(self, harness: Harness) -> int:
+        """Submit urgent requests that somebody must give way to: as many as slots, or one for all pages.
 
-        Return after how many steps to try again; never, once it would only starve the others.
+        Return after how many steps to try again; never after three times, or they would starve the others.
         """
-        is_evicting = self.combination["is_evicting"]
-        if harness.scheduler.num_running < (1 if is_evicting else self.max_running):
+        if harness.scheduler.num_running == 0:
             return 1
-        self._num_urgent += 1
-        name = f"urgent-{self._num_urgent}"
+        is_evicting = self.combination["is_evicting"]
         prompt_len = harness.scheduler.max_context_len - URGENT_TOKENS if is_evicting else URGENT_LEN
-        prompt = [self._random.randrange(3, 200) for _ in range(prompt_len)]
-        harness.submit(
-            name,
-            prompt,
-            priority=-1,
-            max_tokens=URGENT_TOKENS,
-            ignore_eos=True,
-            tenant_salt=name.encode(),
-        )
-        limit = 2 if is_evicting else 3 + num_cases
-        return 11 if self._num_urgent % limit else 1_000_000
+        for number in range(1 if is_evicting else self.max_running):
+            self._submit_noise(
+                harness, f"urgent-{self._num_intrusions}-{number}", prompt_len, URGENT_TOKENS, priority=-1
+            )
+        self._num_intrusions += 1
+        return 11 if self._num_intrusions % 3 else 1_000_000
 
     def _add_neighbour(self, harness: Harness) -> None:
         self._num_neighbours += 1
         name = f"neighbour-{self._num_neighbours}"
-        prompt = [self._random.randrange(3, 200) for _ in range(self._random.randrange(2, 40))]
+        self._submit_noise(
+            harness,
+            name,
+            self._random.randrange(2, 40),
+            NEIGHBOUR_TOKENS,
+            temperature=1.0,
+            seed=self._num_neighbours,
+        )
+        self._to_abort[name] = self._random.randrange(1, 9)
+
+    def _submit_noise(
+        self, harness: Harness, name: str, prompt_len: int, max_tokens: int, **options: Any
+    ) -> None:
+        """Submit a request whose answer nobody compares and whose pages nobody shares."""
+        prompt = [self._random.randrange(3, 200) for _ in range(prompt_len)]
         harness.submit(
             name,
             prompt,
-            temperature=1.0,
-            seed=self._num_neighbours,
-            max_tokens=NEIGHBOUR_TOKENS,
+            max_tokens=max_tokens,
             ignore_eos=True,
             tenant_salt=name.encode(),
+            **options,
         )
-        self._to_abort[name] = self._random.randrange(1, 9)
 
     def _disturb(self, harness: Harness, num_steps: int) -> None:
         """Add a sampling neighbour now and then; abort each after a few steps, wherever it stands."""

@@ -28,8 +28,9 @@ def name_of(combination):
 
 def play(combination, cases, comparison, followers, *, max_running, **options):
     scenario = Scenario(combination, cases, max_running)
-    # Two cores: threads that outnumber them wait for each other.
-    scenario.play(comparison, followers, num_threads=2 // combination["tp_size"], **options)
+    # Two cores: threads that outnumber them wait for each other. A tiny model gains nothing by a second one.
+    num_threads = 1 if "model" in options else 2 // combination["tp_size"]
+    scenario.play(comparison, followers, num_threads=num_threads, **options)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def tiny(tmp_path_factory):
     write_tiny_model(folder)
     generator = torch.Generator().manual_seed(1)
     cases = []
-    for prompt_len in (3, 17, 33, 70):
+    for prompt_len in (17, 33, 70):
         prompt_ids = torch.randint(3, 256, (prompt_len,), generator=generator).tolist()
         cases.append(Case(prompt_ids, *greedy_tokens(model, prompt_ids, 6)))
     return str(folder), cases
@@ -82,11 +83,11 @@ def test_smollm2_answers_all_prompts_like_the_oracle(combination, followers, com
 @pytest.mark.parametrize("combination", COVERING, ids=name_of)
 def test_a_random_model_answers_like_the_oracle(combination, tiny, followers, comparison):
     model, cases = tiny
-    play(combination, cases, comparison, followers, max_running=3, model=model)
+    play(combination, cases, comparison, followers, max_running=2, model=model)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(2400)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("tp_size", FACTORS["tp_size"])
 def test_a_random_model_answers_like_the_oracle_in_the_full_product(tp_size, tiny, followers, comparison):
     model, cases = tiny
