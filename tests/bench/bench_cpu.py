@@ -145,6 +145,8 @@ class TransformersArm:
             dtype=torch.bfloat16,
             attn_implementation="sdpa",
         ).eval()
+        linears = [module for module in self._model.modules() if isinstance(module, torch.nn.Linear)]
+        assert linears and all(linear.weight.dtype == torch.bfloat16 for linear in linears)
 
     def run(self, prompts: list[list[int]], num_tokens: int) -> tuple[float, float]:
         clock = StepClock()
@@ -199,6 +201,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     load = os.getloadavg()[0]
     found = measure(arguments.rounds)
     for name in ("b1", "b8", "prefill"):

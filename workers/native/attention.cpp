@@ -1,7 +1,7 @@
 // Paged attention over a page-major pool: writes a step's K and V, then attends; decode and extend rows mixed.
 //
 // Work is cut into tasks: the queries [first_query, stop_query) of one row over the keys [first_key, stop_key) of
-// its context, times one KV head. Tasks over parts of a context leave (sum, max, unscaled output) behind, which a
+// its context, times a range of KV heads: all where decode rows are many, so that memory is read in order, else one. Tasks over parts of a context leave (sum, max, unscaled output) behind, which a
 // second pass joins. The cut depends on the row alone, so its result does not depend on its neighbours.
 // Only keys that some query of the task may see are read: what lies outside can be NaN.
 
@@ -62,22 +62,48 @@ struct Attention {
   const int64_t padded_dim = (dim + LANES - 1) / LANES * LANES;
   const int64_t partial_floats = QUERIES_PER_TASK * group * (padded_dim + 2);
 
-  T* pool_token(void* pool, int64_t location, int64_t kv_head) const {
-    // 64 bits throughout: page * page_stride passes 2^32 on real pools.
-    return static_cast<T*>(pool) + location / batch.page_size * shape.page_stride +
-           location % batch.page_size * shape.token_stride + kv_head * dim;
+  // A block of keys of one row and KV head, where they lie in the pool; heads of a token lie side by side.
+  static constexpr int64_t ELEMENTS_PER_LINE = 64 / sizeof(T);
+  struct Block {
+    int64_t num;
+    const T* keys[KEYS_PER_BLOCK];
+    const T* values[KEYS_PER_BLOCK];
+  };
+
+  // Finds the block at `first`; it is empty behind the task's last key. 64 bits throughout: page * page_stride
+  // passes 2^32 on real pools.
+  void find(const Task& task, int64_t first_head, int64_t first, Block& block) const {
+    block.num = 0;
+    if (first >= task.stop_key) return;
+    block.num = first + KEYS_PER_BLOCK < task.stop_key ? KEYS_PER_BLOCK : task.stop_key - first;
+    const int32_t* pages = batch.page_rows + task.row * batch.page_rows_stride + first / batch.page_size;
+    int64_t offset = first % batch.page_size;
+    for (int64_t t = 0; t < block.num; ++t, ++offset) {
+      if (offset == batch.page_size) ++pages, offset = 0;
+      const int64_t place = *pages * shape.page_stride + offset * shape.token_stride + first_head * dim;
+      block.keys[t] = static_cast<const T*>(shape.pool_k) + place;
+      block.values[t] = static_cast<const T*>(shape.pool_v) + place;
+    }
   }
 
-  const T* key_token(void* pool, int64_t row, int64_t position, int64_t kv_head) const {
-    const int64_t page = batch.page_rows[row * batch.page_rows_stride + position / batch.page_size];
-    return pool_token(pool, page * batch.page_size + position % batch.page_size, kv_head);
+  // Asks for the next block's bytes of one head while this block's are computed: pages lie too far apart for the
+  // CPU to see the pattern, and all at once would be more than it can wait for.
+  void prefetch(const Block& next, int64_t t, int64_t head_offset) const {
+    if (t >= next.num) return;
+    for (int64_t d = head_offset; d < head_offset + dim; d += ELEMENTS_PER_LINE) {
+      __builtin_prefetch(next.keys[t] + d);
+      __builtin_prefetch(next.values[t] + d);
+    }
   }
 
   void write(int64_t first, int64_t stop) const {
     const size_t bytes = size_t(shape.num_kv_heads * dim) * sizeof(T);
     for (int64_t token = first; token < stop; ++token) {
-      std::memcpy(pool_token(shape.pool_k, batch.locations[token], 0), k + token * k_stride, bytes);
-      std::memcpy(pool_token(shape.pool_v, batch.locations[token], 0), v + token * v_stride, bytes);
+      const int64_t location = batch.locations[token];
+      const int64_t place =
+          location / batch.page_size * shape.page_stride + location % batch.page_size * shape.token_stride;
+      std::memcpy(static_cast<T*>(shape.pool_k) + place, k + token * k_stride, bytes);
+      std::memcpy(static_cast<T*>(shape.pool_v) + place, v + token * v_stride, bytes);
     }
   }
 
@@ -106,40 +132,77 @@ struct Attention {
     }
   }
 
-  // Sees queries q of the task see: [low(q), high(q)) of absolute positions.
+  // The first position that a query at `position` sees.
   int64_t low(int64_t position) const {
     return shape.sliding_window > 0 && position + 1 > shape.sliding_window ? position + 1 - shape.sliding_window : 0;
   }
 
+  // The scratch of one KV head: what is carried from block to block.
+  struct Carried {
+    float *wide_q, *sums;      // [rows, padded_dim]
+    float *maxima, *weights;   // [rows]
+  };
+
+  bool has_few_rows(const Task& task) const {
+    return (task.stop_query - task.first_query) * group <= MAX_DOT_ROWS && padded_dim == dim;
+  }
+
   // The task's outputs, by head of the group within query: sums of exp(score - maximum) * v over its keys.
-  void attend(const Task& task, int64_t kv_head, Scratch& scratch) const {
+  void attend(const Task& task, int64_t first_head, int64_t stop_head, Scratch& scratch) const {
     const int64_t rows = (task.stop_query - task.first_query) * group;
-    float* wide_q = scratch.floats(rows * (2 * padded_dim + KEYS_PER_BLOCK + 2) + 2 * KEYS_PER_BLOCK * padded_dim);
-    float* sums = wide_q + rows * padded_dim;      // [rows, padded_dim]
-    float* scores = sums + rows * padded_dim;      // [rows, KEYS_PER_BLOCK]
-    float* keys = scores + rows * KEYS_PER_BLOCK;  // [padded_dim, KEYS_PER_BLOCK], or unused by decode
-    float* values = keys + KEYS_PER_BLOCK * padded_dim;  // [KEYS_PER_BLOCK, padded_dim]
-    float* maxima = values + KEYS_PER_BLOCK * padded_dim;
-    float* weights = maxima + rows;
-    widen_queries(task, kv_head, wide_q);
-    for (int64_t i = 0; i < rows * padded_dim; ++i) sums[i] = 0.0f;
-    for (int64_t i = 0; i < rows; ++i) maxima[i] = NO_SCORE, weights[i] = 0.0f;
-    const int64_t first_position_of_task = first_position(task.row) + task.first_query;
-    for (int64_t first = task.first_key; first < task.stop_key; first += KEYS_PER_BLOCK) {
-      const int64_t num = first + KEYS_PER_BLOCK < task.stop_key ? KEYS_PER_BLOCK : task.stop_key - first;
-      if (rows <= MAX_DOT_ROWS && padded_dim == dim)
-        dot_scores(task.row, kv_head, first, num, wide_q, rows, scores);
-      else
-        tile_scores(task.row, kv_head, first, num, wide_q, rows, keys, scores);
-      widen_values(task.row, kv_head, first, num, values);
-      for (int64_t i = 0; i < rows; ++i) {
-        const int64_t position = first_position_of_task + i / group;
-        soften(scores + i * KEYS_PER_BLOCK, low(position) - first, position + 1 - first, num, &maxima[i], &weights[i],
-               sums + i * padded_dim);
-      }
-      add_values(scores, rows, values, num, sums);
+    const int64_t carried_floats = rows * (2 * padded_dim + 2), block_floats = KEYS_PER_BLOCK * padded_dim;
+    float* memory = scratch.floats((stop_head - first_head) * carried_floats + rows * KEYS_PER_BLOCK + 2 * block_floats);
+    float* scores = memory + (stop_head - first_head) * carried_floats;  // [rows, KEYS_PER_BLOCK]
+    float* keys = scores + rows * KEYS_PER_BLOCK;                        // [padded_dim, KEYS_PER_BLOCK]
+    float* values = keys + block_floats;                                 // [KEYS_PER_BLOCK, padded_dim]
+    const auto carried_of = [&](int64_t head) {
+      float* own = memory + (head - first_head) * carried_floats;
+      return Carried{own, own + rows * padded_dim, own + 2 * rows * padded_dim, own + 2 * rows * padded_dim + rows};
+    };
+    for (int64_t head = first_head; head < stop_head; ++head) {
+      const Carried own = carried_of(head);
+      widen_queries(task, head, own.wide_q);
+      for (int64_t i = 0; i < rows * padded_dim; ++i) own.sums[i] = 0.0f;
+      for (int64_t i = 0; i < rows; ++i) own.maxima[i] = NO_SCORE, own.weights[i] = 0.0f;
     }
-    finish(task, kv_head, rows, maxima, weights, sums);
+    Block blocks[2];
+    find(task, first_head, task.first_key, blocks[0]);
+    for (int64_t n = 0, first = task.first_key; first < task.stop_key; ++n, first += KEYS_PER_BLOCK) {
+      Block& block = blocks[n % 2];
+      Block& next = blocks[(n + 1) % 2];
+      find(task, first_head, first + block.num, next);
+      for (int64_t head = first_head; head < stop_head; ++head) {
+        attend_block(task, first, block, next, (head - first_head) * dim, carried_of(head), rows, scores, keys, values);
+        for (int64_t t = 0; t < block.num; ++t) block.keys[t] += dim, block.values[t] += dim;
+      }
+    }
+    for (int64_t head = first_head; head < stop_head; ++head) {
+      const Carried own = carried_of(head);
+      finish(task, head, rows, own.maxima, own.weights, own.sums);
+    }
+  }
+
+  // `next` is the block after it, whose heads begin `head_offset` elements before this head's.
+  void attend_block(const Task& task, int64_t first, const Block& block, const Block& next, int64_t head_offset,
+                    const Carried& own, int64_t rows, float* scores, float* keys, float* values) const {
+    const bool is_few = has_few_rows(task);
+    if (is_few) {
+      dot_scores(block, next, head_offset, own.wide_q, rows, scores);
+    } else {
+      tile_scores(block, own.wide_q, rows, keys, scores);
+      widen_values(block, values);
+    }
+    const int64_t first_position_of_task = first_position(task.row) + task.first_query;
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t position = first_position_of_task + i / group;
+      soften(scores + i * KEYS_PER_BLOCK, low(position) - first, position + 1 - first, block.num, &own.maxima[i],
+             &own.weights[i], own.sums + i * padded_dim);
+    }
+    if (is_few)
+      add_values(scores, rows, [&](int64_t t, int64_t d) { return load(block.values[t] + d); }, block.num, own.sums);
+    else
+      add_values(scores, rows, [&](int64_t t, int64_t d) { return load(values + t * padded_dim + d); }, block.num,
+                 own.sums);
   }
 
   void widen_queries(const Task& task, int64_t kv_head, float* to) const {
@@ -153,12 +216,12 @@ struct Attention {
   static constexpr int64_t MAX_DOT_ROWS = 8;
 
   // Few rows: dot products straight from the pool, vectors along the head's dimension, four keys at a time.
-  void dot_scores(int64_t row, int64_t kv_head, int64_t first, int64_t num, const float* wide_q, int64_t rows,
+  void dot_scores(const Block& block, const Block& next, int64_t head_offset, const float* wide_q, int64_t rows,
                   float* scores) const {
-    for (int64_t t = 0; t < num; t += 4) {
+    for (int64_t t = 0; t < block.num; t += 4) {
       const T* from[4];
-      for (int64_t u = 0; u < 4; ++u)
-        from[u] = key_token(shape.pool_k, row, first + (t + u < num ? t + u : num - 1), kv_head);
+      for (int64_t u = 0; u < 4; ++u) prefetch(next, t + u, head_offset);
+      for (int64_t u = 0; u < 4; ++u) from[u] = block.keys[t + u < block.num ? t + u : block.num - 1];
       int64_t i = 0;
       for (; i + 3 <= rows; i += 3) dot_tile<3>(from, wide_q + i * padded_dim, scores + i * KEYS_PER_BLOCK + t);
       for (; i < rows; ++i) dot_tile<1>(from, wide_q + i * padded_dim, scores + i * KEYS_PER_BLOCK + t);
@@ -173,21 +236,13 @@ struct Attention {
         const Floats key = load(from[u] + d);
         for (int i = 0; i < ROWS; ++i) dots[i][u] += load(wide_q + i * padded_dim + d) * key;
       }
-    for (int i = 0; i < ROWS; ++i)
-      for (int u = 0; u < 4; ++u) scores[i * KEYS_PER_BLOCK + u] = sum_lanes(dots[i][u]);
+    for (int i = 0; i < ROWS; ++i) sum_lanes(dots[i], scores + i * KEYS_PER_BLOCK);
   }
 
   // Many rows: keys transposed to [padded_dim, KEYS_PER_BLOCK], then tiles of rows times vectors of keys.
-  void tile_scores(int64_t row, int64_t kv_head, int64_t first, int64_t num, const float* wide_q, int64_t rows,
-                   float* keys, float* scores) const {
-    for (int64_t t = 0; t < KEYS_PER_BLOCK; ++t) {
-      if (t >= num) {
-        for (int64_t d = 0; d < dim; ++d) keys[d * KEYS_PER_BLOCK + t] = 0.0f;
-        continue;
-      }
-      const T* from = key_token(shape.pool_k, row, first + t, kv_head);
-      for (int64_t d = 0; d < dim; ++d) keys[d * KEYS_PER_BLOCK + t] = widen(from[d]);
-    }
+  void tile_scores(const Block& block, const float* wide_q, int64_t rows, float* keys, float* scores) const {
+    for (int64_t t = 0; t < KEYS_PER_BLOCK; ++t)
+      for (int64_t d = 0; d < dim; ++d) keys[d * KEYS_PER_BLOCK + t] = t < block.num ? widen(block.keys[t][d]) : 0.0f;
     for (int64_t c = 0; c < KEYS_PER_BLOCK; c += 2 * LANES) {
       int64_t i = 0;
       for (; i + 4 <= rows; i += 4) score_tile<4>(wide_q + i * padded_dim, keys + c, scores + i * KEYS_PER_BLOCK + c);
@@ -212,9 +267,9 @@ struct Attention {
     }
   }
 
-  void widen_values(int64_t row, int64_t kv_head, int64_t first, int64_t num, float* values) const {
-    for (int64_t t = 0; t < num; ++t) {
-      const T* from = key_token(shape.pool_v, row, first + t, kv_head);
+  void widen_values(const Block& block, float* values) const {
+    for (int64_t t = 0; t < block.num; ++t) {
+      const T* from = block.values[t];
       float* to = values + t * padded_dim;
       int64_t d = 0;
       for (; d + LANES <= dim; d += LANES) store(to + d, load(from + d));
@@ -226,8 +281,9 @@ struct Attention {
   // A larger maximum scales down what was summed before it (online softmax; Milakov and Gimelshein 2018).
   void soften(float* scores, int64_t low, int64_t high, int64_t num, float* maximum, float* weight,
               float* sums) const {
-    for (int64_t t = 0; t < KEYS_PER_BLOCK; ++t)
-      if (t < low || t >= high || t >= num) scores[t] = NO_SCORE;
+    if (low > 0 || high < KEYS_PER_BLOCK || num < KEYS_PER_BLOCK)
+      for (int64_t t = 0; t < KEYS_PER_BLOCK; ++t)
+        if (t < low || t >= high || t >= num) scores[t] = NO_SCORE;
     Floats most = load(scores);
     for (int64_t t = LANES; t < KEYS_PER_BLOCK; t += LANES) {
       const Floats next = load(scores + t);
@@ -257,27 +313,31 @@ struct Attention {
     *weight += sum_lanes(total);
   }
 
-  void add_values(const float* weights, int64_t rows, const float* values, int64_t num, float* sums) const {
+  // sums += weights times values; value(t, d) is the vector at d of the block's key t.
+  template <class Value>
+  void add_values(const float* weights, int64_t rows, Value&& value, int64_t num, float* sums) const {
     for (int64_t d = 0; d < padded_dim; d += 2 * LANES) {
       int64_t i = 0;
       if (d + 2 * LANES <= padded_dim) {
-        for (; i + 4 <= rows; i += 4) value_tile<4, 2>(weights + i * KEYS_PER_BLOCK, values + d, num, sums + i * padded_dim + d);
-        for (; i + 3 <= rows; i += 3) value_tile<3, 2>(weights + i * KEYS_PER_BLOCK, values + d, num, sums + i * padded_dim + d);
-        for (; i < rows; ++i) value_tile<1, 2>(weights + i * KEYS_PER_BLOCK, values + d, num, sums + i * padded_dim + d);
+        for (; i + 4 <= rows; i += 4) value_tile<4, 2>(weights, value, i, d, num, sums);
+        for (; i + 3 <= rows; i += 3) value_tile<3, 2>(weights, value, i, d, num, sums);
+        for (; i < rows; ++i) value_tile<1, 2>(weights, value, i, d, num, sums);
       }
-      for (; i < rows; ++i) value_tile<1, 1>(weights + i * KEYS_PER_BLOCK, values + d, num, sums + i * padded_dim + d);
+      for (; i < rows; ++i) value_tile<1, 1>(weights, value, i, d, num, sums);
     }
   }
 
-  template <int ROWS, int VECTORS>
-  void value_tile(const float* weights, const float* values, int64_t num, float* sums) const {
+  template <int ROWS, int VECTORS, class Value>
+  void value_tile(const float* weights, Value&& value, int64_t first_row, int64_t d, int64_t num, float* sums) const {
+    weights += first_row * KEYS_PER_BLOCK;
+    sums += first_row * padded_dim + d;
     Floats totals[ROWS][VECTORS];
     for (int i = 0; i < ROWS; ++i)
       for (int j = 0; j < VECTORS; ++j) totals[i][j] = load(sums + i * padded_dim + j * LANES);
     for (int64_t t = 0; t < num; ++t)
       for (int j = 0; j < VECTORS; ++j) {
-        const Floats value = load(values + t * padded_dim + j * LANES);
-        for (int i = 0; i < ROWS; ++i) totals[i][j] += weights[i * KEYS_PER_BLOCK + t] * value;
+        const Floats from = value(t, d + j * LANES);
+        for (int i = 0; i < ROWS; ++i) totals[i][j] += weights[i * KEYS_PER_BLOCK + t] * from;
       }
     for (int i = 0; i < ROWS; ++i)
       for (int j = 0; j < VECTORS; ++j) store(sums + i * padded_dim + j * LANES, totals[i][j]);
@@ -329,12 +389,26 @@ struct Attention {
     }
   }
 
+  // Calls visit(task, first_head, stop_head): `num_heads` at once for few rows, one for many, which keep a
+  // block's keys and values busy for longer than they take to fetch.
+  template <class Visit>
+  void each_unit(int64_t num_heads, Visit&& visit) const {
+    each_task([&](const Task& task) {
+      const int64_t step = has_few_rows(task) ? num_heads : 1;
+      for (int64_t head = 0; head < shape.num_kv_heads; head += step) visit(task, head, head + step);
+    });
+  }
+
   void run(Scratch& shared) {
-    int64_t num_tasks = 0, num_partials = 0;
-    each_task([&](const Task& task) { num_tasks += 1, num_partials += task.is_whole ? 0 : 1; });
+    int64_t num_few = 0, num_partials = 0;
+    each_task([&](const Task& task) { num_few += has_few_rows(task), num_partials += !task.is_whole; });
     partials = num_partials ? shared.floats(num_partials * shape.num_kv_heads * partial_floats) : nullptr;
-    Chunks chunks(num_tasks * shape.num_kv_heads, 1);
-    parallel(omp_get_max_threads(), [&](int thread, int num_threads) {
+    const int max_threads = omp_get_max_threads();
+    const int64_t num_heads = num_few >= 2 * max_threads ? shape.num_kv_heads : 1;
+    int64_t num_units = 0;
+    each_unit(num_heads, [&](const Task&, int64_t, int64_t) { num_units += 1; });
+    Chunks chunks(num_units, 1);
+    parallel(max_threads, [&](int thread, int num_threads) {
       static thread_local Scratch scratch;
       const int64_t share = (batch.num_tokens + num_threads - 1) / num_threads;
       const int64_t end = (thread + 1) * share < batch.num_tokens ? (thread + 1) * share : batch.num_tokens;
@@ -342,12 +416,12 @@ struct Attention {
       barrier(num_threads);
       int64_t taken, stop, index = 0;
       bool has_more = chunks.take(&taken, &stop);
-      each_task([&](const Task& task) {
-        for (int64_t head = 0; head < shape.num_kv_heads; ++head, ++index)
-          if (has_more && index == taken) {
-            attend(task, head, scratch);
-            has_more = chunks.take(&taken, &stop);
-          }
+      each_unit(num_heads, [&](const Task& task, int64_t first_head, int64_t stop_head) {
+        if (has_more && index == taken) {
+          attend(task, first_head, stop_head, scratch);
+          has_more = chunks.take(&taken, &stop);
+        }
+        index += 1;
       });
       if (num_partials == 0) return;
       barrier(num_threads);

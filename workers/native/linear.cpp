@@ -11,7 +11,6 @@
 #include "threads.h"
 
 #if defined(__AVX512BF16__) && defined(__AVX512F__)
-#include <immintrin.h>
 #define EYRIE_PAIR_PRODUCTS 1
 #endif
 

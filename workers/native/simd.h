@@ -6,6 +6,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
 #elif defined(__AVX2__)
@@ -48,6 +52,12 @@ static inline Words load_words(const uint32_t* from) {
 }
 
 static inline Floats load(const bf16* from) {
+  // GCC makes four instructions of the conversion where there is one.
+#if defined(__AVX512F__)
+  return (Floats)((Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)) << 16);
+#elif defined(__AVX2__)
+  return (Floats)((Words)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)) << 16);
+#endif
   Halves halves;
   std::memcpy(&halves, from, sizeof(halves));
   return (Floats)(__builtin_convertvector(halves, Words) << 16);
@@ -79,6 +89,26 @@ static inline float sum_lanes(Floats value) {
   for (int width = LANES / 2; width > 0; width /= 2)
     for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
   return lanes[0];
+}
+
+// to[i] = the sum of the lanes of values[i].
+static inline void sum_lanes(const Floats (&values)[4], float* to) {
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  __m256 halves[4];
+  for (int i = 0; i < 4; ++i) {
+    const __m512d whole = (__m512d)values[i];
+    halves[i] = _mm256_add_ps((__m256)_mm512_castpd512_pd256(whole), (__m256)_mm512_extractf64x4_pd(whole, 1));
+  }
+#else
+  const Floats(&halves)[4] = values;
+#endif
+  const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps((__m256)halves[0], (__m256)halves[1]),
+                                      _mm256_hadd_ps((__m256)halves[2], (__m256)halves[3]));
+  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+#else
+  for (int i = 0; i < 4; ++i) to[i] = sum_lanes(values[i]);
+#endif
 }
 
 static inline float max_lanes(Floats value) {
