@@ -139,6 +139,11 @@ class EyrieProcess:
         self.remember_family()
         os.killpg(self.process.pid, signal.SIGINT)
 
+    def terminate_group(self):
+        """What a service manager does: SIGTERM to every process at once."""
+        self.remember_family()
+        os.killpg(self.process.pid, signal.SIGTERM)
+
     def wait(self, timeout_s: float = 60.0) -> int:
         code = self.process.wait(timeout_s)
         for reader in self._readers:

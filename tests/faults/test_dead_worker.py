@@ -93,3 +93,14 @@ def test_a_dead_follower_ends_its_group(model):
         assert time.monotonic() - begin < 30
         assert eyrie.wait() == 1
         assert eyrie.leftovers() == []
+
+
+@pytest.mark.timeout(300)
+def test_a_signal_to_every_process_at_once_ends_all(model):
+    """As a service manager stops a group: Ray's own processes end before Eyrie can ask them anything."""
+    with EyrieProcess(model, "--load-format", "dummy", "--port", "0", "--kv-gb", "0.05") as eyrie:
+        url = eyrie.url()
+        assert complete(url, model).status_code == 200
+        eyrie.terminate_group()
+        eyrie.wait()
+        assert eyrie.leftovers() == []
