@@ -1,19 +1,18 @@
 // Paged attention over a page-major pool: writes a step's K and V, then attends; decode and extend rows mixed.
 //
 // Work is cut into tasks: the queries [first_query, stop_query) of one row over the keys [first_key, stop_key) of
-// its context, times a range of KV heads: all where decode rows are many, so that memory is read in order, else one. Tasks over parts of a context leave (sum, max, unscaled output) behind, which a
-// second pass joins. The cut depends on the row alone, so its result does not depend on its neighbours.
+// its context, times a range of KV heads: all where decode rows are many, so that memory is read in order, else
+// one. Tasks over parts of a context leave (maximum, weight, unscaled output) behind, which a second pass joins.
+// The cut of a context depends on the row alone, so its result does not depend on its neighbours.
 // Only keys that some query of the task may see are read: what lies outside can be NaN.
 
-#include "simd.h"
+#include "attention_block.h"
 #include "threads.h"
 
 namespace {
 
 constexpr int64_t KEYS_PER_TASK = 512;
 constexpr int64_t QUERIES_PER_TASK = 16;
-constexpr int64_t KEYS_PER_BLOCK = 32;
-constexpr float NO_SCORE = -INFINITY;
 
 struct Task {
   int64_t row, first_query, stop_query, first_key, stop_key, partial;
@@ -49,6 +48,8 @@ namespace {
 
 template <class T>
 struct Attention {
+  using Block = typename BlockMath<T>::Block;
+
   const AttentionBatch& batch;
   const AttentionShape& shape;
   const T* q;
@@ -58,17 +59,9 @@ struct Attention {
   T* out;
   float* partials;
   const int64_t group = shape.num_heads / shape.num_kv_heads;
-  const int64_t dim = shape.head_dim;
-  const int64_t padded_dim = (dim + LANES - 1) / LANES * LANES;
+  const BlockMath<T> math{shape.head_dim};
+  const int64_t dim = math.dim, padded_dim = math.padded_dim;
   const int64_t partial_floats = QUERIES_PER_TASK * group * (padded_dim + 2);
-
-  // A block of keys of one row and KV head, where they lie in the pool; heads of a token lie side by side.
-  static constexpr int64_t ELEMENTS_PER_LINE = 64 / sizeof(T);
-  struct Block {
-    int64_t num;
-    const T* keys[KEYS_PER_BLOCK];
-    const T* values[KEYS_PER_BLOCK];
-  };
 
   // Finds the block at `first`; it is empty behind the task's last key. 64 bits throughout: page * page_stride
   // passes 2^32 on real pools.
@@ -83,16 +76,6 @@ struct Attention {
       const int64_t place = *pages * shape.page_stride + offset * shape.token_stride + first_head * dim;
       block.keys[t] = static_cast<const T*>(shape.pool_k) + place;
       block.values[t] = static_cast<const T*>(shape.pool_v) + place;
-    }
-  }
-
-  // Asks for the next block's bytes of one head while this block's are computed: pages lie too far apart for the
-  // CPU to see the pattern, and all at once would be more than it can wait for.
-  void prefetch(const Block& next, int64_t t, int64_t head_offset) const {
-    if (t >= next.num) return;
-    for (int64_t d = head_offset; d < head_offset + dim; d += ELEMENTS_PER_LINE) {
-      __builtin_prefetch(next.keys[t] + d);
-      __builtin_prefetch(next.values[t] + d);
     }
   }
 
@@ -144,17 +127,18 @@ struct Attention {
   };
 
   bool has_few_rows(const Task& task) const {
-    return (task.stop_query - task.first_query) * group <= MAX_DOT_ROWS && padded_dim == dim;
+    return (task.stop_query - task.first_query) * group <= BlockMath<T>::MAX_DOT_ROWS && padded_dim == dim;
   }
 
   // The task's outputs, by head of the group within query: sums of exp(score - maximum) * v over its keys.
   void attend(const Task& task, int64_t first_head, int64_t stop_head, Scratch& scratch) const {
     const int64_t rows = (task.stop_query - task.first_query) * group;
     const int64_t carried_floats = rows * (2 * padded_dim + 2), block_floats = KEYS_PER_BLOCK * padded_dim;
-    float* memory = scratch.floats((stop_head - first_head) * carried_floats + rows * KEYS_PER_BLOCK + 2 * block_floats);
-    float* scores = memory + (stop_head - first_head) * carried_floats;  // [rows, KEYS_PER_BLOCK]
-    float* keys = scores + rows * KEYS_PER_BLOCK;                        // [padded_dim, KEYS_PER_BLOCK]
-    float* values = keys + block_floats;                                 // [KEYS_PER_BLOCK, padded_dim]
+    const int64_t all_carried_floats = (stop_head - first_head) * carried_floats;
+    float* memory = scratch.floats(all_carried_floats + rows * KEYS_PER_BLOCK + 2 * block_floats);
+    float* scores = memory + all_carried_floats;  // [rows, KEYS_PER_BLOCK]
+    float* keys = scores + rows * KEYS_PER_BLOCK;  // [padded_dim, KEYS_PER_BLOCK]
+    float* values = keys + block_floats;           // [KEYS_PER_BLOCK, padded_dim]
     const auto carried_of = [&](int64_t head) {
       float* own = memory + (head - first_head) * carried_floats;
       return Carried{own, own + rows * padded_dim, own + 2 * rows * padded_dim, own + 2 * rows * padded_dim + rows};
@@ -187,22 +171,23 @@ struct Attention {
                     const Carried& own, int64_t rows, float* scores, float* keys, float* values) const {
     const bool is_few = has_few_rows(task);
     if (is_few) {
-      dot_scores(block, next, head_offset, own.wide_q, rows, scores);
+      math.dot_scores(block, next, head_offset, own.wide_q, rows, scores);
     } else {
-      tile_scores(block, own.wide_q, rows, keys, scores);
-      widen_values(block, values);
+      math.tile_scores(block, own.wide_q, rows, keys, scores);
+      math.widen_values(block, values);
     }
     const int64_t first_position_of_task = first_position(task.row) + task.first_query;
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t position = first_position_of_task + i / group;
-      soften(scores + i * KEYS_PER_BLOCK, low(position) - first, position + 1 - first, block.num, &own.maxima[i],
+      math.soften(scores + i * KEYS_PER_BLOCK, low(position) - first, position + 1 - first, block.num, &own.maxima[i],
              &own.weights[i], own.sums + i * padded_dim);
     }
     if (is_few)
-      add_values(scores, rows, [&](int64_t t, int64_t d) { return load(block.values[t] + d); }, block.num, own.sums);
+      math.add_values(scores, rows, [&](int64_t t, int64_t d) { return load(block.values[t] + d); }, block.num,
+                      own.sums);
     else
-      add_values(scores, rows, [&](int64_t t, int64_t d) { return load(values + t * padded_dim + d); }, block.num,
-                 own.sums);
+      math.add_values(scores, rows, [&](int64_t t, int64_t d) { return load(values + t * padded_dim + d); }, block.num,
+                      own.sums);
   }
 
   void widen_queries(const Task& task, int64_t kv_head, float* to) const {
@@ -211,136 +196,6 @@ struct Attention {
       const T* from = q + (token + i / group) * q_stride + (kv_head * group + i % group) * dim;
       for (int64_t d = 0; d < padded_dim; ++d) to[d] = d < dim ? widen(from[d]) * shape.scale : 0.0f;
     }
-  }
-
-  static constexpr int64_t MAX_DOT_ROWS = 8;
-
-  // Few rows: dot products straight from the pool, vectors along the head's dimension, four keys at a time.
-  void dot_scores(const Block& block, const Block& next, int64_t head_offset, const float* wide_q, int64_t rows,
-                  float* scores) const {
-    for (int64_t t = 0; t < block.num; t += 4) {
-      const T* from[4];
-      for (int64_t u = 0; u < 4; ++u) prefetch(next, t + u, head_offset);
-      for (int64_t u = 0; u < 4; ++u) from[u] = block.keys[t + u < block.num ? t + u : block.num - 1];
-      int64_t i = 0;
-      for (; i + 3 <= rows; i += 3) dot_tile<3>(from, wide_q + i * padded_dim, scores + i * KEYS_PER_BLOCK + t);
-      for (; i < rows; ++i) dot_tile<1>(from, wide_q + i * padded_dim, scores + i * KEYS_PER_BLOCK + t);
-    }
-  }
-
-  template <int ROWS>
-  void dot_tile(const T* const (&from)[4], const float* wide_q, float* scores) const {
-    Floats dots[ROWS][4] = {};
-    for (int64_t d = 0; d < dim; d += LANES)
-      for (int u = 0; u < 4; ++u) {
-        const Floats key = load(from[u] + d);
-        for (int i = 0; i < ROWS; ++i) dots[i][u] += load(wide_q + i * padded_dim + d) * key;
-      }
-    for (int i = 0; i < ROWS; ++i) sum_lanes(dots[i], scores + i * KEYS_PER_BLOCK);
-  }
-
-  // Many rows: keys transposed to [padded_dim, KEYS_PER_BLOCK], then tiles of rows times vectors of keys.
-  void tile_scores(const Block& block, const float* wide_q, int64_t rows, float* keys, float* scores) const {
-    for (int64_t t = 0; t < KEYS_PER_BLOCK; ++t)
-      for (int64_t d = 0; d < dim; ++d) keys[d * KEYS_PER_BLOCK + t] = t < block.num ? widen(block.keys[t][d]) : 0.0f;
-    for (int64_t c = 0; c < KEYS_PER_BLOCK; c += 2 * LANES) {
-      int64_t i = 0;
-      for (; i + 4 <= rows; i += 4) score_tile<4>(wide_q + i * padded_dim, keys + c, scores + i * KEYS_PER_BLOCK + c);
-      for (; i < rows; ++i) score_tile<1>(wide_q + i * padded_dim, keys + c, scores + i * KEYS_PER_BLOCK + c);
-    }
-  }
-
-  template <int ROWS>
-  void score_tile(const float* wide_q, const float* keys, float* scores) const {
-    Floats dots[ROWS][2] = {};
-    for (int64_t d = 0; d < dim; ++d) {
-      const Floats low = load(keys + d * KEYS_PER_BLOCK), high = load(keys + d * KEYS_PER_BLOCK + LANES);
-      for (int i = 0; i < ROWS; ++i) {
-        const float value = wide_q[i * padded_dim + d];
-        dots[i][0] += value * low;
-        dots[i][1] += value * high;
-      }
-    }
-    for (int i = 0; i < ROWS; ++i) {
-      store(scores + i * KEYS_PER_BLOCK, dots[i][0]);
-      store(scores + i * KEYS_PER_BLOCK + LANES, dots[i][1]);
-    }
-  }
-
-  void widen_values(const Block& block, float* values) const {
-    for (int64_t t = 0; t < block.num; ++t) {
-      const T* from = block.values[t];
-      float* to = values + t * padded_dim;
-      int64_t d = 0;
-      for (; d + LANES <= dim; d += LANES) store(to + d, load(from + d));
-      for (; d < padded_dim; ++d) to[d] = d < dim ? widen(from[d]) : 0.0f;
-    }
-  }
-
-  // Turns one row's scores of a block into weights exp(score - maximum); keys outside [low, high) get none.
-  // A larger maximum scales down what was summed before it (online softmax; Milakov and Gimelshein 2018).
-  void soften(float* scores, int64_t low, int64_t high, int64_t num, float* maximum, float* weight,
-              float* sums) const {
-    if (low > 0 || high < KEYS_PER_BLOCK || num < KEYS_PER_BLOCK)
-      for (int64_t t = 0; t < KEYS_PER_BLOCK; ++t)
-        if (t < low || t >= high || t >= num) scores[t] = NO_SCORE;
-    Floats most = load(scores);
-    for (int64_t t = LANES; t < KEYS_PER_BLOCK; t += LANES) {
-      const Floats next = load(scores + t);
-      // Written so that a NaN score wins, and shows in the logits.
-      most = select(next <= most, most, next);
-    }
-    const float found = max_lanes(most);
-    if (found > *maximum || found != found) {
-      if (*maximum != NO_SCORE) {
-        const float ratio = std::exp(*maximum - found);
-        *weight *= ratio;
-        for (int64_t d = 0; d < padded_dim; d += LANES) store(sums + d, load(sums + d) * ratio);
-      }
-      *maximum = found;
-    }
-    if (*maximum == NO_SCORE) {  // nothing seen yet: exp(-inf + inf) would be NaN
-      for (int64_t t = 0; t < KEYS_PER_BLOCK; ++t) scores[t] = 0.0f;
-      return;
-    }
-    Floats total = {};
-    for (int64_t t = 0; t < KEYS_PER_BLOCK; t += LANES) {
-      const Floats score = load(scores + t);
-      const Floats value = select(score == splat(NO_SCORE), Floats{}, exp(score - *maximum));
-      total += value;
-      store(scores + t, value);
-    }
-    *weight += sum_lanes(total);
-  }
-
-  // sums += weights times values; value(t, d) is the vector at d of the block's key t.
-  template <class Value>
-  void add_values(const float* weights, int64_t rows, Value&& value, int64_t num, float* sums) const {
-    for (int64_t d = 0; d < padded_dim; d += 2 * LANES) {
-      int64_t i = 0;
-      if (d + 2 * LANES <= padded_dim) {
-        for (; i + 4 <= rows; i += 4) value_tile<4, 2>(weights, value, i, d, num, sums);
-        for (; i + 3 <= rows; i += 3) value_tile<3, 2>(weights, value, i, d, num, sums);
-        for (; i < rows; ++i) value_tile<1, 2>(weights, value, i, d, num, sums);
-      }
-      for (; i < rows; ++i) value_tile<1, 1>(weights, value, i, d, num, sums);
-    }
-  }
-
-  template <int ROWS, int VECTORS, class Value>
-  void value_tile(const float* weights, Value&& value, int64_t first_row, int64_t d, int64_t num, float* sums) const {
-    weights += first_row * KEYS_PER_BLOCK;
-    sums += first_row * padded_dim + d;
-    Floats totals[ROWS][VECTORS];
-    for (int i = 0; i < ROWS; ++i)
-      for (int j = 0; j < VECTORS; ++j) totals[i][j] = load(sums + i * padded_dim + j * LANES);
-    for (int64_t t = 0; t < num; ++t)
-      for (int j = 0; j < VECTORS; ++j) {
-        const Floats from = value(t, d + j * LANES);
-        for (int i = 0; i < ROWS; ++i) totals[i][j] += weights[i * KEYS_PER_BLOCK + t] * from;
-      }
-    for (int i = 0; i < ROWS; ++i)
-      for (int j = 0; j < VECTORS; ++j) store(sums + i * padded_dim + j * LANES, totals[i][j]);
   }
 
   float* partial_of(const Task& task, int64_t kv_head) const {

@@ -25,7 +25,7 @@ BUILD_TIMEOUT_S = 300.0
 """Ten seconds on a free core; start-up of several replicas at once may share few cores."""
 
 _SOURCES = ("linear.cpp", "attention.cpp", "elementwise.cpp")
-_HEADERS = ("simd.h", "threads.h")
+_HEADERS = ("simd.h", "threads.h", "attention_block.h")
 
 
 class NativeBuildError(RuntimeError):
