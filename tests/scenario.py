@@ -28,6 +28,7 @@ FACTORS: dict[str, list[Any]] = {
 MAX_TIE_MARGIN = 1e-3
 URGENT_LEN, URGENT_TOKENS = 6, 6
 NEIGHBOUR_TOKENS = 12
+NEIGHBOUR_MAX_LEN = 40 + NEIGHBOUR_TOKENS
 NOISE_TOKENS = 1024
 NUM_AGAIN = 20
 
@@ -207,7 +208,7 @@ class Scenario:
         self._submit_noise(
             harness,
             name,
-            self._random.randrange(2, 40),
+            self._random.randrange(2, NEIGHBOUR_MAX_LEN - NEIGHBOUR_TOKENS),
             NEIGHBOUR_TOKENS,
             temperature=1.0,
             seed=self._num_neighbours,
@@ -240,13 +241,12 @@ class Scenario:
                 harness.abort(name)
 
     def _num_pages(self) -> int:
-        """Return pages for all; when evicting, for what runs at once; when preempting too, for less."""
+        """Return pages for all; when evicting, for what runs at once and a neighbour."""
         page_size = self.combination["page_size"]
         sizes = sorted(-(-(len(case.prompt_ids) + len(case.token_ids)) // page_size) for case in self.cases)
         if not self.combination["is_evicting"]:
             return 3 * sum(sizes) + NOISE_TOKENS // page_size
-        running = sum(sizes[-self.max_running :]) + self.max_running
-        return max(running // 2, sizes[-1] + 1) if self.combination["is_preempting"] else running
+        return sum(sizes[-self.max_running :]) + self.max_running + NEIGHBOUR_MAX_LEN // page_size
 
     def _prove(self, harness: Harness) -> None:
         """Hold what took place against what the combination asks for."""
