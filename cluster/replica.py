@@ -34,8 +34,13 @@ class ReplicaListener(Protocol):
     def welcomed(self, welcome: Welcome) -> None:
         """Take a snapshot of the prefix tree."""
 
-    def stepped(self, load: LoadReport, kv_events: KVEventBatch | None, now_s: float) -> bool:
-        """Take one step's news; return False to ask for a fresh snapshot (a gap in the events)."""
+    def stepped(
+        self, load: LoadReport, kv_events: KVEventBatch | None, answered: list[RequestId], now_s: float
+    ) -> bool:
+        """Take one step's news: the load, the requests it tells of, which the load counts, and the events.
+
+        Return False to ask for a fresh snapshot (a gap in the events).
+        """
         ...
 
     def lost(self) -> None:
@@ -218,7 +223,8 @@ class Replica:
         """Take one step's message."""
         if outputs:
             self._call(self._deliver, outputs)
-        return self._listener.stepped(load, kv_events, self._clock())
+        answered = [output.request_id for output in outputs]
+        return self._listener.stepped(load, kv_events, answered, self._clock())
 
     def closed(self, why: str) -> None:
         """Take the loss of the connection."""

@@ -1,8 +1,9 @@
 """LoadBook: one replica's load as an API process knows it: its last report, and what was sent since.
 
-Reports arrive in the replica's receiver thread; leases are kept on the event loop.
+Reports arrive in the replica's receiver thread and end leases there; leases begin on the event loop.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from workers.protocol import LoadReport, RequestId
@@ -39,9 +40,11 @@ class LoadBook:
         self._report: tuple[LoadReport, float] | None = None  # replaced whole: readers never see half of one
         self._leases: dict[RequestId, _Lease] = {}
 
-    def report(self, load: LoadReport, now_s: float) -> None:
-        """Take a report (receiver thread)."""
+    def report(self, load: LoadReport, now_s: float, answered: Sequence[RequestId] = ()) -> None:
+        """Take a report (receiver thread); it counts the requests `answered` so far, their leases end."""
         self._report = (load, now_s)
+        for request_id in answered:
+            self._leases.pop(request_id, None)
 
     def clear(self) -> None:
         """Forget the report of a lost replica (receiver thread)."""
@@ -51,22 +54,25 @@ class LoadBook:
         """Count a request as sent, with so many tokens to prefill."""
         self._leases[request_id] = _Lease(num_tokens, now_s + LEASE_S)
 
-    def settle(self, request_id: RequestId) -> None:
-        """The worker has answered: its reports count the request from now on."""
+    def release(self, request_id: RequestId) -> None:
+        """Take a lease back: the request was not sent."""
         self._leases.pop(request_id, None)
 
     def load(self, now_s: float) -> Load:
         """Return report and leases together."""
-        for request_id in [name for name, lease in self._leases.items() if lease.until_s <= now_s]:
-            del self._leases[request_id]
-        num_leased_tokens = sum(lease.num_tokens for lease in self._leases.values())
+        leases = list(self._leases.items())  # one step of the interpreter: the receiver thread ends leases
+        for request_id, lease in leases:
+            if lease.until_s <= now_s:
+                self._leases.pop(request_id, None)
+        live = [lease.num_tokens for _, lease in leases if lease.until_s > now_s]
+        num_leased_tokens = sum(live)
         report, reported_s = self._report or (None, 0.0)
         if report is None or now_s - reported_s > REPORT_TTL_S:
-            return Load(num_leased_tokens, 0, 0, len(self._leases), None)
+            return Load(num_leased_tokens, 0, 0, len(live), None)
         return Load(
             num_prefill_tokens=report.num_prefill_tokens + num_leased_tokens,
             num_running=report.num_running,
             num_waiting=report.num_waiting,
-            num_sent=len(self._leases),
+            num_sent=len(live),
             num_available_pages=report.num_free_pages + report.num_cached_pages,
         )

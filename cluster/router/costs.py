@@ -3,13 +3,12 @@
 Pure functions and one running mean; called on the event loop.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from cluster.router.books import Load
 
 FIRST_PREFILL_TOKEN_S = 1e-3
-"""Until any replica is measured: a small model on a CPU."""
+"""Until measured: a small model on a CPU."""
 MIN_MEASURED_TOKENS = 32
 """Shorter prefills say more of a step's fixed cost than of a token's."""
 RATE_MEMORY = 0.9
@@ -17,25 +16,24 @@ RATE_MEMORY = 0.9
 
 
 class PrefillRate:
-    """Seconds a prompt token takes on one replica: a running mean of what first tokens took."""
+    """Seconds a prompt token takes: a running mean of what first tokens took, over all replicas.
+
+    They run one configuration. A rate for each would leave one that was slow once without the requests that
+    would show it fast again; a slow replica shows in its queue.
+    """
 
     def __init__(self) -> None:
-        self.token_s: float | None = None
-        """None: not measured yet."""
+        self.token_s = FIRST_PREFILL_TOKEN_S
+        self._is_measured = False
 
     def observe(self, num_tokens: int, duration_s: float) -> None:
         """Take in one request: the tokens ahead of it and its own, and the time to its first token."""
         if num_tokens < MIN_MEASURED_TOKENS:
             return
         measured = duration_s / num_tokens
-        past = measured if self.token_s is None else self.token_s
+        past = self.token_s if self._is_measured else measured
         self.token_s = RATE_MEMORY * past + (1 - RATE_MEMORY) * measured
-
-
-def typical_token_s(rates: Iterable[PrefillRate]) -> float:
-    """Return what a replica not measured yet is taken for: the mean of those that are."""
-    measured = [rate.token_s for rate in rates if rate.token_s is not None]
-    return sum(measured) / len(measured) if measured else FIRST_PREFILL_TOKEN_S
+        self._is_measured = True
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,14 @@ from cache_service.keys import NamespaceDigest, PageKey, page_keys, salted
 from cluster.api.ports import NoReplicaError, OverloadedError
 from cluster.replica import Replica, ReplicaStats, ReplicaStream, ReplicaUnavailableError
 from cluster.router.books import LoadBook
-from cluster.router.costs import Cost, PrefillRate, placement_cost, typical_token_s
+from cluster.router.costs import Cost, PrefillRate, placement_cost
 from cluster.router.prefix_index import OVERLAY_S, PrefixIndex
 from workers.protocol import (
     FinishReason,
     KVEventBatch,
     LoadReport,
     ReplicaId,
+    RequestId,
     RequestOutput,
     SubmitRequest,
     Welcome,
@@ -47,7 +48,6 @@ class _Place:
     replica_id: ReplicaId
     replica: Replica
     book: LoadBook
-    rate: PrefillRate
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class _Candidate:
     place: _Place
     keys: list[PageKey]
     num_held: int
+    num_uncached: int
     num_tokens: int
     """To prefill before it, and its whole prompt."""
     num_requests: int
@@ -62,13 +63,13 @@ class _Candidate:
 
 
 class RoutedStream:
-    """A replica's stream that keeps the router's books while it is read."""
+    """A replica's stream that measures the prefill rate while it is read."""
 
     def __init__(
-        self, stream: ReplicaStream, place: _Place, num_tokens: int, clock: Callable[[], float]
+        self, stream: ReplicaStream, rate: PrefillRate, num_tokens: int, clock: Callable[[], float]
     ) -> None:
         self._stream = stream
-        self._place = place
+        self._rate = rate
         self._num_tokens = num_tokens
         self._clock = clock
         self._sent_s = clock()
@@ -79,11 +80,10 @@ class RoutedStream:
 
     async def __anext__(self) -> RequestOutput:
         output = await anext(self._stream)
-        self._place.book.settle(output.request_id)
         if self._awaits_token and output.token_ids:
             self._awaits_token = False
             num_computed = self._num_tokens - output.num_cached_tokens
-            self._place.rate.observe(num_computed, self._clock() - self._sent_s)
+            self._rate.observe(num_computed, self._clock() - self._sent_s)
         return output
 
     async def abort(self, finish_reason: FinishReason = "abort") -> None:
@@ -107,9 +107,11 @@ class _Feed:
         """Take a snapshot."""
         self._index.restart(self._replica_id, welcome.incarnation, welcome.version, welcome.snapshot)
 
-    def stepped(self, load: LoadReport, kv_events: KVEventBatch | None, now_s: float) -> bool:
+    def stepped(
+        self, load: LoadReport, kv_events: KVEventBatch | None, answered: list[RequestId], now_s: float
+    ) -> bool:
         """Take one step's news."""
-        self._book.report(load, now_s)
+        self._book.report(load, now_s, answered)
         return kv_events is None or self._index.apply(self._replica_id, kv_events)
 
     def lost(self) -> None:
@@ -152,7 +154,8 @@ class Router:
                 lease_s=lease_s,
                 clock=clock,
             )
-            self._places.append(_Place(replica_id, replica, book, PrefillRate()))
+            self._places.append(_Place(replica_id, replica, book))
+        self._rate = PrefillRate()
         self._num_placed = 0
 
     async def start(self, timeout_s: float) -> None:
@@ -211,16 +214,17 @@ class Router:
         candidates = self._score(request, keys)
         for candidate in self._rank(candidates):
             place, now_s = candidate.place, self._clock()
+            # Before it is sent: the answer, which ends the lease, comes in another thread.
+            place.book.lease(request.request_id, candidate.num_uncached, now_s)
             try:
                 stream = place.replica.submit(request)
             except ReplicaUnavailableError:
+                place.book.release(request.request_id)
                 continue
-            num_cached = candidate.num_held * self._page_size(place)
-            place.book.lease(request.request_id, len(request.token_ids) - num_cached, now_s)
             self._index.expect(place.replica_id, candidate.keys, now_s)
             self._recorder.placed(place.replica_id, len(candidate.keys), candidate.num_held)
             self._num_placed += 1
-            return RoutedStream(stream, place, candidate.num_tokens, self._clock)
+            return RoutedStream(stream, self._rate, candidate.num_tokens, self._clock)
         raise NoReplicaError(self.ready() or "the replicas went away while the request was placed")
 
     # Filter.
@@ -262,7 +266,6 @@ class Router:
     ) -> list[_Candidate]:
         now_s = self._clock()
         prompt_len = len(request.token_ids)
-        typical_s = typical_token_s(place.rate for place in self._places)
         candidates = []
         for place, welcome in self._takers():
             page_size = welcome.page_size
@@ -271,13 +274,13 @@ class Router:
             num_uncached = max(1, prompt_len - num_held * page_size)
             load = place.book.load(now_s)
             num_pages = -(-prompt_len // page_size)
-            token_s = typical_s if place.rate.token_s is None else place.rate.token_s
-            cost = placement_cost(load, num_uncached, num_pages - num_held, page_size, token_s)
+            cost = placement_cost(load, num_uncached, num_pages - num_held, page_size, self._rate.token_s)
             candidates.append(
                 _Candidate(
                     place,
                     keys,
                     num_held,
+                    num_uncached,
                     load.num_prefill_tokens + prompt_len,
                     load.num_running + load.num_waiting + load.num_sent,
                     cost,
@@ -303,12 +306,6 @@ class Router:
             return waits_too_long, candidate.cost.total_s, candidate.num_requests, turn
 
         return [candidate for _, candidate in sorted(enumerate(candidates), key=order)]
-
-    @staticmethod
-    def _page_size(place: _Place) -> int:
-        welcome = place.replica.welcome
-        assert welcome is not None, "submit succeeded"
-        return welcome.page_size
 
 
 def _prompt_keys(request: SubmitRequest, namespace: bytes, page_size: int) -> list[PageKey]:

@@ -63,7 +63,7 @@ class Deaf:
     def welcomed(self, welcome):
         pass
 
-    def stepped(self, load, kv_events, now_s):
+    def stepped(self, load, kv_events, answered, now_s):
         return True
 
     def lost(self):

@@ -94,7 +94,7 @@ class Listener:
     def welcomed(self, welcome):
         self.calls.append(("welcomed", welcome.incarnation))
 
-    def stepped(self, load, kv_events, now_s):
+    def stepped(self, load, kv_events, answered, now_s):
         if kv_events is not None:
             self.calls.append(("events", kv_events.version))
             return self.accept

@@ -7,7 +7,7 @@ import pytest
 
 from cluster.api.ports import NoReplicaError, OverloadedError
 from cluster.router.books import LoadBook
-from cluster.router.costs import PrefillRate, placement_cost, typical_token_s
+from cluster.router.costs import PrefillRate, placement_cost
 from cluster.router.router import Router
 from tests.unit.replica_threads import ThreadReplica
 from workers.config import WorkerConfig
@@ -39,7 +39,7 @@ def test_what_was_sent_counts_until_the_worker_answers():
     book.lease(RequestId("b"), 20, now_s=0.2)
     load = book.load(0.3)
     assert (load.num_prefill_tokens, load.num_running, load.num_waiting, load.num_sent) == (160, 2, 1, 2)
-    book.settle(RequestId("a"))
+    book.report(REPORT, now_s=0.3, answered=[RequestId("a")])
     assert book.load(0.3).num_prefill_tokens == 120
     assert book.load(1.0).num_sent == 1
     assert book.load(1.25).num_sent == 0, "a lease ends by itself"
@@ -66,16 +66,15 @@ def test_the_cost_of_a_placement_is_what_everyone_waits():
     assert cost.slowdown_s == pytest.approx(0.2 * 3)
 
 
-def test_a_prefill_rate_is_measured_and_lent_to_the_unmeasured():
-    first, second = PrefillRate(), PrefillRate()
-    assert typical_token_s([first, second]) == 1e-3
-    first.observe(8, 5.0)  # too short to say anything
-    assert first.token_s is None
-    first.observe(100, 0.2)
-    assert first.token_s == pytest.approx(0.002)
-    first.observe(100, 0.3)
-    assert first.token_s == pytest.approx(0.0021)
-    assert typical_token_s([first, second]) == first.token_s
+def test_the_prefill_rate_is_a_running_mean_of_first_tokens():
+    rate = PrefillRate()
+    assert rate.token_s == 1e-3
+    rate.observe(8, 5.0)  # too short to say anything
+    assert rate.token_s == 1e-3
+    rate.observe(100, 0.2)
+    assert rate.token_s == pytest.approx(0.002)
+    rate.observe(100, 0.3)
+    assert rate.token_s == pytest.approx(0.0021)
 
 
 @pytest.fixture
