@@ -10,6 +10,9 @@ import msgspec
 
 PROTOCOL_VERSION = 1
 
+REPLICA_FAILED = "replica_failed"
+"""`error_code` of requests that a failed step took down."""
+
 RequestId = NewType("RequestId", str)
 ReplicaId = NewType("ReplicaId", str)
 

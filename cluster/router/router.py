@@ -12,11 +12,12 @@ from typing import Protocol, Self
 
 from cache_service.keys import NamespaceDigest, PageKey, page_keys, salted
 from cluster.api.ports import NoReplicaError, OverloadedError
-from cluster.replica import Replica, ReplicaStats, ReplicaStream, ReplicaUnavailableError
+from cluster.replica import REPLICA_LOST, Replica, ReplicaStats, ReplicaStream, ReplicaUnavailableError
 from cluster.router.books import LoadBook
 from cluster.router.costs import Cost, PrefillRate, placement_cost
 from cluster.router.prefix_index import OVERLAY_S, PrefixIndex
 from workers.protocol import (
+    REPLICA_FAILED,
     FinishReason,
     KVEventBatch,
     LoadReport,
@@ -32,6 +33,9 @@ logger = logging.getLogger(__name__)
 INLINE_KEY_TOKENS = 2_048
 """Keys of longer prompts (about 1 us a page) are computed in a thread."""
 RETRY_AFTER_S = 1.0
+QUEUE_FULL = "queue_full"
+PASSED_OVER = (QUEUE_FULL, "draining", REPLICA_LOST, REPLICA_FAILED)
+"""Error codes of a replica's answer after which another replica may still serve the request."""
 
 
 class PlacementRecorder(Protocol):
@@ -63,12 +67,18 @@ class _Candidate:
 
 
 class RoutedStream:
-    """A replica's stream that measures the prefill rate while it is read."""
+    """A replica's stream, its first output read already, that measures the prefill rate while it is read."""
 
     def __init__(
-        self, stream: ReplicaStream, rate: PrefillRate, num_tokens: int, clock: Callable[[], float]
+        self,
+        stream: ReplicaStream,
+        answer: RequestOutput,
+        rate: PrefillRate,
+        num_tokens: int,
+        clock: Callable[[], float],
     ) -> None:
         self._stream = stream
+        self._answer: RequestOutput | None = answer
         self._rate = rate
         self._num_tokens = num_tokens
         self._clock = clock
@@ -79,7 +89,10 @@ class RoutedStream:
         return self
 
     async def __anext__(self) -> RequestOutput:
-        output = await anext(self._stream)
+        if self._answer is not None:
+            output, self._answer = self._answer, None
+        else:
+            output = await anext(self._stream)
         if self._awaits_token and output.token_ids:
             self._awaits_token = False
             num_computed = self._num_tokens - output.num_cached_tokens
@@ -92,6 +105,7 @@ class RoutedStream:
 
     async def aclose(self) -> None:
         """Release the stream; aborts when unfinished."""
+        self._answer = None
         await self._stream.aclose()
 
 
@@ -208,11 +222,12 @@ class Router:
     async def submit(self, request: SubmitRequest) -> RoutedStream:
         """Send the request where it costs least; raise NoReplicaError (503) or OverloadedError (429).
 
-        Nothing is sent before the last await: a cancelled caller leaves nothing behind.
+        A replica that refuses it for want of room, or is lost before it answers, is passed over for the next.
+        A cancelled caller leaves nothing behind.
         """
         keys = await self._keys(request)
-        candidates = self._score(request, keys)
-        for candidate in self._rank(candidates):
+        refused: str | None = None
+        for candidate in self._rank(self._score(request, keys)):
             place, now_s = candidate.place, self._clock()
             # Before it is sent: the answer, which ends the lease, comes in another thread.
             place.book.lease(request.request_id, candidate.num_uncached, now_s)
@@ -222,9 +237,16 @@ class Router:
                 place.book.release(request.request_id)
                 continue
             self._index.expect(place.replica_id, candidate.keys, now_s)
+            answer = await _answer(stream)
+            if answer.error_code in PASSED_OVER:
+                place.book.release(request.request_id)
+                refused = answer.error if answer.error_code == QUEUE_FULL else refused
+                continue
             self._recorder.placed(place.replica_id, len(candidate.keys), candidate.num_held)
             self._num_placed += 1
-            return RoutedStream(stream, self._rate, candidate.num_tokens, self._clock)
+            return RoutedStream(stream, answer, self._rate, candidate.num_tokens, self._clock)
+        if refused is not None:
+            raise OverloadedError(RETRY_AFTER_S, refused)
         raise NoReplicaError(self.ready() or "the replicas went away while the request was placed")
 
     # Filter.
@@ -306,6 +328,15 @@ class Router:
             return waits_too_long, candidate.cost.total_s, candidate.num_requests, turn
 
         return [candidate for _, candidate in sorted(enumerate(candidates), key=order)]
+
+
+async def _answer(stream: ReplicaStream) -> RequestOutput:
+    """Return the replica's first word: queued, or how it ended. Cancelled, the request is aborted."""
+    try:
+        return await anext(stream)
+    except BaseException:
+        await stream.aclose()
+        raise
 
 
 def _prompt_keys(request: SubmitRequest, namespace: bytes, page_size: int) -> list[PageKey]:

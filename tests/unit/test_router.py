@@ -178,6 +178,17 @@ async def test_drain_refuses_and_ends_what_runs(service):
     await anext(running)
     router.drain(0.2)
     await asyncio.sleep(0.05)
-    refused = await ends(await router.submit(request("new")))
-    assert (refused.finish_reason, refused.error_code) == ("rejected", "draining")
+    with pytest.raises(NoReplicaError):
+        await router.submit(request("new"))
     assert (await ends(running)).finish_reason == "shutdown"
+
+
+async def test_a_burst_that_overfills_one_replica_goes_on_to_the_next(service):
+    """All eight are placed before any report comes back, by a prefix that only one replica holds."""
+    tiny = WorkerConfig(num_pages=256, max_running_requests=2, max_waiting_requests=2)
+    router, _ = await service(tiny, tiny, step_s=0.002)
+    prefix = [5] * 512
+    assert (await ends(await router.submit(request("warm", prefix)))).finish_reason == "length"
+    streams = await asyncio.gather(*(router.submit(request(f"b{n}", [*prefix, n])) for n in range(8)))
+    reasons = [(await ends(stream)).finish_reason for stream in streams]
+    assert reasons == ["length"] * 8
