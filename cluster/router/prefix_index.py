@@ -99,10 +99,6 @@ class PrefixIndex:
                 return place
         return len(keys)
 
-    def num_keys(self, replica_id: ReplicaId) -> int:
-        """Return how many keys the replica told of."""
-        return len(self._holdings[replica_id].keys)
-
     @staticmethod
     def _expire(holdings: _Holdings, now_s: float) -> None:
         while holdings.expiries and holdings.expiries[0][0] <= now_s:

@@ -12,7 +12,7 @@ from typing import Protocol, Self
 
 from cache_service.keys import NamespaceDigest, PageKey, page_keys, salted
 from cluster.api.ports import NoReplicaError, OverloadedError
-from cluster.replica import REPLICA_LOST, Replica, ReplicaStats, ReplicaStream, ReplicaUnavailableError
+from cluster.replica import REPLICA_LOST, Replica, ReplicaStream, ReplicaUnavailableError
 from cluster.router.books import LoadBook
 from cluster.router.costs import Cost, PrefillRate, placement_cost
 from cluster.router.prefix_index import OVERLAY_S, PrefixIndex
@@ -188,10 +188,6 @@ class Router:
         """Have every replica refuse new requests and end what runs after `deadline_s`."""
         for place in self._places:
             place.replica.drain(deadline_s)
-
-    def stats(self) -> list[ReplicaStats]:
-        """Return what is known of each replica."""
-        return [place.replica.stats() for place in self._places]
 
     def ready(self) -> str | None:
         """Return None when some replica takes work, else the reason why none does."""
