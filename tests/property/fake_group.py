@@ -63,6 +63,7 @@ class FakeGroup:
         self.num_cached: dict[RequestId, int] = {}
         self.reasons: dict[RequestId, FinishReason] = {}
         self.indexed: set[bytes] = set()  # what a router makes of the KVEvents
+        self._max_tokens_per_step = max_tokens_per_step
         self._runs_checks = runs_checks
         self._seeds = Random(_SEED)
 
@@ -100,6 +101,8 @@ class FakeGroup:
         self.now_s += 1.0
         plan = self.scheduler.plan(self.now_s)
         if plan is not None:
+            num_spent = self._max_tokens_per_step - self.scheduler._budget
+            assert sum(plan.lens) == num_spent, "a planned request lost its row"
             outputs = [rank.run(plan) for rank in self.ranks]
             assert all(output == outputs[0] for output in outputs), "ranks differ"
             if abort_in_flight is not None:

@@ -103,6 +103,20 @@ def test_lower_priorities_are_not_preempted_for_nothing():
     group.run()
 
 
+def test_a_request_preempted_and_readmitted_while_planning_has_one_row():
+    group = FakeGroup(num_pages=45, page_size=1, max_context_len=44, max_tokens_per_step=16)
+    group.submit([1] * 15, endless(4))
+    behind = group.submit([1] * 15 + [2] * 10, endless(4))
+    group.step()
+    group.submit([9] * 6, endless(2), priority=-1)  # 8 pages with the spare ones; 6 are free
+    plan = group.step()
+    # It comes back at once: the pages that it has in common with the first are computed by now.
+    assert len(slots_closed(plan)) == 1 and len(slots_opened(plan)) == 2
+    assert sorted(plan.lens) == [1, 6, 9] and sum(plan.lens) == 16
+    group.run()
+    assert group.reasons[behind] == "length"
+
+
 def test_the_rows_of_requests_preempted_while_planning_are_dropped_from_the_step():
     group = FakeGroup(
         num_pages=8, page_size=2, max_context_len=16, max_tokens_per_step=13, prefix_caching=False

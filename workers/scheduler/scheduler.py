@@ -150,7 +150,7 @@ class Scheduler:
         for request in ready:
             if request.num_left > 1:
                 may_admit = may_admit and self._admit(now_s, before=request)
-                if request.slot is not None:  # not preempted for one of them
+                if request.slot is not None:  # else preempted; whoever then admits it plans its row
                     self._plan_row(request)
         if may_admit:
             self._admit(now_s)
@@ -280,16 +280,18 @@ class Scheduler:
         return min(len(request.token_ids) + self._lookahead, request.max_len)
 
     def _plan_row(self, request: Request) -> None:
+        assert request.num_planned == 0, f"{request.request_id} is planned twice in a step"
         request.num_planned = min(request.num_left, self._budget)
         self._budget -= request.num_planned
 
     def _admit(self, now_s: float, before: Request | None = None) -> bool:
         """Give slots to waiting requests in order, those ahead of `before` or all, while the step has tokens.
 
+        `before` may itself be preempted for one of them; it is not readmitted here.
         False once the first of them has no room: nobody behind it may have it.
         """
         while self._budget > 0 and (request := self._waiting.first) is not None:
-            if before is not None and before.order < request.order:
+            if before is not None and before.order <= request.order:
                 break
             if not self._make_way(request):
                 return False
