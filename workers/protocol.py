@@ -89,7 +89,7 @@ ClientMessage = Hello | SubmitRequest | AbortRequest | Drain
 class KVEvent(msgspec.Struct, frozen=True, array_like=True):
     """News of one replica's prefix tree. `stored`: keys are on the device now; `removed`: they are not."""
 
-    kind: Literal["stored", "removed", "cleared"]
+    kind: Literal["stored", "removed"]
     keys: list[bytes]
 
 

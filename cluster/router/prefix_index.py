@@ -65,10 +65,8 @@ class PrefixIndex:
         for event in batch.events:
             if event.kind == "stored":
                 holdings.keys.update(event.keys)
-            elif event.kind == "removed":
-                holdings.keys.difference_update(event.keys)
             else:
-                holdings.keys.clear()
+                holdings.keys.difference_update(event.keys)
         holdings.version = batch.version
         return True
 

@@ -183,9 +183,7 @@ class FakeGroup:
             if event.kind == "stored":
                 assert self.indexed.isdisjoint(event.keys), "stored twice"
                 self.indexed.update(event.keys)
-            elif event.kind == "removed":
+            else:
                 assert self.indexed.issuperset(event.keys), "removed, never stored"
                 self.indexed.difference_update(event.keys)
-            else:
-                self.indexed.clear()
         assert self.indexed == set(self.cache.snapshot()[1]), "the events tell another tree"

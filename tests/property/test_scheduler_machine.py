@@ -1,4 +1,4 @@
-"""A state machine drives add, abort, step and evict over a tiny pool, on one or two ranks."""
+"""A state machine drives add, abort and step over a pool so tiny that it evicts, on one or two ranks."""
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -71,10 +71,6 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def abort_in_flight(self, data: st.DataObject) -> None:
         self.group.step(abort_in_flight=data.draw(st.sampled_from(self.group.unfinished)))
-
-    @rule()
-    def evict(self) -> None:
-        self.group.cache.drop_prefixes()
 
     def teardown(self) -> None:
         if not hasattr(self, "group"):

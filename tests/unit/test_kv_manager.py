@@ -151,10 +151,9 @@ def test_pages_of_a_closed_slot_are_free_only_when_the_last_planned_step_is_comp
 def test_each_op_that_relocates_raises_the_version_by_one():
     cache = make_cache(num_pages=2)
     assert cache.version == RelocationVersion(3, 0)
-    for _ in range(3):
-        prefill(cache, 0, tokens(7))
+    for first in range(0, 21, 7):  # each evicts the one before
+        prefill(cache, 0, tokens(7, first))
         cache.close(0)
-        cache.drop_prefixes()
     relocations = [op for op in cache.take_ops() if isinstance(op, OwnPages | FreePages)]
     assert cache.version == RelocationVersion(3, len(relocations))
     assert not cache.has_ops

@@ -33,11 +33,9 @@ def test_only_leading_pages_count(index):
     assert index.num_held(B, keys(1, 2), 0.0) == 0
 
 
-def test_removed_and_cleared_pages_are_gone(index):
+def test_removed_pages_are_gone(index):
     assert index.apply(A, KVEventBatch(1, 0, 1, [KVEvent("removed", keys(2))]))
     assert index.num_held(A, keys(1, 2), 0.0) == 1
-    assert index.apply(A, KVEventBatch(1, 1, 2, [KVEvent("cleared", [])]))
-    assert index.num_held(A, keys(1, 2), 0.0) == 0
 
 
 def test_a_gap_is_refused_until_a_snapshot_closes_it(index):
@@ -66,10 +64,10 @@ def test_events_that_a_snapshot_already_had_change_nothing():
     for _ in range(200):
         events, state, states = [], set(), [set()]
         for _ in range(12):
-            kind = random.choice(["stored", "stored", "removed", "cleared"])
-            some = keys(*random.sample(range(6), 2)) if kind != "cleared" else []
+            kind = random.choice(["stored", "removed"])
+            some = keys(*random.sample(range(6), 2))
             events.append(KVEvent(kind, some))
-            state = {"stored": state | set(some), "removed": state - set(some), "cleared": set()}[kind]
+            state = state | set(some) if kind == "stored" else state - set(some)
             states.append(state)
         taken, ahead = sorted(random.sample(range(13), 2))
         index = PrefixIndex([A], overlay_s=0.0)

@@ -101,19 +101,6 @@ def test_events_tell_the_tree(tree, pool):
     assert b"".join(name[:1] for name in tree.snapshot()) == b"ac"
 
 
-def test_clear_spares_what_runs_and_says_cleared_when_nothing_is_left(tree, pool):
-    running = build(tree, pool, b"ab")
-    tree.unlock(build(tree, pool, b"ac"), last_step=0)
-    tree.take_events()
-    tree.clear()
-    assert [event.kind for event in tree.take_events()] == ["removed"]
-    assert tree.snapshot() == [key(ord("a")), key(ord("b"))]
-    tree.unlock(running, last_step=0)
-    tree.clear()
-    assert [event.kind for event in tree.take_events()] == ["cleared"]
-    assert pool.num_free == 8
-
-
 def test_check_finds_a_lease_nobody_took_back(tree, pool):
     (node,) = path = build(tree, pool, b"a")
     pool.lease(node.page)

@@ -99,15 +99,3 @@ def test_draining_refuses_new_requests_and_serves_those_queued():
         group.submit([9], ONE)
     group.run()
     assert [group.reasons[request] for request in requests] == ["length"] * 3
-
-
-def test_finish_all_ends_every_request_once():
-    group = FakeGroup(max_running=1)
-    for number in range(3):
-        group.submit([number], SamplingParams(ignore_eos=True))
-    group.step()
-    outputs = group.scheduler.finish_all("shutdown")
-    assert sorted(output.request_id for output in outputs) == ["r0", "r1", "r2"]
-    assert {output.finish_reason for output in outputs} == {"shutdown"}
-    assert group.scheduler.finish_all("shutdown") == []
-    group.settle()

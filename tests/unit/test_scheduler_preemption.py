@@ -156,7 +156,7 @@ def test_a_request_waits_for_quiescing_pages_instead_of_preempting_for_them():
     assert (stats.num_free_pages, stats.num_quiescing_pages) == (0, 4)
     # Both lack a page, and nobody is let in ahead of them.
     assert plan is None and group.scheduler.num_running == 2
-    assert group.scheduler.stats.num_stalls > 0 and group.scheduler.stats.num_preemptions == 0
+    assert group.scheduler.stats.num_preemptions == 0
     group.run()
     assert group.reasons.keys() == {short, older, younger, waiting}
     assert group.scheduler.stats.num_preemptions == 0

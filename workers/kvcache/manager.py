@@ -230,11 +230,6 @@ class KVCacheManager:
         self._pool.completed(step)
         self._log_freed()
 
-    def drop_prefixes(self) -> None:
-        """Forget every cached page that no running request is on."""
-        self._tree.clear()
-        self._log_freed()
-
     def take_ops(self) -> list[PlanOp]:
         """Return the ops since the last call, in the order in which every rank applies them."""
         ops, self._ops = self._ops, []

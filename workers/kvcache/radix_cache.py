@@ -114,13 +114,6 @@ class RadixCache:
         self._tell("removed", node.key)
         return True
 
-    def clear(self) -> None:
-        """Evict all that no running request is on."""
-        while self.evict():
-            pass
-        if not self._nodes:
-            self._events = [KVEvent("cleared", [])]
-
     def take_events(self) -> list[KVEvent]:
         """Return what happened since the last call, in order."""
         events, self._events = self._events, []

@@ -86,7 +86,6 @@ class Admission:
             stop_token_ids=frozenset(end_token_ids).union(sampling.stop_token_ids),
             order=(submit.priority, self._num_arrived),
             arrival_s=now_s,
-            last_token_s=now_s,
         )
 
     def _validate(self, submit: SubmitRequest) -> None:

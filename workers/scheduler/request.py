@@ -33,8 +33,6 @@ class Request:
     order: tuple[int, int]
     """(priority, arrival): who goes first. Kept for life: preempted, it resumes before younger ones."""
     arrival_s: float
-    last_token_s: float
-    """When its last token came; arrival_s before the first."""
     slot: int | None = None
     num_computed: int = 0
     num_planned: int = 0

@@ -129,18 +129,13 @@ class Scheduler:
         """Refuse new requests from now on; those queued are served."""
         self._is_admitting = False
 
-    def finish_all(self, reason: FinishReason) -> list[RequestOutput]:
-        """End every request and return their last outputs."""
-        outputs = [self.abort(request_id, reason) for request_id in list(self._requests)]
-        return [output for output in outputs if output is not None]
-
     def plan(self, now_s: float) -> BatchPlan | None:
         """Decide the next step; None if there is nothing to run and nothing to tell the ranks.
 
         A plan may have no rows: it then carries ops only. Each plan is committed before the next is made.
         """
         assert self._in_flight is None, "the last plan is not committed"
-        self.stats.clear_observations()
+        self.stats.queue_s.clear()
         self._budget = self._config.max_tokens_per_step
         ready = self._reserve_running()
         may_admit = len(ready) == len(self._running)
@@ -255,7 +250,6 @@ class Scheduler:
             if self._is_reserved(request) or (nobody_is_short and self._reserve(request)):
                 ready.append(request)
             index += 1
-        self.stats.num_stalls += len(self._running) - len(ready)
         return ready
 
     def _is_reserved(self, request: Request) -> bool:
@@ -297,7 +291,6 @@ class Scheduler:
                 return False
             self._open(request, now_s)
             if not self._reserve(request):
-                self.stats.num_stalls += 1
                 return False
             self._plan_row(request)
         return True
@@ -370,9 +363,6 @@ class Scheduler:
         self, request: Request, token_id: int, logprobs: TokenLogprobs | None, now_s: float
     ) -> RequestOutput:
         """Give a request its next token and finish it if that was the last."""
-        observed = self.stats.first_token_s if request.num_generated == 0 else self.stats.inter_token_s
-        observed.append(now_s - request.last_token_s)
-        request.last_token_s = now_s
         request.token_ids.append(token_id)
         self.stats.num_generated_tokens += 1
         if token_id in request.stop_token_ids and request.num_generated > request.sampling.min_tokens:
