@@ -21,6 +21,7 @@ from cache_service.curve import read_cluster_secret
 from cache_service.log_format import set_up_logging
 from cluster.api.app import create_app
 from cluster.api.auth import Authenticator
+from cluster.api.bounded_http import BoundedHttpProtocol
 from cluster.api.ports import ScrapeTarget
 from cluster.api.prompts import ServedModel
 from cluster.api.request_ids import RequestIdFilter, RequestIds
@@ -122,7 +123,7 @@ class ApiServer:
         server = uvicorn.Server(
             uvicorn.Config(
                 create_app(service),
-                http="httptools",
+                http=BoundedHttpProtocol,
                 ws="none",
                 lifespan="off",
                 log_config=None,
