@@ -73,30 +73,36 @@ class Generation:
             await choice.stream.aclose()
 
     async def start(self) -> None:
-        """Submit every choice; return when the workers have queued them all."""
+        """Submit every choice; return when all are queued. One's failure is the end of all, and counts for all."""
+        try:
+            await self._submit()
+            await self._all_queued()
+        except _RefusedError as refused:
+            self._finish_all(refused.reason)
+            raise refused.error from refused.__cause__
+        except Exception:
+            self._finish_all("error")
+            raise
+
+    async def _submit(self) -> None:
         try:
             for choice in self.choices:
                 choice.stream = await self._router.submit(choice.request)
                 if self._is_ending:
-                    raise draining()
+                    raise _RefusedError("shutdown", draining())
         except NoReplicaError as error:
-            raise ApiError(
-                503,
-                f"No replica can take the request now: {error.reason}.",
-                code="no_replica",
-                retry_after_s=RETRY_AFTER_S,
-            ) from error
+            raise _RefusedError("rejected", _no_replica(error.reason)) from error
         except OverloadedError as error:
-            raise _overloaded(error.reason, error.retry_after_s) from error
+            raise _RefusedError("rejected", _overloaded(error.reason, error.retry_after_s)) from error
+
+    async def _all_queued(self) -> None:
         for choice in self.choices:
             assert choice.stream is not None
             output = await anext(choice.stream)
             if output.finish_reason == "rejected":
-                self._finish(choice, "rejected")
-                raise _rejection(output)
+                raise _RefusedError("rejected", _rejection(output))
             if output.finish_reason == "error":
-                self._finish(choice, "error")
-                raise replica_failed(output.error)
+                raise _RefusedError("error", replica_failed(output.error))
             self._first_outputs.append(output)
 
     async def run(self, emit: Emit) -> None:
@@ -110,7 +116,7 @@ class Generation:
         except ClientDisconnect:
             raise
         except Exception:
-            self._fail()
+            self._finish_all("error")
             raise
         finally:
             for task in tasks:
@@ -162,10 +168,11 @@ class Generation:
             self._recorder.next_tokens(now_s - last_s, num_tokens)
         return now_s
 
-    def _fail(self) -> None:
+    def _finish_all(self, reason: FinishReason) -> None:
+        """Count every choice that was placed and has not finished."""
         for choice in self.choices:
-            if choice.finish_reason is None:
-                self._finish(choice, "error")
+            if choice.stream is not None and choice.finish_reason is None:
+                self._finish(choice, reason)
 
     def _finish(self, choice: Choice, reason: FinishReason) -> None:
         assert choice.finish_reason is None, "a request ends once"
@@ -179,6 +186,24 @@ class Generation:
                 cached_len=choice.cached_len or 0,
             )
         )
+
+
+class _RefusedError(Exception):
+    """A call that cannot be queued whole: what its choices count as, and what the user is told."""
+
+    def __init__(self, reason: FinishReason, error: ApiError) -> None:
+        super().__init__(error.message)
+        self.reason = reason
+        self.error = error
+
+
+def _no_replica(reason: str) -> ApiError:
+    return ApiError(
+        503,
+        f"No replica can take the request now: {reason}.",
+        code="no_replica",
+        retry_after_s=RETRY_AFTER_S,
+    )
 
 
 def _overloaded(reason: str, retry_after_s: float) -> ApiError:
