@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from cluster.api.answers import CachedTokens, Usage
 from cluster.api.choice_text import ChoiceText, Piece
-from cluster.api.errors import RETRY_AFTER_S, ApiError, internal_error
+from cluster.api.errors import ApiError, internal_error, prompt_timeout
 from cluster.api.failure_log import log_failure
 from cluster.api.generation import Choice, Generation
 from cluster.api.json_body import read_body
@@ -26,11 +26,10 @@ from cluster.api.request_ids import current_request_id, header
 from cluster.api.schemas import ChatCompletionRequest, CompletionRequest
 from cluster.api.service import Service
 from cluster.api.sse import EventStream
+from cluster.api.text_threads import PROMPT_TIMEOUT_S
 from workers.protocol import SubmitRequest
 
 logger = logging.getLogger(__name__)
-
-PROMPT_TIMEOUT_S = 30.0
 
 Body = TypeVar("Body", ChatCompletionRequest, CompletionRequest)
 
@@ -58,7 +57,7 @@ async def answer_call(
     arrival_s = service.clock()
     tenant_salt = service.authenticator.tenant(header(scope, b"authorization"))
     with service.lifecycle.call():
-        body = await read_body(Request(scope, receive), schema, service.threads.prompts)
+        body = await read_body(Request(scope, receive), schema, service.threads)
         check_model(service, body.model)
         call = Call(
             body=body,
@@ -95,12 +94,7 @@ async def generating(
             lambda: _choices(service, call, encode(limits), limits), PROMPT_TIMEOUT_S
         )
     except TimeoutError:
-        raise ApiError(
-            503,
-            f"The prompt was not prepared within {PROMPT_TIMEOUT_S:.0f} s.",
-            code="prompt_timeout",
-            retry_after_s=RETRY_AFTER_S,
-        ) from None
+        raise prompt_timeout(PROMPT_TIMEOUT_S) from None
     generation = Generation(
         choices, service.router, service.threads, service.recorder, service.clock, call.arrival_s
     )

@@ -115,6 +115,27 @@ def replica_failed(error: str | None) -> ApiError:
     )
 
 
+def prompt_timeout(timeout_s: float) -> ApiError:
+    """Return the 503 of a body or prompt that its threads did not get through in time."""
+    return ApiError(
+        503,
+        f"The prompt was not prepared within {timeout_s:.0f} s. Send the request again later.",
+        code="prompt_timeout",
+        retry_after_s=RETRY_AFTER_S,
+    )
+
+
+def unknown_field(location: Sequence[int | str]) -> ApiError:
+    """Return the 400 about a field that is not in the schema."""
+    param = field_path(location)
+    return ApiError(
+        400,
+        f"'{param}': this field is not known to the server; remove it.",
+        param=param,
+        code="unknown_parameter",
+    )
+
+
 def draining() -> ApiError:
     """Return the 503 of a server that is shutting down."""
     return ApiError(
@@ -128,14 +149,9 @@ def draining() -> ApiError:
 def from_validation(error: ValidationError) -> ApiError:
     """Return the 400 for a request body that does not fit its schema, about its first fault."""
     fault: ErrorDetails = error.errors(include_url=False)[0]
-    param = field_path(fault["loc"])
     if fault["type"] == "extra_forbidden":
-        return ApiError(
-            400,
-            f"'{param}': this field is not known to the server; remove it.",
-            param=param,
-            code="unknown_parameter",
-        )
+        return unknown_field(fault["loc"])
+    param = field_path(fault["loc"])
     if fault["type"] == "missing":
         return ApiError(
             400, f"'{param}': this field is required.", param=param, code="missing_required_parameter"
@@ -145,10 +161,14 @@ def from_validation(error: ValidationError) -> ApiError:
 
 
 def field_path(location: Sequence[int | str]) -> str:
-    """Return the path of a field as a user writes it: `messages[0].content`."""
+    """Return the path of a field as a user writes it: `messages[0].content`; long names are cut."""
     path = ""
     for part in location:
-        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
+        if isinstance(part, int):
+            path += f"[{part}]"
+            continue
+        name = part if len(part) <= _MAX_SHOWN_CHARS else f"{part[:_MAX_SHOWN_CHARS]}..."
+        path += f".{name}" if path else name
     return path
 
 

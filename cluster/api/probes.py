@@ -1,13 +1,12 @@
 """`/health`, `/ready`, `/metrics`, `/metrics/targets`, `/v1/models`: what is asked of the server itself."""
 
-import asyncio
-
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
 from cluster.api.answers import Model, ModelList, Status, TargetGroup
 from cluster.api.calls import check_model
+from cluster.api.errors import ApiError
 from cluster.api.request_ids import header
 from cluster.api.service import Service
 
@@ -31,10 +30,10 @@ class Probes:
 
     async def metrics(self, request: Request) -> Response:
         """Answer this process's metrics."""
-        loop = asyncio.get_running_loop()
-        body, media_type = await loop.run_in_executor(
-            self._service.threads.prompts, self._service.recorder.exposition
-        )
+        try:
+            body, media_type = await self._service.threads.run_metrics(self._service.recorder.exposition)
+        except TimeoutError:
+            raise ApiError(503, "The metrics were not ready in time.", code="metrics_timeout") from None
         return Response(body, headers={"content-type": media_type})
 
     async def metrics_targets(self, request: Request) -> Response:

@@ -16,7 +16,7 @@ from pydantic import (
     ValidationError,
 )
 
-from cluster.api.errors import bad_request, from_validation, unsupported
+from cluster.api.errors import bad_request, from_validation, unknown_field, unsupported
 
 MAX_CHOICES = 128
 """Sequences one call may ask for: n times its prompts."""
@@ -27,6 +27,8 @@ MAX_LOGIT_BIAS = 300
 MAX_MESSAGES = 4096
 MAX_CHAT_LOGPROBS = 20
 MAX_COMPLETION_LOGPROBS = 5
+LAST_PRIORITY = 100
+"""Clients may step back from 0, everyone's default, never ahead of it: others would starve."""
 
 _TOKEN_ID = re.compile(r"[0-9]{1,10}", re.ASCII)
 
@@ -36,10 +38,12 @@ Prompt = str | tuple[int, ...]
 
 def _stops(value: object) -> tuple[str, ...]:
     items = [value] if isinstance(value, str) else value
-    if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+    if not isinstance(items, list):
         raise ValueError("should be a string or a list of strings")
     if len(items) > MAX_STOP_STRINGS:
         raise ValueError(f"should hold at most {MAX_STOP_STRINGS} strings")
+    if not all(isinstance(item, str) for item in items):
+        raise ValueError("should be a string or a list of strings")
     if not all(0 < len(item) <= MAX_STOP_CHARS for item in items):
         raise ValueError(f"should hold strings of 1 to {MAX_STOP_CHARS} characters")
     return tuple(items)
@@ -61,10 +65,10 @@ def _logit_bias(value: object) -> tuple[tuple[int, float], ...]:
 
 
 def _stop_token_ids(value: object) -> tuple[int, ...]:
+    if isinstance(value, list) and len(value) > MAX_STOP_TOKEN_IDS:
+        raise ValueError(f"should hold at most {MAX_STOP_TOKEN_IDS} ids")
     if not isinstance(value, list) or not _are_token_ids(value):
         raise ValueError("should be a list of token ids (integers of 0 or more)")
-    if len(value) > MAX_STOP_TOKEN_IDS:
-        raise ValueError(f"should hold at most {MAX_STOP_TOKEN_IDS} ids")
     return tuple(value)
 
 
@@ -102,10 +106,16 @@ def _content(value: object) -> str:
     for part in value:
         if not isinstance(part, dict) or part.get("type") != "text":
             raise ValueError("should have parts of type 'text' only; this model reads no other")
-        if not isinstance(part.get("text"), str) or part.keys() - {"type", "text"}:
+        if not isinstance(part.get("text"), str) or len(part) != 2:
             raise ValueError("should have parts with the fields 'type' and 'text' (a string) only")
         texts.append(part["text"])
     return "".join(texts)
+
+
+def _priority(value: object) -> int:
+    if type(value) is not int or not 0 <= value <= LAST_PRIORITY:
+        raise ValueError(f"should be an integer from 0 (first) to {LAST_PRIORITY}")
+    return value
 
 
 def _ignored(value: object) -> None:
@@ -117,6 +127,14 @@ Ignored = Annotated[None, PlainValidator(_ignored)]
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    @classmethod
+    def refuse_unknown(cls, decoded: object, *location: int | str) -> None:
+        """Raise ApiError (400) about the first unknown key; pydantic would collect every one of them."""
+        if isinstance(decoded, dict):
+            for key in decoded:
+                if key not in cls.model_fields:
+                    raise unknown_field((*location, key))
 
 
 class StreamOptions(_Strict):
@@ -144,11 +162,11 @@ class SamplingFields(_Strict):
 
     top_k: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     ignore_eos: bool | None = None
     stop_token_ids: Annotated[tuple[int, ...], PlainValidator(_stop_token_ids)] | None = None
-    priority: Annotated[int, Field(ge=-100, le=100)] | None = None
+    priority: Annotated[int, PlainValidator(_priority)] | None = None
 
     user: Ignored = None
     metadata: Ignored = None
@@ -167,12 +185,19 @@ class SamplingFields(_Strict):
         for field, (harmless, refusal) in UNSUPPORTED.items():
             if field in decoded and decoded.pop(field) not in harmless:
                 raise unsupported(field, refusal)
+        cls.refuse_unknown(decoded)
+        StreamOptions.refuse_unknown(decoded.get("stream_options"), "stream_options")
+        cls.refuse_unknown_in_lists(decoded)
         try:
             body = cls.model_validate(decoded)
         except ValidationError as error:
             raise from_validation(error) from None
         body.check_fields_agree()
         return body
+
+    @classmethod
+    def refuse_unknown_in_lists(cls, decoded: dict[str, object]) -> None:
+        """Raise ApiError (400) about the first unknown key of a list's items, where a body has such lists."""
 
     def check_fields_agree(self) -> None:
         """Raise ApiError (400) for fields that are fine alone but not together."""
@@ -206,11 +231,19 @@ class Message(_Strict):
 class ChatCompletionRequest(SamplingFields):
     """Body of `/v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_CHAT_LOGPROBS)] | None = None
     parallel_tool_calls: Ignored = None
+
+    @classmethod
+    def refuse_unknown_in_lists(cls, decoded: dict[str, object]) -> None:
+        """Raise ApiError (400) about the first unknown key of a message."""
+        messages = decoded.get("messages")
+        if isinstance(messages, list):
+            for index, message in enumerate(messages[: MAX_MESSAGES + 1]):
+                Message.refuse_unknown(message, "messages", index)
 
     def check_fields_agree(self) -> None:
         """Raise ApiError (400) for fields that are fine alone but not together."""

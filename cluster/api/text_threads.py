@@ -1,6 +1,6 @@
-"""Keeps text work off the event loop: long jobs (templates, encoding) and the small ones of each step.
+"""Keeps slow work off the event loop: bodies, templates and encoding; each step's small jobs; metrics.
 
-Owned by the API process; both parts are closed by `close`.
+Owned by the API process; all parts are closed by `close`.
 """
 
 import asyncio
@@ -12,20 +12,28 @@ Result = TypeVar("Result")
 
 NUM_PROMPT_THREADS = 2
 """Encoding releases the interpreter lock, so two long prompts do not wait for one another."""
+PROMPT_TIMEOUT_S = 30.0
+METRICS_TIMEOUT_S = 10.0
 
 
 class TextThreads:
-    """Two executors: one for prompts, one thread for the steps' tokens, which long prompts never delay."""
+    """Threads for prompts; one thread for tokens and one for metrics, which long prompts never delay."""
 
     def __init__(self) -> None:
         self.prompts = ThreadPoolExecutor(NUM_PROMPT_THREADS, thread_name_prefix="text-prompt")
         self.tokens = ThreadPoolExecutor(1, thread_name_prefix="text-tokens")
+        self.metrics = ThreadPoolExecutor(1, thread_name_prefix="metrics")
         self._ready: list[tuple[Callable[[], None], asyncio.Future[None]]] = []
 
     async def run_prompt(self, job: Callable[[], Result], timeout_s: float) -> Result:
         """Run a job on prompt text; raise TimeoutError when it takes too long (its thread goes on)."""
         loop = asyncio.get_running_loop()
         return await asyncio.wait_for(loop.run_in_executor(self.prompts, job), timeout_s)
+
+    async def run_metrics(self, job: Callable[[], Result]) -> Result:
+        """Run a job on the metrics; raise TimeoutError past METRICS_TIMEOUT_S."""
+        loop = asyncio.get_running_loop()
+        return await asyncio.wait_for(loop.run_in_executor(self.metrics, job), METRICS_TIMEOUT_S)
 
     async def run_tokens(self, job: Callable[[], None]) -> None:
         """Run a job on one step's tokens of one choice.
@@ -44,6 +52,7 @@ class TextThreads:
         """End the threads; jobs not begun are dropped."""
         self.prompts.shutdown(wait=False, cancel_futures=True)
         self.tokens.shutdown(wait=False, cancel_futures=True)
+        self.metrics.shutdown(wait=False, cancel_futures=True)
 
     def _send(self, loop: asyncio.AbstractEventLoop) -> None:
         batch, self._ready = self._ready, []

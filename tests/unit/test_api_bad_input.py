@@ -1,13 +1,16 @@
 import json
-from concurrent.futures import ThreadPoolExecutor
+import threading
+import time
 
 import httpx
 import pytest
 from starlette.requests import Request
 
 from cluster.api.app import create_app
+from cluster.api.errors import ApiError
 from cluster.api.json_body import MAX_BODY_BYTES, read_body
-from cluster.api.schemas import CompletionRequest
+from cluster.api.schemas import ChatCompletionRequest, CompletionRequest
+from cluster.api.text_threads import NUM_PROMPT_THREADS, TextThreads
 from tests.unit.api_fakes import FakeRouter, make_service, says
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}]}
@@ -80,7 +83,16 @@ CHAT_FAULTS = [
     ({"stream_options": {"include_usage": True}}, "stream_options", "'stream': true"),
     ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x", "not known"),
     ({"stream": "yes"}, "stream", "boolean"),
-    ({"priority": 1000}, "priority", "100"),
+    ({"priority": 101}, "priority", "0 (first) to 100"),
+    ({"priority": -1}, "priority", "0 (first) to 100 (found -1)"),
+    ({"priority": 1.0}, "priority", "integer"),
+    ({"priority": True}, "priority", "integer"),
+    ({"repetition_penalty": 1e-46}, "repetition_penalty", "greater than or equal to 0.01"),
+    ({"repetition_penalty": 101}, "repetition_penalty", "less than or equal to 100"),
+    ({"messages": [{"content": "x"}] * 3}, "messages[0].role", "required"),
+    ({"messages": [{"role": "user", "content": "x"}] * 4097}, "messages", "4096"),
+    ({"u" * 10_000: 1}, "u" * 64 + "...", "not known"),
+    ({"messages": [{"m" * 10_000: 1}]}, f"messages[0].{'m' * 64}...", "not known"),
     ({"tools": [{"type": "function"}]}, "tools", "not supported"),
     ({"tool_choice": "auto"}, "tool_choice", "'none'"),
     ({"response_format": {"type": "json_object"}}, "response_format", "text"),
@@ -171,6 +183,33 @@ async def test_what_is_not_json_is_a_400(content):
     assert_error(response, 400, None, "invalid_json")
 
 
+MANY_KEYS = {f"k{number}": 1 for number in range(100_000)}
+MANY_FAULTS = [
+    ({**CHAT, **MANY_KEYS}, "k0"),
+    ({**CHAT, "messages": [MANY_KEYS]}, "messages[0].k0"),
+    ({**CHAT, "stream": True, "stream_options": MANY_KEYS}, "stream_options.k0"),
+    ({**CHAT, "messages": [{}] * 4096}, "messages[0].role"),
+    ({**CHAT, "messages": [{"role": "user", "content": "x", "mood": 1}] * 4096}, "messages[0].mood"),
+    (
+        {**CHAT, "messages": [{"role": "user", "content": [{"type": "text", **MANY_KEYS}]}]},
+        "messages[0].content",
+    ),
+]
+
+
+@pytest.mark.parametrize(("body", "param"), MANY_FAULTS, ids=[param for _, param in MANY_FAULTS])
+def test_the_first_of_many_faults_is_enough(body, param):
+    # Collecting every fault held the interpreter for up to half a second.
+    took_s = []
+    for _ in range(3):
+        begin_s = time.thread_time()
+        with pytest.raises(ApiError) as refused:
+            ChatCompletionRequest.from_json(dict(body))
+        took_s.append(time.thread_time() - begin_s)
+        assert refused.value.param == param
+    assert min(took_s) < 0.004
+
+
 async def test_missing_fields_are_named():
     response = await post("/v1/completions", b"{}")
     assert_error(response, 400, "model", "missing_required_parameter")
@@ -231,24 +270,41 @@ async def test_unknown_paths_and_methods_get_json_errors(method, path, status):
     assert response.json()["error"]["request_id"] == response.headers["x-request-id"]
 
 
-class CountingExecutor(ThreadPoolExecutor):
-    """Counts the jobs that leave the event loop."""
+class HastyThreads(TextThreads):
+    """Counts the jobs that leave the event loop; gives them less time than they are promised."""
 
     num_jobs = 0
 
-    def submit(self, *args, **kwargs):
+    async def run_prompt(self, job, timeout_s):
         self.num_jobs += 1
-        return super().submit(*args, **kwargs)
+        return await super().run_prompt(job, timeout_s / 100)
 
 
-@pytest.mark.parametrize(("num_spaces", "num_jobs"), [(0, 0), (100_000, 1)])
-async def test_large_bodies_are_parsed_off_the_event_loop(num_spaces, num_jobs):
-    content = json.dumps(TEXT).encode() + b" " * num_spaces
-
+def a_call(content):
     async def receive():
         return {"type": "http.request", "body": content, "more_body": False}
 
-    scope = {"type": "http", "headers": [(b"content-type", b"application/json")]}
-    with CountingExecutor(1) as executor:
-        body = await read_body(Request(scope, receive), CompletionRequest, executor)
-        assert (body.prompt, executor.num_jobs) == (("hello",), num_jobs)
+    return Request({"type": "http", "headers": [(b"content-type", b"application/json")]}, receive)
+
+
+@pytest.mark.parametrize(("num_spaces", "num_jobs"), [(0, 0), (12_000, 1)])
+async def test_large_bodies_are_parsed_off_the_event_loop(num_spaces, num_jobs):
+    content = json.dumps(TEXT).encode() + b" " * num_spaces
+    threads = HastyThreads()
+    body = await read_body(a_call(content), CompletionRequest, threads)
+    threads.close()
+    assert (body.prompt, threads.num_jobs) == (("hello",), num_jobs)
+
+
+async def test_a_body_waits_for_busy_threads_only_so_long():
+    threads = HastyThreads()
+    release = threading.Event()
+    for _ in range(NUM_PROMPT_THREADS):
+        threads.prompts.submit(release.wait, 10)
+    try:
+        with pytest.raises(ApiError, match="within 30 s") as refused:
+            await read_body(a_call(b" " * 100_000), CompletionRequest, threads)
+    finally:
+        release.set()
+        threads.close()
+    assert (refused.value.status, refused.value.code) == (503, "prompt_timeout")

@@ -1,6 +1,7 @@
 import asyncio
 import io
 import logging
+import threading
 
 import httpx
 import pytest
@@ -10,6 +11,7 @@ from cluster.api.app import create_app
 from cluster.api.auth import tenant_salt
 from cluster.api.ports import NoReplicaError, OverloadedError
 from cluster.api.request_ids import RequestIdFilter, RequestIds
+from cluster.api.text_threads import NUM_PROMPT_THREADS
 from tests.unit.api_fakes import FakeRouter, make_service, says
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}]}
@@ -110,11 +112,43 @@ async def test_one_refused_choice_takes_the_queued_ones_back():
         yield stream.output(finish="rejected" if is_second else None, error_code="queue_full")
 
     router = FakeRouter(script)
-    service, _ = make_service(router)
+    service, recorder = make_service(router)
     async with client_of(service) as client:
         response = await client.post("/v1/chat/completions", json={**CHAT, "n": 3})
     assert response.status_code == 429
     assert [stream.aborted for stream in router.streams] == [["abort"], [], ["abort"]]
+    assert [summary.finish_reason for summary in recorder.summaries] == ["rejected"] * 3
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(OverloadedError(1.0), "rejected"), (NoReplicaError("all left"), "rejected"), (KeyError(), "error")],
+)
+async def test_choices_placed_before_one_that_cannot_be_count_as_what_ended_them(error, reason):
+    class ShrinkingRouter(FakeRouter):
+        async def submit(self, request):
+            if len(self.streams) == 2:
+                raise error
+            return await super().submit(request)
+
+    service, recorder = make_service(ShrinkingRouter(says("x")))
+    async with client_of(service) as client:
+        response = await client.post("/v1/chat/completions", json={**CHAT, "n": 4})
+    assert response.status_code >= 429
+    assert [summary.finish_reason for summary in recorder.summaries] == [reason] * 2
+
+
+async def test_metrics_do_not_wait_for_prompts():
+    service, _ = make_service(FakeRouter())
+    release = threading.Event()
+    for _ in range(NUM_PROMPT_THREADS):
+        service.threads.prompts.submit(release.wait, 10)
+    try:
+        async with client_of(service) as client, asyncio.timeout(3):
+            assert (await client.get("/metrics")).status_code == 200
+    finally:
+        release.set()
+        service.threads.close()
 
 
 @pytest.mark.parametrize(
