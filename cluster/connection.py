@@ -18,6 +18,8 @@ from zmq.utils.monitor import recv_monitor_message
 
 from cache_service.curve import curve_keys
 from workers.protocol import (
+    HEARTBEAT_MS,
+    HEARTBEAT_TIMEOUT_MS,
     PROTOCOL_VERSION,
     ClientMessage,
     Hello,
@@ -31,8 +33,6 @@ from workers.protocol import (
 
 logger = logging.getLogger(__name__)
 
-HEARTBEAT_MS = 1_000
-HEARTBEAT_TIMEOUT_MS = 5_000
 POLL_S = 0.5
 RETRY_S = 0.25
 MAX_RETRY_S = 8.0

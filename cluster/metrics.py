@@ -8,13 +8,9 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
+from cache_service.metrics import SECONDS_BUCKETS
 from cluster.api.ports import RequestSummary
 from workers.protocol import ReplicaId
-
-SECONDS_BUCKETS = (
-    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0,
-)  # fmt: skip
-"""The one table of buckets for durations; workers.metrics has the same."""
 
 LABELS = ("model", "node")
 

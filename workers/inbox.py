@@ -5,7 +5,7 @@ CURVE encrypts; a ZAP check admits only clients that hold the cluster secret.
 """
 
 import logging
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -15,13 +15,15 @@ from zmq.utils import z85
 
 from cache_service.curve import curve_keys
 from workers.protocol import (
+    HEARTBEAT_MS,
+    HEARTBEAT_TIMEOUT_MS,
     PROTOCOL_VERSION,
     AbortRequest,
     ClientMessage,
-    Drain,
     Hello,
     KVEventBatch,
     LoadReport,
+    Received,
     Refusal,
     RequestId,
     RequestOutput,
@@ -36,13 +38,7 @@ logger = logging.getLogger(__name__)
 MAX_MESSAGE_BYTES = 64 << 20
 SEND_QUEUE_MESSAGES = 10_000
 """A client this many steps behind is not reading: it is dropped and its requests aborted."""
-HEARTBEAT_MS = 1_000
-HEARTBEAT_TIMEOUT_MS = 5_000
-NUM_GONE = 64
-"""Lost clients whose late messages are no surprise."""
 ZAP_ENDPOINT = "inproc://zeromq.zap.01"
-
-Received = SubmitRequest | AbortRequest | Drain
 
 
 @dataclass
@@ -66,7 +62,6 @@ class Inbox:
         self._clients: dict[bytes, _Client] = {}
         self._owners: dict[RequestId, bytes] = {}
         self._lost: list[AbortRequest] = []
-        self._gone: deque[bytes] = deque(maxlen=NUM_GONE)
         self._decoder: msgspec.msgpack.Decoder[ClientMessage] = msgspec.msgpack.Decoder(ClientMessage)
         self._encoder = msgspec.msgpack.Encoder()
         self._client_key = z85.decode(curve_keys(cluster_secret, "client").public)
@@ -188,8 +183,6 @@ class Inbox:
             self._greet(identity, message)
             return None
         client = self._clients.get(identity)
-        if client is None and identity in self._gone:
-            return None  # sent before it went away
         if client is None:
             self._refuse(identity, "no_hello", f"{type(message).__name__} before Hello; send Hello first")
             return None

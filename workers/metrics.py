@@ -1,6 +1,6 @@
 """Metrics of one rank: histograms written by the step loop's thread, the rest read when scraped.
 
-Rank 0 has requests, tokens and pages; every rank counts its steps and how they ran.
+Rank 0 has requests, tokens, pages and the time of a step; every rank counts how its steps ran.
 """
 
 from collections.abc import Iterable, Mapping
@@ -10,17 +10,13 @@ from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from cache_service.metrics import SECONDS_BUCKETS
 from workers.engine.graph_guard import EagerReason, Outcome
 from workers.inbox import Inbox
 from workers.kvcache.manager import KVCacheManager
 from workers.plan import BatchPlan, Mode
 from workers.protocol import LoadReport
 from workers.scheduler.stats import SchedulerStats
-
-SECONDS_BUCKETS = (
-    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0,
-)  # fmt: skip
-"""The one table of buckets for durations; cluster.metrics has the same."""
 
 StepCounts = Mapping[tuple[Mode, Outcome], int]
 ReasonCounts = Mapping[tuple[Mode, EagerReason], int]
@@ -53,20 +49,20 @@ class LeaderSources:
     load: LoadReport = field(default_factory=lambda: LoadReport(0, 0, 0, 0, 0, 0, 0.0))
 
 
-class WorkerMetrics:
-    """Declares a rank's metrics on `registry`; the step loop's StepRecorder.
+def count_steps(
+    registry: CollectorRegistry, labels: RankLabels, graph_steps: StepCounts, eager_steps: ReasonCounts
+) -> None:
+    """Declare what every rank has on `registry`: the engine's own counters, read when scraped.
 
-    `graph_steps` and `eager_steps` are the engine's own counters, by (mode, outcome) and (mode, reason).
+    They are by (mode, outcome) and by (mode, reason).
     """
+    registry.register(_StepCollector(labels, graph_steps, eager_steps))
 
-    def __init__(
-        self,
-        registry: CollectorRegistry,
-        labels: RankLabels,
-        graph_steps: StepCounts,
-        eager_steps: ReasonCounts,
-        leader: LeaderSources | None = None,
-    ) -> None:
+
+class LeaderMetrics:
+    """Declares rank 0's metrics on `registry`; the step loop's StepRecorder."""
+
+    def __init__(self, registry: CollectorRegistry, labels: RankLabels, leader: LeaderSources) -> None:
         self._leader = leader
         self._step_s = Histogram(
             "eyrie_step_seconds",
@@ -83,22 +79,18 @@ class WorkerMetrics:
             buckets=SECONDS_BUCKETS,
             registry=registry,
         ).labels(*labels.values)
-        registry.register(_StepCollector(labels, graph_steps, eager_steps))
-        if leader is not None:
-            registry.register(_LeaderCollector(labels, leader))
+        registry.register(_LeaderCollector(labels, leader))
 
     def stepped(self, plan: BatchPlan, duration_s: float) -> None:
         """Observe one committed step and the admissions in it."""
         if plan.slots:
             self._step_s.labels(*self._labels.values, plan.mode).observe(duration_s)
-        if self._leader is not None:
-            for queue_s in self._leader.requests.queue_s:
-                self._queue_s.observe(queue_s)
+        for queue_s in self._leader.requests.queue_s:
+            self._queue_s.observe(queue_s)
 
     def loaded(self, load: LoadReport) -> None:
         """Keep the newest load for the next scrape."""
-        if self._leader is not None:
-            self._leader.load = load
+        self._leader.load = load
 
 
 class _StepCollector(Collector):

@@ -10,6 +10,10 @@ import msgspec
 
 PROTOCOL_VERSION = 1
 
+HEARTBEAT_MS = 1_000
+HEARTBEAT_TIMEOUT_MS = 5_000
+"""Of the zmq connection, at both ends."""
+
 REPLICA_FAILED = "replica_failed"
 """`error_code` of requests that a failed step took down."""
 
@@ -83,7 +87,9 @@ class Drain(msgspec.Struct, frozen=True, array_like=True, tag="drain"):
     deadline_s: float
 
 
-ClientMessage = Hello | SubmitRequest | AbortRequest | Drain
+Received = SubmitRequest | AbortRequest | Drain
+"""What the worker's inbox hands to the step loop."""
+ClientMessage = Hello | Received
 
 
 class KVEvent(msgspec.Struct, frozen=True, array_like=True):

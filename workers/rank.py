@@ -20,7 +20,7 @@ from workers.config import WorkerConfig
 from workers.engine.engine import Engine
 from workers.inbox import Inbox
 from workers.kvcache.manager import KVCacheManager
-from workers.metrics import LeaderSources, RankLabels, WorkerMetrics
+from workers.metrics import LeaderMetrics, LeaderSources, RankLabels, count_steps
 from workers.parallel import TPGroup
 from workers.protocol import PROTOCOL_VERSION, ReplicaId, Welcome
 from workers.scheduler.scheduler import Scheduler
@@ -77,12 +77,15 @@ class Rank:
         )
         self._engine = Engine(config, card, self._group)
         labels = RankLabels(card.name, spec.replica_id, spec.rank, spec.node)
+        count_steps(self.registry, labels, self._engine.graph_steps, self._engine.eager_steps)
+        self._clock = clock
         self._loop: StepLoop | FollowerLoop
         if spec.rank == 0:
             self._loop = self._lead(spec, card, cluster_secret, labels, clock)
         else:
-            self._loop = FollowerLoop(self._engine, self._group, silence_s=config.collective_timeout_s)
-            WorkerMetrics(self.registry, labels, self._engine.graph_steps, self._engine.eager_steps)
+            self._loop = FollowerLoop(
+                self._engine, self._group, silence_s=config.collective_timeout_s, clock=clock
+            )
 
     def run(self) -> None:
         """Step until `stop`, then give everything back. Raise what ended it otherwise."""
@@ -97,6 +100,10 @@ class Rank:
         """Make `run` return; a follower's returns when rank 0's does. Any thread may call it."""
         if isinstance(self._loop, StepLoop):
             self._loop.stop()
+
+    def turn_s(self) -> float:
+        """Return how long ago the loop's last turn began. Any thread may call it."""
+        return self._clock() - self._loop.turned_s
 
     def _lead(
         self,
@@ -140,13 +147,7 @@ class Rank:
             )
 
         self.inbox = Inbox(spec.node, cluster_secret, welcome)
-        metrics = WorkerMetrics(
-            self.registry,
-            labels,
-            engine.graph_steps,
-            engine.eager_steps,
-            LeaderSources(scheduler.stats, cache, self.inbox),
-        )
+        metrics = LeaderMetrics(self.registry, labels, LeaderSources(scheduler.stats, cache, self.inbox))
         return StepLoop(
             scheduler,
             engine,

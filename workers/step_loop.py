@@ -6,6 +6,7 @@ and group. One trip round the loop is one step of the TP group's ordered log.
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from typing import Protocol
 
@@ -13,11 +14,12 @@ import msgspec
 
 from workers.plan import BatchPlan, StepOutput
 from workers.protocol import (
+    REPLICA_FAILED,
     AbortRequest,
-    Drain,
     FinishReason,
     KVEventBatch,
     LoadReport,
+    Received,
     RequestId,
     RequestOutput,
     SubmitRequest,
@@ -29,17 +31,20 @@ logger = logging.getLogger(__name__)
 HEARTBEAT_S = 0.25
 """Clients ignore load reports older than 1 s; an idle replica sends four of them in that time."""
 
+STALL_S = 0.001
+"""Requests that wait for pages a lagging rank may still read: looked at again so soon."""
+
 END_OF_LOG = b""
 """What rank 0 broadcasts instead of a plan when it stops."""
-
-Received = SubmitRequest | AbortRequest | Drain
-
-REPLICA_FAILED = "replica_failed"
-"""`error_code` of requests that a failed step took down."""
 
 
 class StepScheduler(Protocol):
     """What the loop needs of workers.scheduler.scheduler.Scheduler."""
+
+    @property
+    def has_requests(self) -> bool:
+        """Tell whether requests run or wait."""
+        ...
 
     def add(self, submit: SubmitRequest, now_s: float) -> None:
         """Queue a request or raise RequestRefusedError."""
@@ -136,7 +141,7 @@ class PlanChannel(Protocol):
 
 
 class StepRecorder(Protocol):
-    """Metrics of a rank; workers.metrics.WorkerMetrics."""
+    """Metrics of rank 0; workers.metrics.LeaderMetrics."""
 
     def stepped(self, plan: BatchPlan, duration_s: float) -> None:
         """Count one step that was committed."""
@@ -179,7 +184,11 @@ class StepLoop:
         self._step = 0
         self._step_s = 0.0
         self._load = LoadReport(0, 0, 0, 0, 0, 0, 0.0)
-        self._is_idle = False
+        self._wait_s = 0.0
+        """How long the next turn waits for messages."""
+        self._spoke_s = clock()
+        self.turned_s = clock()
+        """By `clock`, when the last turn began; any thread may read it."""
 
     def run(self) -> None:
         """Step until `stop`; the requests left then end with `shutdown`. Raise what a step raised."""
@@ -201,19 +210,28 @@ class StepLoop:
         self._stopping.set()
 
     def _turn(self) -> None:
-        """One trip: drain, plan, run, publish; idle: wait for messages, or tell everyone we are alive."""
-        received = self._inbox.drain(self._heartbeat_s if self._is_idle else 0.0)
+        """One trip: drain, plan, run, publish; without a plan: wait, or tell everyone we are alive."""
+        self.turned_s = self._clock()
+        received = self._inbox.drain(self._wait_s)
         answers = self._handle(received)
         if answers:
             self._publish(answers)  # queued and refused requests hear of it before the step runs
         self._scheduler.completed(self._group.board.minimum())
         plan = self._scheduler.plan(self._clock())
         if plan is not None:
-            self._is_idle = False
+            self._wait_s = 0.0
             self._run_step(plan)
-        elif not self._is_idle or received:
-            self._is_idle = True
-        elif self._group.size > 1:
+        elif self._scheduler.has_requests:
+            self._wait_s = STALL_S
+            if self._clock() - self._spoke_s >= self._heartbeat_s:
+                self._beat()
+        elif self._wait_s < self._heartbeat_s or received:
+            self._wait_s = self._heartbeat_s
+        else:
+            self._beat()
+
+    def _beat(self) -> None:
+        if self._group.size > 1:
             self._run_step(self._scheduler.heartbeat())
         else:
             self._publish([])
@@ -270,6 +288,7 @@ class StepLoop:
         )
 
     def _publish(self, outputs: list[RequestOutput]) -> None:
+        self._spoke_s = self._clock()
         self._load = self._scheduler.load(self._step_s)
         self._recorder.loaded(self._load)
         self._inbox.publish(
@@ -287,15 +306,26 @@ class FollowerLoop:
     Only rank 0 ends it: a follower that left by itself would fail the steps still to come.
     """
 
-    def __init__(self, engine: StepEngine, group: PlanChannel, *, silence_s: float) -> None:
+    def __init__(
+        self,
+        engine: StepEngine,
+        group: PlanChannel,
+        *,
+        silence_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._engine = engine
         self._group = group
         self._silence_s = silence_s
+        self._clock = clock
+        self.turned_s = clock()
+        """By `clock`, when the last turn began; any thread may read it."""
         self._decoder = msgspec.msgpack.Decoder(BatchPlan)
 
     def run(self) -> None:
         """Follow until rank 0 ends the log; raise a TPGroupError when it is gone, or silent too long."""
         while True:
+            self.turned_s = self._clock()
             payload = self._group.receive_plan(self._silence_s)
             if payload == END_OF_LOG:
                 return

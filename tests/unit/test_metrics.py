@@ -7,13 +7,11 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-import cluster.metrics
-import workers.metrics
 from cluster.api.ports import RequestSummary
 from cluster.metrics import ApiMetrics
 from tests.unit.replica_threads import NAMESPACE
 from workers.kvcache.manager import KVCacheManager
-from workers.metrics import LeaderSources, RankLabels, WorkerMetrics
+from workers.metrics import LeaderMetrics, LeaderSources, RankLabels, count_steps
 from workers.plan import BatchPlan, RelocationVersion
 from workers.protocol import LoadReport, ReplicaId
 from workers.scheduler.stats import SchedulerStats
@@ -68,7 +66,8 @@ def rank():
     cache = KVCacheManager(16, 16, NAMESPACE, 1)
     sources = LeaderSources(stats, cache, FakeInbox())
     labels = RankLabels("tiny", "replica-0", 0, "10.0.0.1")
-    metrics = WorkerMetrics(registry, labels, {("decode", "replay"): 5}, {("mixed", "mixed"): 4}, sources)
+    count_steps(registry, labels, {("decode", "replay"): 5}, {("mixed", "mixed"): 4})
+    metrics = LeaderMetrics(registry, labels, sources)
     metrics.stepped(BatchPlan(1, RelocationVersion(1, 0), [], [0], [0], [1], [5], [0]), 0.02)
     metrics.stepped(BatchPlan(2, RelocationVersion(1, 0), [], [], [], [], [], []), 0.0)
     metrics.loaded(LoadReport(3, 4, 0, 16, 16, 0, 0.02))
@@ -128,8 +127,12 @@ def test_names_and_labels_keep_to_the_rules(process, request):
     assert not [name for name in names if "milli" in name or name.endswith(("_ms", "_kb", "_mb"))]
 
 
-def test_there_is_one_table_of_buckets():
-    assert cluster.metrics.SECONDS_BUCKETS == workers.metrics.SECONDS_BUCKETS
+def test_a_follower_declares_no_more_than_it_counts():
+    registry = CollectorRegistry()
+    labels = RankLabels("tiny", "replica-0", 1, "10.0.0.1")
+    count_steps(registry, labels, {("decode", "replay"): 5}, {("mixed", "mixed"): 4})
+    families = text_string_to_metric_families(generate_latest(registry).decode())
+    assert {family.name for family in families} == {"eyrie_graph_steps", "eyrie_graph_eager"}
 
 
 def test_metrics_are_declared_in_metrics_files_only():

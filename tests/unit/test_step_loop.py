@@ -17,7 +17,7 @@ from workers.protocol import (
     SubmitRequest,
 )
 from workers.scheduler.admission import DrainingError
-from workers.step_loop import END_OF_LOG, FollowerLoop, StepLoop
+from workers.step_loop import END_OF_LOG, STALL_S, FollowerLoop, StepLoop
 
 LOAD = LoadReport(0, 0, 0, 8, 8, 0, 0.0)
 
@@ -30,6 +30,11 @@ class FakeScheduler:
         self.running = {}
         self.step = 0
         self.is_admitting = True
+        self.num_stalls = 0
+
+    @property
+    def has_requests(self):
+        return bool(self.running)
 
     def add(self, request, now_s):
         if not self.is_admitting:
@@ -51,6 +56,9 @@ class FakeScheduler:
     def plan(self, now_s):
         if not self.running:
             return None
+        if self.num_stalls:
+            self.num_stalls -= 1
+            return None
         self.step += 1
         self.journal.append(("plan", sorted(self.running)))
         n = len(self.running)
@@ -60,7 +68,7 @@ class FakeScheduler:
 
     def commit(self, output, now_s):
         outputs = []
-        for request_id in list(self.running):
+        for request_id in list(self.running) if output.token_ids else []:
             self.running[request_id] -= 1
             done = self.running[request_id] == 0
             if done:
@@ -169,7 +177,7 @@ def submit(name, max_tokens=3):
     return SubmitRequest(RequestId(name), [1, 2], SamplingParams(max_tokens=max_tokens))
 
 
-def build(script, *, when_empty=None, fail_at=None, num_ranks=1, clock=None):
+def build(script, *, when_empty=None, fail_at=None, num_ranks=1, clock=None, num_stalls=0):
     journal = []
     loop = None
 
@@ -179,6 +187,7 @@ def build(script, *, when_empty=None, fail_at=None, num_ranks=1, clock=None):
 
     inbox = FakeInbox(script, when_empty or stop_when_idle)
     scheduler = FakeScheduler(journal)
+    scheduler.num_stalls = num_stalls
     engine = FakeEngine(journal, fail_at)
     group = FakeGroup(journal, size=num_ranks)
     ticks = iter(range(1_000_000))
@@ -250,6 +259,39 @@ def test_an_idle_replica_waits_for_messages_and_keeps_telling_its_load():
     beats = [msgspec.msgpack.decode(p, type=BatchPlan) for p in group.sent if p != END_OF_LOG]
     assert beats
     assert not any(b.slots or b.ops for b in beats)
+
+
+def test_requests_that_wait_for_a_lagging_rank_are_looked_at_again_at_once():
+    loop, inbox, _, _, _ = build([[submit("a", 1)]], num_ranks=2, clock=lambda: 0.0, num_stalls=4)
+    loop.run()
+    assert inbox.timeouts[:6] == [0.0, STALL_S, STALL_S, STALL_S, STALL_S, 0.0]
+    assert inbox.ends()["a"].finish_reason == "length"
+
+
+def test_a_stalled_replica_keeps_telling_its_load():
+    loop, _, _, group, _ = build([[submit("a", 1)]], num_ranks=2, num_stalls=4)  # each look at the clock: 1 s
+    loop.run()
+    sent = [msgspec.msgpack.decode(p, type=BatchPlan) for p in group.sent if p != END_OF_LOG]
+    assert [bool(plan.slots) for plan in sent] == [False] * 4 + [True]
+
+
+def test_a_turn_leaves_its_time():
+    now_s = 0.0
+
+    def clock():
+        return now_s
+
+    def work(inbox):
+        nonlocal now_s
+        seen.append(loop.turned_s)
+        now_s += 7.0
+        if len(seen) == 3:
+            loop.stop()
+
+    seen = []
+    loop, _, _, _, _ = build([], when_empty=work, clock=clock)
+    loop.run()
+    assert seen == [0.0, 7.0, 14.0]
 
 
 def test_draining_refuses_new_requests_and_ends_old_ones_at_the_deadline():
