@@ -73,7 +73,7 @@ class Generation:
             await choice.stream.aclose()
 
     async def start(self) -> None:
-        """Submit every choice; return when all are queued. One's failure is the end of all, and counts for all."""
+        """Submit every choice; return when all are queued. One's failure ends and counts for all."""
         try:
             await self._submit()
             await self._all_queued()

@@ -14,7 +14,7 @@ from cluster.api.text_threads import PROMPT_TIMEOUT_S, TextThreads
 MAX_BODY_BYTES = 16 * 1024 * 1024
 _BODY_TIMEOUT_S = 60.0
 _INLINE_BYTES = 8 * 1024
-"""Bodies up to this size are parsed on the event loop (2 ms at worst); larger ones in the prompts' threads."""
+"""Bodies up to this size are parsed on the event loop (2 ms at worst); larger ones in a prompts' thread."""
 
 Body = TypeVar("Body", bound=SamplingFields)
 
