@@ -1,20 +1,25 @@
 """Reads a request's body: bounded in bytes before it is held, strict JSON after."""
 
 import asyncio
+import re
 from collections.abc import Callable
+from functools import cache
 from typing import TypeVar
 
 import msgspec
 from starlette.requests import Request
 
-from cluster.api.errors import ApiError, bad_request, prompt_timeout, shown
-from cluster.api.schemas import SamplingFields
+from cluster.api.errors import ApiError, bad_request, prompt_timeout, shown, unknown_field
+from cluster.api.schemas import UNSUPPORTED, SamplingFields
 from cluster.api.text_threads import PROMPT_TIMEOUT_S, TextThreads
 
 MAX_BODY_BYTES = 16 * 1024 * 1024
 _BODY_TIMEOUT_S = 60.0
 _INLINE_BYTES = 8 * 1024
 """Bodies up to this size are parsed on the event loop (2 ms at worst); larger ones in a prompts' thread."""
+
+_UNKNOWN_FIELD = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
+"""What msgspec says."""
 
 Body = TypeVar("Body", bound=SamplingFields)
 
@@ -65,9 +70,29 @@ async def _read_bounded(request: Request) -> bytes:
     return b"".join(chunks)
 
 
+@cache
+def _outline(schema: type[SamplingFields]) -> type[msgspec.Struct]:
+    """Return a record of the fields a body may have, none looked into: decoding stops at the first other key.
+
+    A million unknown keys would otherwise become objects first, holding the interpreter for most of a second.
+    """
+    names = schema.model_fields.keys() | UNSUPPORTED.keys()
+    fields = [(name, msgspec.Raw, msgspec.Raw()) for name in sorted(names)]
+    return msgspec.defstruct(f"{schema.__name__}Outline", fields, forbid_unknown_fields=True)
+
+
+def _refuse_unknown(raw: bytes, schema: type[SamplingFields]) -> None:
+    try:
+        msgspec.json.decode(raw, type=_outline(schema))
+    except msgspec.ValidationError as error:
+        if (unknown := _UNKNOWN_FIELD.match(str(error))) is not None:
+            raise unknown_field((unknown[1],)) from None
+
+
 def _parser(schema: type[Body]) -> Callable[[bytes], Body]:
     def parse(raw: bytes) -> Body:
         try:
+            _refuse_unknown(raw, schema)
             # msgspec is strict: no NaN, no infinities, no lone surrogates, no invalid UTF-8.
             decoded = msgspec.json.decode(raw)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:

@@ -210,6 +210,12 @@ def test_the_first_of_many_faults_is_enough(body, param):
     assert min(took_s) < 0.004
 
 
+async def test_a_body_is_read_no_further_than_its_first_unknown_key():
+    # What follows is no JSON at all, which nobody may notice.
+    content = b'{"model": "tiny", "k0": 1, "k1": 2' + b"?" * 100_000
+    assert_error(await post("/v1/completions", content), 400, "k0", "unknown_parameter")
+
+
 async def test_missing_fields_are_named():
     response = await post("/v1/completions", b"{}")
     assert_error(response, 400, "model", "missing_required_parameter")
