@@ -1,5 +1,6 @@
 """FakeGroup: a Scheduler over fake ranks, with each stream told in advance by a model of its own."""
 
+from collections.abc import Callable
 from random import Random
 
 from tests.property.fake_ranks import FakeRank, next_token
@@ -15,6 +16,15 @@ END_TOKEN_IDS = [3, 4, 5, 6, 7]
 NAMESPACE = b"n" * 16
 INCARNATION = 11
 _SEED = 5
+
+
+RankMaker = Callable[[WorkerConfig, int, int], FakeRank]
+"""Makes a rank of the config, the longest context and the incarnation."""
+
+
+def plain_rank(config: WorkerConfig, max_context_len: int, incarnation: int) -> FakeRank:
+    assert config.num_pages is not None
+    return FakeRank(config.num_pages, config.page_size, VOCAB_SIZE, incarnation)
 
 
 class FakeGroup:
@@ -34,6 +44,7 @@ class FakeGroup:
         lookahead: int = 0,
         safety: Safety | None = None,
         runs_checks: bool = True,
+        make_rank: RankMaker = plain_rank,
     ) -> None:
         config = WorkerConfig(
             page_size=page_size,
@@ -55,7 +66,7 @@ class FakeGroup:
             lookahead=lookahead,
             safety=safety,
         )
-        self.ranks = [FakeRank(num_pages, page_size, VOCAB_SIZE, INCARNATION) for _ in range(num_ranks)]
+        self.ranks = [make_rank(config, max_context_len, INCARNATION) for _ in range(num_ranks)]
         self.now_s = 0.0
         self.submits: dict[RequestId, SubmitRequest] = {}
         self.seeds: dict[RequestId, int] = {}
@@ -63,9 +74,11 @@ class FakeGroup:
         self.num_cached: dict[RequestId, int] = {}
         self.reasons: dict[RequestId, FinishReason] = {}
         self.indexed: set[bytes] = set()  # what a router makes of the KVEvents
+        self.is_midstep = False  # for good, once a step failed
         self._max_tokens_per_step = max_tokens_per_step
         self._runs_checks = runs_checks
         self._seeds = Random(_SEED)
+        self._expected: dict[RequestId, tuple[list[int], FinishReason]] = {}
 
     def submit(
         self,
@@ -98,6 +111,7 @@ class FakeGroup:
         self, *, lags: tuple[int, ...] = (), abort_in_flight: RequestId | None = None
     ) -> BatchPlan | None:
         """One step; rank i has then completed all but its last `lags[i]` steps."""
+        self.is_midstep = True
         self.now_s += 1.0
         plan = self.scheduler.plan(self.now_s)
         if plan is not None:
@@ -116,6 +130,7 @@ class FakeGroup:
         self._index_events()
         if self._runs_checks:
             self.check()
+        self.is_midstep = False
         return plan
 
     def run(self, max_steps: int = 1000) -> int:
@@ -146,7 +161,9 @@ class FakeGroup:
             self.check_stream(request_id)
 
     def check_stream(self, request_id: RequestId) -> None:
-        stream, (expected, reason) = self.streams[request_id], self.expected(request_id)
+        if request_id not in self._expected:
+            self._expected[request_id] = self.expected(request_id)
+        stream, (expected, reason) = self.streams[request_id], self._expected[request_id]
         assert stream == expected[: len(stream)], f"{request_id} generates another's text"
         if self.reasons.get(request_id, "abort") != "abort":
             assert stream == expected and self.reasons[request_id] == reason, f"{request_id} ends wrongly"

@@ -1,10 +1,27 @@
-"""A state machine drives add, abort and step over a pool so tiny that it evicts, on one or two ranks."""
+"""A state machine drives add, abort and step over a pool so tiny that it evicts, on one or two ranks.
 
-from hypothesis import settings
+The real sanitizer watches every rank.
+"""
+
+import pytest
+import torch
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from tests.property.fake_group import VOCAB_SIZE, FakeGroup
+from tests.property.sanitized_rank import SanitizedRank
+from workers.engine.forward_batch import ForwardBatch
+from workers.engine.mechanisms import Mechanisms
+from workers.kvcache.page_pool import Safety
+from workers.kvcache.page_table import PageTableError
+from workers.kvcache.sanitizer import SanitizerError
 from workers.protocol import SamplingParams
 
 # Prompts are cut from three texts, so that they share prefixes; the last differs from the first at its end.
@@ -22,10 +39,13 @@ _sampling = st.builds(
 
 class SchedulerMachine(RuleBasedStateMachine):
     group: FakeGroup
+    rank_type: type[SanitizedRank] = SanitizedRank
+    safety = Safety()
+    runs_checks = True
 
     @initialize(
         page_size=st.sampled_from([1, 2, 4]),
-        num_pages=st.integers(3, 14),
+        num_pages=st.integers(3, 24),
         num_ranks=st.integers(1, 2),
         max_running=st.integers(1, 6),
         max_tokens_per_step=st.integers(1, 24),
@@ -33,7 +53,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         lookahead=st.integers(0, 2),
     )
     def start(self, **options: int) -> None:
-        self.group = FakeGroup(**options, max_context_len=30)
+        self.group = FakeGroup(
+            **options,
+            max_context_len=30,
+            safety=self.safety,
+            runs_checks=self.runs_checks,
+            make_rank=self.rank_type,
+        )
 
     @precondition(lambda self: len(self.group.unfinished) < 10)
     @rule(
@@ -73,8 +99,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.group.step(abort_in_flight=data.draw(st.sampled_from(self.group.unfinished)))
 
     def teardown(self) -> None:
-        if not hasattr(self, "group"):
-            return
+        if not hasattr(self, "group") or self.group.is_midstep:
+            return  # what failed says more than what follows from it
         # The first in order gains a token in every step and is never preempted: no livelock.
         num_left = sum(self.group.scheduler.max_context_len for _ in self.group.unfinished)
         self.group.run(max_steps=num_left + 1)
@@ -83,4 +109,64 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 TestSchedulerMachine = SchedulerMachine.TestCase
-TestSchedulerMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestSchedulerMachine.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+
+
+class NoGenerations(SchedulerMachine):
+    """Pages are handed out again under the generation they had."""
+
+    safety = Safety(generations=False)
+
+
+class NoReservations(SchedulerMachine):
+    """Rows run without the pages they write to; nobody but the ranks checks."""
+
+    safety = Safety(reservations=False)
+    runs_checks = False
+
+
+class WithStaleRows(SanitizedRank):
+    mechanisms = Mechanisms(copies_rows=False)
+
+
+class StaleRows(SchedulerMachine):
+    """Decode rows read the page rows of the first decode step."""
+
+    rank_type = WithStaleRows
+
+
+class WithStrayWrites(SanitizedRank):
+    def forward(self, batch: ForwardBatch) -> list[torch.Tensor]:
+        contexts = super().forward(batch)
+        for half in self.pool.layer(0):
+            half[-1] = 1.0
+        return contexts
+
+
+class StrayWrites(SchedulerMachine):
+    """Each step also writes to the pool's last page, whosesoever it is."""
+
+    rank_type = WithStrayWrites
+
+
+@pytest.mark.parametrize(
+    ("machine", "error", "check"),
+    [
+        (NoGenerations, SanitizerError, "generation_rises"),
+        (NoReservations, PageTableError, "has no page for position"),
+        (StaleRows, SanitizerError, "staged_row"),
+        (StrayWrites, SanitizerError, "free_page_untouched"),
+    ],
+)
+def test_the_sanitizer_is_on_in_this_machine(machine, error, check):
+    quick = settings(
+        max_examples=200,
+        stateful_step_count=30,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        report_multiple_bugs=False,
+        phases=[Phase.generate],
+    )
+    with pytest.raises(error, match=check):
+        run_state_machine_as_test(machine, settings=quick)

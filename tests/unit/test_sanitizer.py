@@ -126,6 +126,11 @@ def test_own_the_dummy_page(rank: Rank) -> None:
         rank.sanitizer.apply([OwnPages([DUMMY_PAGE], [5])])
 
 
+def test_the_first_generation_of_a_page_is_above_zero(rank: Rank) -> None:
+    with fails("generation_rises"):
+        rank.sanitizer.apply([OwnPages([rank.log.free[-1]], [0])])
+
+
 def test_generation_rises(rank: Rank) -> None:
     page = rank.log.pages[0][0]
     rank.log.close(0)

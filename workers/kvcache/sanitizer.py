@@ -18,6 +18,7 @@ IntArray = npt.NDArray[np.int64]
 _FREE, _OWNED, _COMPLETE, _DUMMY = range(4)
 _STATE_NAMES = ("free", "owned", "complete", "dummy")
 _NOBODY = -1
+"""No slot, in an array of slots: the checks compare whole arrays with slots, and no slot is negative."""
 
 
 class SanitizerError(RuntimeError):
@@ -47,7 +48,7 @@ class KVSanitizer:
         # may write it and, once it is complete, its key.
         self._state = np.full(num_pages, _FREE, dtype=np.int8)
         self._state[DUMMY_PAGE] = _DUMMY
-        self._generation = np.full(num_pages, -1, dtype=np.int64)
+        self._generation = np.zeros(num_pages, dtype=np.int64)  # the pool's generations count from 1
         self._num_written = np.zeros(num_pages, dtype=np.int64)
         self._owner = np.full(num_pages, _NOBODY, dtype=np.int64)
         self._key = np.zeros((num_pages, 2), dtype=np.uint64)

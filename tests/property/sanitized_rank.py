@@ -1,0 +1,79 @@
+"""SanitizedRank: a fake rank that stages each plan as the Engine does, under the real KV sanitizer.
+
+Page table, staging, pool and sanitizer are the engine's own; only the model is a fake, which writes each
+token into the K and V at its place and reads its whole context back through the staged page rows.
+"""
+
+import torch
+
+from tests.property.fake_group import VOCAB_SIZE
+from tests.property.fake_ranks import FakeRank
+from workers.config import WorkerConfig
+from workers.engine.forward_batch import ForwardBatch
+from workers.engine.mechanisms import ALL_ON
+from workers.engine.staging import BucketInputs, InlineCopies, Stager
+from workers.kvcache.kv_pool import KVPool
+from workers.kvcache.layout import target_only
+from workers.kvcache.page_table import PageTable
+from workers.kvcache.sanitizer import KVSanitizer
+from workers.plan import BatchPlan, CloseSlot, SetRow, StepOutput
+
+_CPU = torch.device("cpu")
+
+
+class SanitizedRank(FakeRank):
+    """The sanitizer looks first, then the fake rank's own checks."""
+
+    mechanisms = ALL_ON
+
+    def __init__(self, config: WorkerConfig, max_context_len: int, incarnation: int) -> None:
+        assert config.num_pages is not None
+        super().__init__(config.num_pages, config.page_size, VOCAB_SIZE, incarnation)
+        max_slots = config.max_running_requests
+        pages_per_row = -(-max_context_len // config.page_size)
+        self.num_run = 0  # plans with rows
+        self.pool = KVPool(target_only(1, config.page_size, 1, 1, "float32"), config.num_pages, _CPU)
+        self.table = PageTable(max_slots, pages_per_row, config.page_size, config.num_pages, checked=True)
+        max_tokens = max(config.max_tokens_per_step, max_slots)
+        self.stager = Stager(self.table, max_tokens, _CPU, InlineCopies(), self.mechanisms)
+        self.bucket = BucketInputs(max_slots, pages_per_row, _CPU, self.mechanisms)
+        self.sanitizer = KVSanitizer(self.pool, max_slots, pages_per_row)
+
+    def run(self, plan: BatchPlan) -> StepOutput:
+        for op in plan.ops:
+            if isinstance(op, SetRow):
+                self.table.set_row(op)
+            elif isinstance(op, CloseSlot):
+                self.table.close_slot(op)
+        self.sanitizer.apply(plan.ops)
+        contexts = self.run_rows(plan) if plan.slots else []
+        output = super().run(plan)
+        for slot, context in zip(plan.slots, contexts, strict=True):
+            assert context == self.read(slot, len(context)), f"pool: slot {slot} reads another's text"
+        return output
+
+    def run_rows(self, plan: BatchPlan) -> list[list[int]]:
+        """Stage, check, write and read; return the tokens of each row's context."""
+        if plan.mode == "decode":
+            batch, slots = self.stager.stage_bucket(plan, self.bucket)
+        else:
+            batch, slots = self.stager.stage_eager(plan, plan.mode)
+        self.sanitizer.check_inputs(batch, slots)
+        contexts = self.forward(batch)
+        logits = torch.stack([context.sum() for context in contexts])[:, None]
+        self.sanitizer.check_outputs(logits, plan.slots)
+        self.num_run += 1
+        assert self.sanitizer.num_steps == self.num_run, "the sanitizer missed a step"
+        return [[int(token_id) for token_id in context.tolist()] for context in contexts]
+
+    def forward(self, batch: ForwardBatch) -> list[torch.Tensor]:
+        """Write the batch's tokens, pads included; return what each real row reads, [context_len]."""
+        keys, values = (half[:, :, 0, 0] for half in self.pool.layer(0))  # [num_pages + 1, page_size]
+        pages, offsets = batch.out_locations // self.page_size, batch.out_locations % self.page_size
+        keys[pages, offsets] = values[pages, offsets] = batch.token_ids.float()
+        self.pool.zero_dummy_page()
+        rows = zip(batch.page_rows, batch.host_context_lens.tolist(), strict=True)
+        return [
+            keys[page_row].flatten()[:length] + 0 * values[page_row].flatten()[:length]
+            for page_row, length in list(rows)[: batch.num_real_rows]
+        ]
