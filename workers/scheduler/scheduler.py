@@ -180,7 +180,7 @@ class Scheduler:
         for row, token_id, logprobs in zip(sampled, output.token_ids, output.logprobs, strict=True):
             request = step.rows[row]
             if request.slot is not None:
-                outputs.append(self._append(request, token_id, logprobs, now_s))
+                outputs.append(self._append(request, token_id, logprobs))
         return outputs
 
     def completed(self, step: int) -> None:
@@ -359,9 +359,7 @@ class Scheduler:
         self._in_flight = assemble(self._num_steps, self._cache.version, self._cache.take_ops(), rows)
         return self._in_flight.plan
 
-    def _append(
-        self, request: Request, token_id: int, logprobs: TokenLogprobs | None, now_s: float
-    ) -> RequestOutput:
+    def _append(self, request: Request, token_id: int, logprobs: TokenLogprobs | None) -> RequestOutput:
         """Give a request its next token and finish it if that was the last."""
         request.token_ids.append(token_id)
         self.stats.num_generated_tokens += 1
