@@ -1,9 +1,9 @@
 import json
 import threading
-import time
 
 import httpx
 import pytest
+from pydantic import ValidationError
 from starlette.requests import Request
 
 from cluster.api.app import create_app
@@ -200,14 +200,11 @@ MANY_FAULTS = [
 @pytest.mark.parametrize(("body", "param"), MANY_FAULTS, ids=[param for _, param in MANY_FAULTS])
 def test_the_first_of_many_faults_is_enough(body, param):
     # Collecting every fault held the interpreter for up to half a second.
-    took_s = []
-    for _ in range(3):
-        begin_s = time.thread_time()
-        with pytest.raises(ApiError) as refused:
-            ChatCompletionRequest.from_json(dict(body))
-        took_s.append(time.thread_time() - begin_s)
-        assert refused.value.param == param
-    assert min(took_s) < 0.004
+    with pytest.raises(ApiError) as refused:
+        ChatCompletionRequest.from_json(dict(body))
+    assert refused.value.param == param
+    faults = refused.value.__context__
+    assert not isinstance(faults, ValidationError) or faults.error_count() <= 2  # of one message
 
 
 async def test_a_body_is_read_no_further_than_its_first_unknown_key():
