@@ -14,30 +14,29 @@ from typing import Any, TypeVar
 
 import ray
 from ray import ObjectRef
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.api.ports import ScrapeTarget
 from cluster.api.server import ApiServer, ApiStarted
 from cluster.config import ClusterConfig
+from cluster.pings import Handle, Member, Pings
 from workers.protocol import ReplicaId
 from workers.worker import Worker, WorkerStarted
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Handle = Any
-"""Of an actor: Ray makes its methods at run time. Results are typed where they are awaited."""
 
 POLL_S = 0.25
-PING_S = 10.0
-"""An actor that does not answer for so long is only slow; one that Ray calls dead is dead."""
 SPIN_COUNT = 300
 """Of a compute thread that waits for its peers: some 15 us. More pays only while no other process wants the
 cores: beside one that does, SmolLM2's decode step took 29 ms at 300 and 219 ms at 20,000."""
 SOME = 0.001
 """Of a node's own resource: says where to go and takes nothing that others need."""
+LAST_WORDS_S = 10.0
+"""Beyond `drain_s`: the API server ends what still runs by itself, and its clients hear of it."""
 STOP_S = 10.0
 """What an actor gets to give its ports and memory back."""
 
@@ -48,14 +47,6 @@ class LaunchError(Exception):
 
 class LaunchCancelledError(Exception):
     """The start was given up on request."""
-
-
-@dataclass(frozen=True)
-class _Member:
-    """One actor of the service."""
-
-    name: str
-    actor: Handle
 
 
 @dataclass(frozen=True)
@@ -98,9 +89,10 @@ class Launcher:
         self._cancelled = cancelled
         self._deadline_s = time.monotonic() + config.start_timeout_s
         self._groups: list[PlacementGroup] = []
-        self._workers: list[_Member] = []
+        self._workers: list[Member] = []
         self._lost: set[str] = set()
-        self._api: _Member | None = None
+        self._pings = Pings(ray.wait, ray.get)
+        self._api: Member | None = None
 
     def start(self) -> str:
         """Place everything and return the service's URL once every actor answers.
@@ -111,7 +103,7 @@ class Launcher:
         self._progress("starting the HTTP server")
         here = {_this_node(): SOME}  # the API keys' file is on this node
         api = _make(ApiServer, {"num_cpus": 0, "resources": here}, config, self._secret_file, self._keys_file)
-        self._api = _Member("API server", api)
+        self._api = Member("API server", api)
         binding: list[ObjectRef[str]] = [api.bind.remote()]
         replica_ids = [ReplicaId(f"replica-{number}") for number in range(config.num_replicas)]
         ranks = {replica_id: self._place(replica_id) for replica_id in replica_ids}
@@ -128,25 +120,29 @@ class Launcher:
     def failure(self) -> str | None:
         """Return why the service is over (no replica, or no API server, is left), None while it is not.
 
-        A lost worker is told once; the service goes on while a replica is left.
+        Never blocks: call it every second. A lost worker is told once; the service goes on while a replica
+        is left.
         """
         assert self._api is not None
-        for member in [*self._workers, self._api]:
-            if member.name not in self._lost and not _answers(member.actor):
-                self._lost.add(member.name)
-                logger.error("lost an actor", extra={"actor": member.name})
+        members = [*self._workers, self._api]
+        found = self._pings.lost([member for member in members if member.name not in self._lost])
+        for name, why in found.items():
+            self._lost.add(name)
+            logger.error("lost an actor", extra={"actor": name, "why": why})
         if self._api.name in self._lost:
             return "the API server died; its log says why"
         num_left = self._config.num_replicas - len({name.partition(" ")[0] for name in self._lost})
         return None if num_left else "no replica is left; the workers' logs say why"
 
     def drain(self, is_cut_short: Callable[[], bool]) -> None:
-        """Refuse new work, let running requests finish within `drain_s`; return early when cut short."""
+        """Refuse new work, let running requests finish within `drain_s`; return early when cut short.
+
+        An API server that is stuck is not waited for beyond the deadline: what runs is cut short.
+        """
         if self._api is None or self._api.name in self._lost:
             return
         drained: list[ObjectRef[None]] = [self._api.actor.drain.remote(self._config.drain_s)]
-        while drained and not is_cut_short():
-            _, drained = ray.wait(drained, timeout=POLL_S)
+        wait_until_done(drained, self._config.drain_s + LAST_WORDS_S, is_cut_short)
 
     def stop(self) -> None:
         """End every actor and give its resources back. Idempotent.
@@ -214,7 +210,7 @@ class Launcher:
                 self._config.log_level,
             )
             actors.append(actor)
-            self._workers.append(_Member(f"{replica_id} rank {rank}", actor))
+            self._workers.append(Member(f"{replica_id} rank {rank}", actor))
         return actors
 
     def _start_ranks(
@@ -259,6 +255,24 @@ class Launcher:
         return max(0.0, self._deadline_s - time.monotonic())
 
 
+def wait_until_done(
+    calls: Sequence[ObjectRef[None]],
+    timeout_s: float,
+    is_cut_short: Callable[[], bool],
+    *,
+    wait: Callable[..., tuple[list[ObjectRef[None]], list[ObjectRef[None]]]] = ray.wait,
+    clock: Callable[[], float] = time.monotonic,
+) -> None:
+    """Return when all calls are done or failed, when cut short, or at the deadline."""
+    deadline_s = clock() + timeout_s
+    left = list(calls)
+    while left and not is_cut_short():
+        if clock() >= deadline_s:
+            logger.warning("the API server did not drain in time; stopping all the same")
+            return
+        _, left = wait(left, timeout=POLL_S)
+
+
 def _make(actor_class: type, options: dict[str, Any], *arguments: object) -> Handle:
     return ray.remote(actor_class).options(**options).remote(*arguments)
 
@@ -297,13 +311,3 @@ def _raise_told(ref: ObjectRef[Any]) -> None:
         raise LaunchError(str(error.cause)) from None
     except RayError as error:
         raise LaunchError(f"an actor died while it started: {str(error).strip().splitlines()[0]}") from None
-
-
-def _answers(actor: Handle) -> bool:
-    """Tell whether the actor lives and works; one that is only slow counts as alive."""
-    try:
-        return bool(ray.get(actor.ping.remote(), timeout=PING_S))
-    except GetTimeoutError:
-        return True
-    except RayError:
-        return False

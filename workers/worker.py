@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FAILED_EXIT_CODE = 1
+MAX_TURN_S = 900.0
+"""A step loop that makes no turn for so long hangs; a big model's prefill on CPU may take minutes."""
 
 
 class WorkerStartError(Exception):
@@ -109,8 +111,10 @@ class Worker:
             ) from None
 
     def ping(self) -> bool:
-        """Tell that the process and its step loop live."""
-        return self._thread is not None and self._thread.is_alive()
+        """Tell that the process and its step loop live, and that the loop turns."""
+        if self._thread is None or not self._thread.is_alive():
+            return False
+        return self._running is None or self._running.turn_s() < MAX_TURN_S
 
     def stop(self, timeout_s: float) -> bool:
         """End every request with `shutdown`, give port and memory back; tell whether that was in time."""
@@ -130,7 +134,13 @@ class Worker:
             self._started.set_exception(WorkerStartError(_told(error)))
             return
         self._running = rank
-        self._started.set_result(started)
+        if self._stopping.is_set():  # while it loaded: `stop` found no rank to stop
+            rank.stop()
+            self._started.set_exception(
+                WorkerStartError(f"rank {self._rank} of {self._replica_id} was stopped while it started")
+            )
+        else:
+            self._started.set_result(started)
         try:
             rank.run()
         except Exception:  # the thread's top: clients have been told; the process must not outlive its loop

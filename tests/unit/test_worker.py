@@ -1,0 +1,29 @@
+"""The worker without Ray: what a stop at an awkward time leaves behind."""
+
+import secrets
+import time
+
+import pytest
+
+from cache_service.curve import write_cluster_secret
+from tests.e2e.eyrie_process import is_listening, tiny_model
+from workers.config import WorkerConfig
+from workers.protocol import ReplicaId
+from workers.worker import Worker, WorkerStartError
+
+
+def test_a_stop_while_it_loads_ends_the_rank_when_it_is_built(tmp_path):
+    model = tiny_model(tmp_path / "tiny")
+    secret_file = tmp_path / "cluster.secret"
+    write_cluster_secret(secret_file, secrets.token_bytes(32))
+    config = WorkerConfig(model=str(model), load_format="dummy", kv_gb=0.02)
+    worker = Worker(config, ReplicaId("replica-0"), 0, 7, 1, "127.0.0.1", secret_file, "warning")
+    host, port = worker.rendezvous()
+    worker.stop(0.0)  # there is no rank yet
+    with pytest.raises(WorkerStartError, match="stopped while it started"):
+        worker.start(host, port, 60.0)
+    deadline_s = time.monotonic() + 20
+    while worker.ping() and time.monotonic() < deadline_s:
+        time.sleep(0.02)
+    assert not worker.ping()
+    assert not is_listening(port)
