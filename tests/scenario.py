@@ -189,9 +189,9 @@ class Scenario:
     def _intrude(self, harness: Harness) -> int:
         """Submit urgent requests that somebody must give way to: as many as slots, or one for all pages.
 
-        Return after how many steps to try again; never after three times, or they would starve the others.
+        Return after how many steps to try again; after three times they would only starve the others.
         """
-        if harness.scheduler.num_running == 0:
+        if harness.scheduler.num_running == 0 or self._num_intrusions == 3:
             return 1
         is_evicting = self.combination["is_evicting"]
         prompt_len = harness.scheduler.max_context_len - URGENT_TOKENS if is_evicting else URGENT_LEN
@@ -200,7 +200,7 @@ class Scenario:
                 harness, f"urgent-{self._num_intrusions}-{number}", prompt_len, URGENT_TOKENS, priority=-1
             )
         self._num_intrusions += 1
-        return 11 if self._num_intrusions % 3 else 1_000_000
+        return 11
 
     def _add_neighbour(self, harness: Harness) -> None:
         self._num_neighbours += 1

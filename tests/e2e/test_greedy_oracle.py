@@ -66,8 +66,9 @@ def tiny(tmp_path_factory):
 @pytest.mark.parametrize("number", range(len(COVERING)), ids=[name_of(c) for c in COVERING])
 def test_smollm2_answers_like_the_oracle(number, followers, comparison):
     """Each combination serves three other prompts; `make test-slow` serves all 100."""
-    short = [case.cut(12) for case in RECORDS if len(case.prompt_ids) <= 72]
-    cases = short[number :: len(short) // 3][:3]
+    short = [case.cut(12) for case in RECORDS if len(case.prompt_ids) < 58]
+    whole_page = [case.cut(12) for case in RECORDS if 58 <= len(case.prompt_ids) <= 76]  # once half answered
+    cases = [*short[2 * number : 2 * number + 2], whole_page[number]]
     play(COVERING[number], cases, comparison, followers, max_running=2)
 
 

@@ -6,6 +6,8 @@ import torch
 from tests.unit.engine_plans import PlanLog, generate, tiny_card, tiny_engine
 from tests.unit.test_reference_attention import MIXES, PagedRows, layer
 from workers.attention.reference import ReferenceAttention
+from workers.engine.forward_batch import ForwardBatch
+from workers.engine.model_runner import ModelRunner
 from workers.engine.staging import BucketInputs, CudaCopies, Stager
 from workers.kvcache.kv_pool import KVPool
 from workers.kvcache.page_table import PageTable
@@ -78,6 +80,30 @@ def test_a_delayed_compute_stream_reads_each_step_s_own_inputs() -> None:
     assert [rows[0].tolist() for _, rows in found] == [
         [page if page <= step // 4 + 1 else 0 for page in range(1, 5)] for step in range(10)
     ]
+
+
+class SlowPasses:
+    """A ModelRunner whose passes the device finishes about 0.1 s after they were enqueued."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self.runner = runner
+
+    def plan(self, batch: ForwardBatch) -> None:
+        self.runner.plan(batch)
+
+    def compute(self, batch: ForwardBatch) -> torch.Tensor | None:
+        logits = self.runner.compute(batch)
+        torch.cuda._sleep(200_000_000)
+        return logits
+
+
+def test_a_step_that_samples_nothing_is_complete_when_it_returns() -> None:
+    """Its completion is published next, and its pages may be freed (I2)."""
+    engine, log = tiny_engine(device="cuda", kv_sanitizer=False), PlanLog()
+    log.open(0, [1, 2, 3])
+    engine._runner = SlowPasses(engine._runner)  # type: ignore[assignment]
+    assert log.run(engine, s0=1).token_ids == []
+    assert torch.cuda.current_stream().query()
 
 
 def test_too_little_device_memory_is_a_clear_error() -> None:

@@ -75,7 +75,7 @@ class Engine:
         tp_group: TPGroup,
         mechanisms: Mechanisms = ALL_ON,
     ) -> None:
-        device = torch.device(config.device)
+        device = self._device = torch.device(config.device)
         dtype = card.config.dtype if config.dtype == "auto" else config.dtype
         num_layers, num_kv_heads, head_dim = kv_shape(card.config, config.tp_size)
         self.layout: BundleLayout = target_only(num_layers, config.page_size, num_kv_heads, head_dim, dtype)
@@ -154,7 +154,7 @@ class Engine:
         return self._sanitizer.num_steps if self._sanitizer else 0
 
     def run(self, plan: BatchPlan) -> StepOutput:
-        """Apply the plan's ops, run its rows, sample on rank 0.
+        """Apply the plan's ops, run its rows, sample on rank 0; on return the device has done all of it.
 
         Raises RelocationVersionError, having applied and launched nothing, where this rank's log differs from
         rank 0's (I8); PageTableError, TokenError and SanitizerError where a staged index is not what it must
@@ -163,12 +163,17 @@ class Engine:
         version = self._advance(plan)
         self._apply(plan.ops)
         self._version = version
-        if not plan.slots:
-            return StepOutput(plan.step, version, [], [])
-        if self._is_checked:
-            self._check_tokens(plan)
-        with torch.inference_mode():
-            token_ids, logprobs = self._run_rows(plan)
+        token_ids: list[int] = []
+        logprobs: list[TokenLogprobs | None] = []
+        if plan.slots:
+            if self._is_checked:
+                self._check_tokens(plan)
+            with torch.inference_mode():
+                token_ids, logprobs = self._run_rows(plan)
+        if not token_ids and self._device.type == "cuda":
+            # I2: the loop publishes this step as complete next, and pages that it reads become free. Sampled
+            # tokens reach the host after the whole pass; without any, the pass is no more than enqueued.
+            torch.cuda.current_stream(self._device).synchronize()
         return StepOutput(plan.step, version, token_ids, logprobs)
 
     def close(self) -> None:
