@@ -54,9 +54,7 @@ def salted(namespace: NamespaceDigest, tenant_salt: bytes) -> NamespaceDigest:
     return NamespaceDigest(hashlib.sha256(b"salt" + namespace + tenant_salt).digest()[:KEY_BYTES])
 
 
-def page_keys(
-    parent: NamespaceDigest | PageKey, token_ids: Sequence[int], page_size: int
-) -> list[PageKey]:
+def page_keys(parent: NamespaceDigest | PageKey, token_ids: Sequence[int], page_size: int) -> list[PageKey]:
     """Return the keys of all whole pages of `token_ids`, the first chained to `parent`.
 
     A page's key is SHA-256(parent key, its tokens as little-endian u32), cut to 128 bits. Tokens after the
