@@ -32,16 +32,23 @@ def start_local_ray(folder: Path, num_cpus: int, num_gpus: int) -> None:
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
     import ray  # after the environment is set
 
-    ray.init(
-        address="local",
-        _temp_dir=str(folder),
-        include_dashboard=False,
-        num_cpus=num_cpus,
-        num_gpus=num_gpus,
-        object_store_memory=OBJECT_STORE_BYTES,
-        logging_level=logging.WARNING,
-        log_to_driver=True,
-    )
+    try:
+        ray.init(
+            address="local",
+            _temp_dir=str(folder),
+            include_dashboard=False,
+            num_cpus=num_cpus,
+            num_gpus=num_gpus,
+            object_store_memory=OBJECT_STORE_BYTES,
+            logging_level=logging.WARNING,
+            log_to_driver=True,
+        )
+    except (ConnectionError, RuntimeError, ValueError):
+        raise
+    except Exception as error:  # Ray raises a bare Exception where its node takes over 30 s to start
+        ray.shutdown()
+        reason = str(error).strip().partition("\n")[0]
+        raise ConnectionError(f"{reason} Try again when the machine is less busy.") from None
 
 
 def join_ray(address: str) -> None:
