@@ -90,6 +90,13 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._awaits_head = True
         super().on_message_complete()
 
+    def on_response_complete(self) -> None:
+        """Give a head that began behind the answer its whole time: reading may have been paused until now."""
+        super().on_response_complete()
+        if self._head_timer is not None:
+            self._stop_head_timer()
+            self._start_head_timer()
+
     def send_400_response(self, msg: str) -> None:
         """Answer what the parser could not take; a head that grew too large is one such case."""
         if self._head_bytes > self.MAX_HEAD_BYTES:
