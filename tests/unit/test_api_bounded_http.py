@@ -22,9 +22,7 @@ async def answers_slowly(scope, receive, send):
     while (await receive()).get("more_body"):
         pass
     if scope["path"] == "/slow":
-        await asyncio.sleep(
-            0.9
-        )  # not a multiple of the head's time: what is left of it then would do for no one
+        await asyncio.sleep(0.9)  # no multiple of the head's time
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
     await send({"type": "http.response.body", "body": b"ok"})
 
