@@ -14,7 +14,6 @@ from typing import Protocol, Self
 from cluster.connection import CardMismatchError, Connection
 from workers.protocol import (
     AbortRequest,
-    Drain,
     FinishReason,
     KVEventBatch,
     LoadReport,
@@ -189,11 +188,6 @@ class Replica:
         """Tell the worker to end a request; no effect once it ended."""
         if request_id in self._streams:
             self._connection.send(self._generation, AbortRequest(request_id, finish_reason))
-
-    def drain(self, deadline_s: float) -> None:
-        """Tell the worker to refuse new requests and to end with `shutdown` what runs after `deadline_s`."""
-        if self._welcome is not None:
-            self._connection.send(self._generation, Drain(deadline_s))
 
     def forget(self, request_id: RequestId) -> None:
         """Drop a request's later outputs."""

@@ -187,7 +187,7 @@ class Harness:
             return []
         self.plans.append(plan)
         output = self.run_plan(plan if lost is None else without(plan, lost))
-        outputs = self.scheduler.commit(output, float(self._num_steps))
+        outputs = self.scheduler.commit(output)
         self.cache.take_events()
         self.scheduler.check()
         self._take(outputs)

@@ -81,13 +81,7 @@ class AbortRequest(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
     finish_reason: FinishReason = "abort"
 
 
-class Drain(msgspec.Struct, frozen=True, array_like=True, tag="drain"):
-    """Refuse new requests from now on; end those still running after `deadline_s` with `shutdown`."""
-
-    deadline_s: float
-
-
-Received = SubmitRequest | AbortRequest | Drain
+Received = SubmitRequest | AbortRequest
 """What the worker's inbox hands to the step loop."""
 ClientMessage = Hello | Received
 
@@ -132,7 +126,7 @@ class RequestOutput(msgspec.Struct, frozen=True, array_like=True):
     error: str | None = None
     """For `error` and `rejected`: what was found, what is allowed."""
     error_code: str | None = None
-    """For `rejected`: `queue_full`, `draining`, `prompt_too_long`, `bad_token`, `bad_request`."""
+    """For `rejected`: `queue_full`, `prompt_too_long`, `bad_token`, `bad_request`."""
 
 
 class StepMessage(msgspec.Struct, frozen=True, array_like=True, tag="step"):

@@ -15,7 +15,6 @@ import msgspec
 from workers.plan import BatchPlan, StepOutput
 from workers.protocol import (
     REPLICA_FAILED,
-    AbortRequest,
     FinishReason,
     KVEventBatch,
     LoadReport,
@@ -53,9 +52,6 @@ class StepScheduler(Protocol):
         """End a request; return its last output, None when it is unknown."""
         ...
 
-    def stop_admitting(self) -> None:
-        """Refuse new requests from now on."""
-
     def completed(self, step: int) -> None:
         """Free what waited for `step`, the last that every rank has completed."""
 
@@ -67,7 +63,7 @@ class StepScheduler(Protocol):
         """Return a plan without rows, to be run and committed like any other."""
         ...
 
-    def commit(self, output: StepOutput, now_s: float) -> list[RequestOutput]:
+    def commit(self, output: StepOutput) -> list[RequestOutput]:
         """Book what came of the step."""
         ...
 
@@ -180,7 +176,6 @@ class StepLoop:
         self._heartbeat_s = heartbeat_s
         self._encoder = msgspec.msgpack.Encoder()
         self._stopping = threading.Event()
-        self._deadline_s: float | None = None
         self._step = 0
         self._step_s = 0.0
         self._load = LoadReport(0, 0, 0, 0, 0, 0, 0.0)
@@ -246,7 +241,7 @@ class StepLoop:
         now_s = self._clock()
         if plan.slots:
             self._step_s = now_s - begin_s
-        self._publish(self._scheduler.commit(output, now_s))
+        self._publish(self._scheduler.commit(output))
         self._recorder.stepped(plan, now_s - begin_s)
 
     def _handle(self, received: list[Received]) -> list[RequestOutput]:
@@ -256,15 +251,8 @@ class StepLoop:
         for message in received:
             if isinstance(message, SubmitRequest):
                 answers.append(self._add(message, now_s))
-            elif isinstance(message, AbortRequest):
-                answers.append(self._scheduler.abort(message.request_id, message.finish_reason))
             else:
-                self._scheduler.stop_admitting()
-                self._deadline_s = now_s + message.deadline_s
-        if self._deadline_s is not None and now_s >= self._deadline_s:
-            answers.extend(
-                self._scheduler.abort(request_id, "shutdown") for request_id in self._inbox.requests
-            )
+                answers.append(self._scheduler.abort(message.request_id, message.finish_reason))
         return [answer for answer in answers if answer is not None]
 
     def _add(self, submit: SubmitRequest, now_s: float) -> RequestOutput:

@@ -34,7 +34,7 @@ INLINE_KEY_TOKENS = 2_048
 """Keys of longer prompts (about 1 us a page) are computed in a thread."""
 RETRY_AFTER_S = 1.0
 QUEUE_FULL = "queue_full"
-PASSED_OVER = (QUEUE_FULL, "draining", REPLICA_LOST, REPLICA_FAILED)
+PASSED_OVER = (QUEUE_FULL, REPLICA_LOST, REPLICA_FAILED)
 """Error codes of a replica's answer after which another replica may still serve the request."""
 
 
@@ -184,11 +184,6 @@ class Router:
         """Disconnect; open streams end with `error`."""
         await asyncio.gather(*(place.replica.close() for place in self._places))
 
-    def drain(self, deadline_s: float) -> None:
-        """Have every replica refuse new requests and end what runs after `deadline_s`."""
-        for place in self._places:
-            place.replica.drain(deadline_s)
-
     def ready(self) -> str | None:
         """Return None when some replica takes work, else the reason why none does."""
         reasons = [place.replica.unavailable_reason() for place in self._places]
@@ -272,8 +267,6 @@ class Router:
             for place in self._places
             if place.replica.welcome is not None
         }
-        if len(self._places) == 1:
-            return {kind: [] for kind in kinds}  # nothing to choose
         if len(request.token_ids) <= INLINE_KEY_TOKENS:
             return {kind: _prompt_keys(request, *kind) for kind in kinds}
         loop = asyncio.get_running_loop()

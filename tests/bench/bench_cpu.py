@@ -111,7 +111,7 @@ class EyrieArm:
         while scheduler.has_requests:
             plan = scheduler.plan(time.monotonic())
             assert plan is not None
-            outputs = scheduler.commit(self._engine.run(plan), time.monotonic())
+            outputs = scheduler.commit(self._engine.run(plan))
             num_new = sum(len(output.token_ids) for output in outputs)
             num_left -= num_new
             if len(answering) == len(prompts):

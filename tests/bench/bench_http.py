@@ -138,7 +138,7 @@ def run_bare():
             output = engine.run(scheduler.plan(time.monotonic()))
             scheduler.completed(output.step)
             stamps += [time.monotonic()] if output.token_ids else []
-            scheduler.commit(output, time.monotonic())
+            scheduler.commit(output)
         print(1000 * statistics.median(gaps(stamps)), flush=True)
 
 

@@ -121,7 +121,7 @@ class FakeGroup:
             assert all(output == outputs[0] for output in outputs), "ranks differ"
             if abort_in_flight is not None:
                 self.abort(abort_in_flight)
-            for request_output in self.scheduler.commit(outputs[0], self.now_s):
+            for request_output in self.scheduler.commit(outputs[0]):
                 self._take(request_output)
         lags = lags or (0,) * len(self.ranks)
         self.scheduler.completed(

@@ -12,7 +12,6 @@ from workers.inbox import Inbox
 from workers.protocol import (
     PROTOCOL_VERSION,
     AbortRequest,
-    Drain,
     KVEvent,
     KVEventBatch,
     LoadReport,
@@ -246,13 +245,6 @@ async def test_a_wrong_secret_is_told_apart(worker, connect):
     replica = await connect(worker(), secret=secrets.token_bytes(32), wait=False)
     with pytest.raises(ReplicaUnavailableError, match="same cluster secret"):
         await replica.wait_ready(0.5)
-
-
-async def test_drain_reaches_the_worker(worker, connect):
-    one = worker()
-    replica = await connect(one)
-    replica.drain(3.0)
-    await until(lambda: Drain(3.0) in one.received)
 
 
 async def test_close_ends_open_streams_and_leaves_no_thread(worker, connect):

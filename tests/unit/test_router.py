@@ -22,9 +22,11 @@ REPORT = LoadReport(
 class Placements:
     def __init__(self):
         self.replicas = []
+        self.num_pages = []
 
     def placed(self, replica_id, num_pages, num_held_pages):
         self.replicas.append(replica_id)
+        self.num_pages.append((num_pages, num_held_pages))
 
 
 def request(name, token_ids=(1, 2, 3), max_tokens=4):
@@ -82,7 +84,7 @@ async def service():
     """A factory of routers over replicas in threads."""
     made, routers = [], []
 
-    async def make(*configs, **options):
+    async def make(*configs, placements=None, **options):
         cluster_secret = secrets.token_bytes(32)
         replicas = [ThreadReplica(f"r{n}", cluster_secret, c, **options) for n, c in enumerate(configs)]
         made.extend(replicas)
@@ -91,7 +93,7 @@ async def service():
             cluster_secret,
             "api",
             card_digest="card",
-            recorder=Placements(),
+            recorder=placements or Placements(),
         )
         routers.append(router)
         await router.start(5.0)
@@ -136,6 +138,14 @@ async def test_a_dead_replica_is_left_out(service):
         assert (await ends(stream)).finish_reason == "length"
 
 
+async def test_the_pages_a_prompt_finds_are_counted_with_one_replica_too(service):
+    placements = Placements()
+    router, _ = await service(WorkerConfig(num_pages=64), placements=placements)
+    for name in ("first", "second"):
+        await ends(await router.submit(request(name, range(40))))
+    assert placements.num_pages == [(2, 0), (2, 2)]
+
+
 async def test_full_queues_everywhere_are_an_overload(service):
     tiny = WorkerConfig(num_pages=64, max_running_requests=1, max_waiting_requests=1)
     router, _ = await service(tiny, tiny, step_s=0.01)
@@ -170,17 +180,6 @@ async def test_a_cancelled_submit_of_a_long_prompt_leaves_nothing_behind(service
         await task
     await asyncio.sleep(0.1)
     assert all(not replica.inbox.requests for replica in replicas)
-
-
-async def test_drain_refuses_and_ends_what_runs(service):
-    router, _ = await service(None)
-    running = await router.submit(request("old", max_tokens=100_000))
-    await anext(running)
-    router.drain(0.2)
-    await asyncio.sleep(0.05)
-    with pytest.raises(NoReplicaError):
-        await router.submit(request("new"))
-    assert (await ends(running)).finish_reason == "shutdown"
 
 
 async def test_a_burst_that_overfills_one_replica_goes_on_to_the_next(service):

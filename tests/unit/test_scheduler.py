@@ -177,9 +177,7 @@ def test_an_end_token_below_min_tokens_does_not_stop_a_request():
     ended = []
     for number in range(1, 4):
         plan = request.plan(0.0)
-        (output,) = request.commit(
-            StepOutput(plan.step, plan.relocation_version, [END_TOKEN_IDS[0]], [None]), 0.0
-        )
+        (output,) = request.commit(StepOutput(plan.step, plan.relocation_version, [END_TOKEN_IDS[0]], [None]))
         ended.append((number, output.finish_reason))
     assert ended == [(1, None), (2, None), (3, "stop")]
 
@@ -227,7 +225,7 @@ def test_a_step_under_another_relocation_version_is_refused():
     with pytest.raises(
         RelocationVersionError, match=r"step 1: found relocation version 11\.0, allowed is 11\.1"
     ):
-        group.scheduler.commit(StepOutput(plan.step, other, [1], [None]), 0.0)
+        group.scheduler.commit(StepOutput(plan.step, other, [1], [None]))
 
 
 def test_an_idle_scheduler_plans_nothing_but_beats_on_request():
@@ -235,7 +233,7 @@ def test_an_idle_scheduler_plans_nothing_but_beats_on_request():
     assert group.scheduler.plan(0.0) is None
     plan = group.scheduler.heartbeat()
     assert (plan.step, plan.slots, plan.ops) == (1, [], [])
-    assert group.scheduler.commit(StepOutput(1, plan.relocation_version, [], []), 0.0) == []
+    assert group.scheduler.commit(StepOutput(1, plan.relocation_version, [], [])) == []
 
 
 def test_the_load_tells_what_is_left_to_compute_and_what_is_to_be_had():

@@ -4,7 +4,6 @@ from tests.property.fake_group import VOCAB_SIZE, FakeGroup
 from workers.protocol import RequestId, SamplingParams, SubmitRequest
 from workers.scheduler.admission import (
     BadTokenError,
-    DrainingError,
     PromptTooLongError,
     QueueFullError,
     RequestRefusedError,
@@ -35,8 +34,8 @@ def test_a_bad_request_is_refused_by_field_and_leaves_no_trace(token_ids, sampli
 
 
 def test_codes_are_those_of_the_protocol():
-    errors = (RequestRefusedError, QueueFullError, DrainingError, PromptTooLongError, BadTokenError)
-    codes = ["bad_request", "queue_full", "draining", "prompt_too_long", "bad_token"]
+    errors = (RequestRefusedError, QueueFullError, PromptTooLongError, BadTokenError)
+    codes = ["bad_request", "queue_full", "prompt_too_long", "bad_token"]
     assert [error.code for error in errors] == codes
 
 
@@ -89,13 +88,3 @@ def test_an_id_in_use_is_refused_and_free_again_afterwards():
         group.scheduler.add(submit, 0.0)
     group.scheduler.abort(RequestId("same"))
     group.scheduler.add(submit, 0.0)
-
-
-def test_draining_refuses_new_requests_and_serves_those_queued():
-    group = FakeGroup(max_running=1)
-    requests = [group.submit([number], ONE) for number in range(3)]
-    group.scheduler.stop_admitting()
-    with pytest.raises(DrainingError, match="draining"):
-        group.submit([9], ONE)
-    group.run()
-    assert [group.reasons[request] for request in requests] == ["length"] * 3

@@ -9,14 +9,12 @@ import pytest
 from workers.plan import BatchPlan, RelocationVersion, StepOutput
 from workers.protocol import (
     AbortRequest,
-    Drain,
     LoadReport,
     RequestId,
     RequestOutput,
     SamplingParams,
     SubmitRequest,
 )
-from workers.scheduler.admission import DrainingError
 from workers.step_loop import END_OF_LOG, STALL_S, FollowerLoop, StepLoop
 
 LOAD = LoadReport(0, 0, 0, 8, 8, 0, 0.0)
@@ -29,7 +27,6 @@ class FakeScheduler:
         self.journal = journal
         self.running = {}
         self.step = 0
-        self.is_admitting = True
         self.num_stalls = 0
 
     @property
@@ -37,12 +34,7 @@ class FakeScheduler:
         return bool(self.running)
 
     def add(self, request, now_s):
-        if not self.is_admitting:
-            raise DrainingError("found a draining replica")
         self.running[request.request_id] = request.sampling.max_tokens
-
-    def stop_admitting(self):
-        self.is_admitting = False
 
     def completed(self, step):
         self.journal.append(("completed", step))
@@ -66,7 +58,7 @@ class FakeScheduler:
             self.step, RelocationVersion(7, self.step), [], list(range(n)), [0] * n, [1] * n, [5] * n, [0]
         )
 
-    def commit(self, output, now_s):
+    def commit(self, output):
         outputs = []
         for request_id in list(self.running) if output.token_ids else []:
             self.running[request_id] -= 1
@@ -292,18 +284,6 @@ def test_a_turn_leaves_its_time():
     loop, _, _, _, _ = build([], when_empty=work, clock=clock)
     loop.run()
     assert seen == [0.0, 7.0, 14.0]
-
-
-def test_draining_refuses_new_requests_and_ends_old_ones_at_the_deadline():
-    loop, inbox, _, _, _ = build(
-        [[submit("old", 500), submit("quick", 2)], [Drain(deadline_s=30.0)], [submit("new")]],
-    )
-    loop.run()
-    ends = inbox.ends()
-    assert ends["quick"].finish_reason == "length"
-    assert (ends["new"].finish_reason, ends["new"].error_code) == ("rejected", "draining")
-    assert ends["old"].finish_reason == "shutdown"
-    assert inbox.open == []
 
 
 def test_stop_ends_what_runs_with_shutdown():

@@ -287,7 +287,6 @@ def _native_kernels(config: WorkerConfig, pool: KVPool) -> RecordingKernels | No
         return None
     try:
         kernels = RecordingKernels.load()
-        assert isinstance(kernels, RecordingKernels)
         return kernels
     except NativeBuildError as error:
         if must:

@@ -54,15 +54,12 @@ class RecordingKernels(NativeKernels):
     """NativeKernels whose launches go to `launches` as well while that is a list."""
 
     def __init__(self, library: Path, max_matmul_rows: int | None = None) -> None:
-        super().__init__(library, max_matmul_rows)
         self.launches: list[Launch] | None = None
-        self._linear = self._recorded(self._linear)
-        self._attention = self._recorded(self._attention)
-        self._rms_norm = self._recorded(self._rms_norm)
-        self._rotate = self._recorded(self._rotate)
-        self._silu_mul = self._recorded(self._silu_mul)
+        super().__init__(library, max_matmul_rows)
 
-    def _recorded(self, function: Callable[..., int]) -> Callable[..., int]:
+    def _launched(self, function: Callable[..., int], arguments: list[type]) -> Callable[..., int]:
+        function = super()._launched(function, arguments)
+
         def launch(*arguments: object) -> int:
             if self.launches is not None:
                 self.launches.append(partial(function, *arguments))

@@ -6,6 +6,7 @@ Tensors go down as raw addresses, checked here and nowhere below. Threads are to
 import ctypes
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Self
 
 import torch
 
@@ -67,25 +68,31 @@ class NativeKernels:
         functions = ctypes.CDLL(str(library))
         self._packed_words = _declare(functions.eyrie_packed_words, [_INT, _INT], _INT)
         self._pack_linear = _declare(functions.eyrie_pack_linear, [_POINTER, _INT, _INT, _INT, _POINTER])
-        self._linear = _declare(
+        self._linear = self._launched(
             functions.eyrie_linear,
             [_POINTER, _CODE, _INT, _INT, _POINTER, _INT, _INT, _POINTER, _POINTER, _CODE, _INT],
         )
-        self._attention = _declare(
+        self._attention = self._launched(
             functions.eyrie_attention,
             [_POINTER, _POINTER, _POINTER, _INT, _POINTER, _INT, _POINTER, _INT, _POINTER],
         )
-        self._rms_norm = _declare(
+        self._rms_norm = self._launched(
             functions.eyrie_rms_norm,
             [_POINTER, _INT, _POINTER, _INT, _POINTER, _POINTER, _FLOAT, _INT, _INT, _POINTER, _CODE],
         )
-        self._rotate = _declare(
+        self._rotate = self._launched(
             functions.eyrie_rotate, [_POINTER, _INT, _INT, _INT, _INT, _POINTER, _POINTER, _INT, _CODE]
         )
-        self._silu_mul = _declare(functions.eyrie_silu_mul, [_POINTER, _INT, _INT, _INT, _POINTER, _CODE])
+        self._silu_mul = self._launched(
+            functions.eyrie_silu_mul, [_POINTER, _INT, _INT, _INT, _POINTER, _CODE]
+        )
+
+    def _launched(self, function: Callable[..., int], arguments: list[type]) -> Callable[..., int]:
+        """Return a step's function as it is called; RecordingKernels notes each call."""
+        return _declare(function, arguments)
 
     @classmethod
-    def load(cls, cache_folder: Path | None = None, compilers: Sequence[str] = COMPILERS) -> "NativeKernels":
+    def load(cls, cache_folder: Path | None = None, compilers: Sequence[str] = COMPILERS) -> Self:
         """Compile if need be, load and check. Raises NativeBuildError where one of them cannot be done."""
         library = built_library(cache_folder or default_cache_folder(), compilers)
         kernels = cls(library, MAX_ROWS_BESIDE_MATRIX_UNITS if has_matrix_units() else None)

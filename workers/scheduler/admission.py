@@ -28,12 +28,6 @@ class QueueFullError(RequestRefusedError):
     code = "queue_full"
 
 
-class DrainingError(RequestRefusedError):
-    """The replica takes no new requests."""
-
-    code = "draining"
-
-
 class PromptTooLongError(RequestRefusedError):
     """The context, or the pool, does not hold the prompt and one more token."""
 

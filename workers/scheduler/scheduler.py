@@ -22,7 +22,6 @@ from workers.protocol import (
 )
 from workers.scheduler.admission import (
     Admission,
-    DrainingError,
     QueueFullError,
     RequestRefusedError,
     WaitingQueue,
@@ -81,7 +80,6 @@ class Scheduler:
         self._running: list[Request] = []  # by order
         self._num_steps = 0
         self._in_flight: Step | None = None
-        self._is_admitting = True
         self._budget = 0  # tokens left in the step being planned
 
     @property
@@ -125,10 +123,6 @@ class Scheduler:
         self._finish(request, reason)
         return self._output(request, [], [])
 
-    def stop_admitting(self) -> None:
-        """Refuse new requests from now on; those queued are served."""
-        self._is_admitting = False
-
     def plan(self, now_s: float) -> BatchPlan | None:
         """Decide the next step; None if there is nothing to run and nothing to tell the ranks.
 
@@ -159,7 +153,7 @@ class Scheduler:
         assert self._in_flight is None, "the last plan is not committed"
         return self._assemble([])
 
-    def commit(self, output: StepOutput, now_s: float) -> list[RequestOutput]:
+    def commit(self, output: StepOutput) -> list[RequestOutput]:
         """Take in what the step brought and return one output for each request that got a token.
 
         Raises RelocationVersionError if the engine ran under another version than the plan's (I8).
@@ -227,8 +221,6 @@ class Scheduler:
             ), f"{request.request_id} writes beyond its pages"
 
     def _check_room(self, request_id: RequestId) -> None:
-        if not self._is_admitting:
-            raise DrainingError("found a draining replica, which takes no new requests: send it to another")
         if request_id in self._requests:
             raise RequestRefusedError(f"request_id: found {request_id}, which is in use: choose a new one")
         if len(self._requests) >= self._max_requests:
