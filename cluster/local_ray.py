@@ -7,7 +7,8 @@ import logging
 import os
 import secrets
 import socket
-from pathlib import Path
+
+from cluster.run_folder import RunFolder
 
 OBJECT_STORE_BYTES = 80 << 20
 """Ray's least: nothing big travels as Ray objects."""
@@ -20,12 +21,12 @@ SYSTEM_ENVIRONMENT = {
 }
 
 
-def start_local_ray(folder: Path, num_cpus: int, num_gpus: int) -> None:
-    """Start Ray in `folder` and connect to it. Its processes end with this one, however it ends.
+def start_local_ray(folder: RunFolder, num_cpus: int, num_gpus: int) -> None:
+    """Start Ray in the run's folder and connect to it. Its processes end with this one, however it ends.
 
     `num_cpus` is what actors may claim; it is bookkeeping, not cores.
     """
-    token = folder / "ray.token"
+    token = folder.path / "ray.token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32), encoding="ascii")
     os.environ.update(SYSTEM_ENVIRONMENT)
@@ -35,7 +36,7 @@ def start_local_ray(folder: Path, num_cpus: int, num_gpus: int) -> None:
     try:
         ray.init(
             address="local",
-            _temp_dir=str(folder),
+            _temp_dir=str(folder.ray_path),
             include_dashboard=False,
             num_cpus=num_cpus,
             num_gpus=num_gpus,

@@ -15,20 +15,26 @@ import psutil
 from cache_service.curve import new_cluster_secret, write_cluster_secret
 from cluster.config import ClusterConfig
 
-MAX_ROOT_LEN = 40
-"""Ray puts UNIX sockets some 60 characters below; their paths end at 107."""
+MAX_SOCKET_PATH_LEN = 107
+SOCKET_BELOW_LEN = 64
+"""How far below its folder Ray puts UNIX sockets: `/session_DATE_TIME_PID/sockets/plasma_store`."""
+RAY_FOLDER = "ray"
 
 
 class RunFolder:
-    """A folder `eyrie-UID-PID-RANDOM` under the user's temporary folder, mode 700."""
+    """A folder `eyrie-UID-PID-RANDOM` under the user's temporary folder (or /tmp, see below), mode 700."""
 
     def __init__(self) -> None:
         root = Path(tempfile.gettempdir())
-        if len(str(root)) > MAX_ROOT_LEN:
+        name = f"eyrie-{os.getuid()}-{os.getpid()}-{secrets.token_hex(3)}"
+        if len(str(root / name / RAY_FOLDER)) + SOCKET_BELOW_LEN > MAX_SOCKET_PATH_LEN:
             root = Path("/tmp")
         _sweep(root)
-        self.path = root / f"eyrie-{os.getuid()}-{os.getpid()}-{secrets.token_hex(3)}"
+        self.path = root / name
         self.path.mkdir(mode=0o700)
+        self.ray_path = self.path / RAY_FOLDER
+        """Where an own Ray cluster lives: Ray opens its folder to everyone (mode 777)."""
+        self.ray_path.mkdir()
         self._secret_files: list[Path] = []
 
     def place_secrets(self, config: ClusterConfig, api_keys: Sequence[str]) -> tuple[Path, Path]:

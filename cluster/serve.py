@@ -160,7 +160,7 @@ def _connect(config: ClusterConfig, folder: RunFolder, progress: Callable[[str |
     progress("starting a local Ray cluster")
     num_ranks = config.num_replicas * config.worker.tp_size
     num_gpus = num_ranks if config.worker.device == "cuda" else 0
-    start_local_ray(folder.path, num_ranks, num_gpus)
+    start_local_ray(folder, num_ranks, num_gpus)
 
 
 def _placement(config: ClusterConfig) -> "Placement":
