@@ -74,9 +74,20 @@ class Lifecycle:
     async def drain(self, drain_s: float) -> None:
         """Refuse new calls, let those running finish for `drain_s`, end the rest with `shutdown`."""
         self.refuse_new()
-        if await self._becomes_idle(drain_s):
+        if await self._becomes_idle(drain_s) or self._is_ending:
             return
         logger.info("drain deadline passed, ending running calls", extra={"num_calls": self._num_calls})
+        await self._end_running()
+
+    async def end_now(self) -> None:
+        """Refuse new calls and end those running with `shutdown`, whatever time their drain had left."""
+        self.refuse_new()
+        if self._idle.is_set():
+            return
+        logger.info("stopped before all calls finished, ending them", extra={"num_calls": self._num_calls})
+        await self._end_running()
+
+    async def _end_running(self) -> None:
         self._is_ending = True
         await asyncio.gather(*(generation.end() for generation in tuple(self._running)))
         if not await self._becomes_idle(LAST_WORDS_S):

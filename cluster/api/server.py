@@ -161,7 +161,7 @@ class ApiServer:
     async def _stop(self) -> None:
         running, self._running = self._running, None
         if running is not None:
-            await running.service.lifecycle.drain(0.0)
+            await running.service.lifecycle.end_now()
             running.server.should_exit = True
             await running.serving
             await running.router.close()

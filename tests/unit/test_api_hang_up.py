@@ -171,3 +171,28 @@ async def test_past_the_drain_deadline_calls_end_with_their_text_and_a_finish_re
     assert b"the cat sat" in answer
     assert b'"finish_reason":"shutdown"' in answer
     assert [summary.finish_reason for summary in recorder.summaries] == ["shutdown"]
+
+
+async def test_a_drain_cut_short_ends_calls_at_once_and_is_not_told_as_a_deadline(caplog):
+    caplog.set_level("INFO")
+    router = FakeRouter()
+    service, recorder = make_service(router)
+    running = Client(create_app(service), "/v1/chat/completions", body(stream=True))
+    (one,) = await started(router)
+    one.push(one.output(), one.output(TOKENS))
+    drain = asyncio.create_task(service.lifecycle.drain(0.2))
+    await asyncio.sleep(0.02)
+    one.abort = _slow(one.abort)  # the drain's deadline passes while the calls are being ended
+    await asyncio.wait_for(service.lifecycle.end_now(), 5)
+    await asyncio.wait_for(asyncio.gather(drain, running.task), 5)
+    assert [summary.finish_reason for summary in recorder.summaries] == ["shutdown"]
+    told = [record.getMessage() for record in caplog.records if record.name == "cluster.api.lifecycle"]
+    assert told == ["stopped before all calls finished, ending them"]
+
+
+def _slow(abort):
+    async def slow(reason):
+        await asyncio.sleep(0.4)
+        await abort(reason)
+
+    return slow
