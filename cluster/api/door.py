@@ -8,7 +8,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from cluster.api.errors import ApiError, internal_error
 from cluster.api.failure_log import log_failure
 from cluster.api.request_ids import HEADER, accepted, current_request_id, header
-from cluster.api.routes import ROUTE_KEY
+from cluster.api.routes import PROBES, ROUTE_KEY
 from cluster.api.service import Service
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,8 @@ class Door:
         finally:
             route = scope.get(ROUTE_KEY, "none")
             self._service.recorder.answered(route, status or CLIENT_GONE)
-            logger.info(
+            logger.log(
+                logging.DEBUG if route in PROBES else logging.INFO,
                 "answered",
                 extra={
                     "route": route,

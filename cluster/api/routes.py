@@ -16,7 +16,11 @@ from cluster.api.service import Service
 ROUTE_KEY = "eyrie.route"
 """Where the scope says which route was taken: a path of the table, never a client's."""
 
-_MODEL_PATH = "/v1/models/"
+PROBES = frozenset({"/health", "/ready", "/metrics", "/metrics/targets"})
+"""Paths that machines ask for every few seconds."""
+
+_MODELS = "/v1/models/"
+_MODEL_PATH = "/v1/models/{model}"
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class Route:
 
 
 class Routes:
-    """Dispatches by exact path; `/v1/models/` takes the rest of the path, for names with slashes."""
+    """Dispatches by exact path; `/v1/models/{model}` takes the rest of the path, for names with slashes."""
 
     def __init__(self, service: Service) -> None:
         probes = Probes(service)
@@ -46,8 +50,8 @@ class Routes:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Dispatch one request; raise ApiError for an unknown path or method."""
         path: str = scope["path"]
-        if path.startswith(_MODEL_PATH):
-            scope["path_params"] = {"name": path.removeprefix(_MODEL_PATH)}
+        if path.startswith(_MODELS) and path != _MODELS:
+            scope["path_params"] = {"name": path.removeprefix(_MODELS)}
             path = _MODEL_PATH
         route = self._routes.get(path)
         if route is None:

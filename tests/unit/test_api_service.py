@@ -296,3 +296,30 @@ async def test_a_failed_job_on_tokens_is_raised_to_its_own_choice_only():
         service.threads.run_tokens(fail), service.threads.run_tokens(lambda: None), return_exceptions=True
     )
     assert isinstance(outcomes[0], KeyError) and outcomes[1] is None
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/metrics", "/metrics/targets"])
+async def test_probes_are_logged_at_debug_only(path, caplog):
+    caplog.set_level(logging.DEBUG, "cluster.api.door")
+    for asked in (path, "/v1/models"):
+        assert (await get(asked)).status_code == 200
+    levels = {record.route: record.levelname for record in caplog.records if record.msg == "answered"}
+    assert levels == {path: "DEBUG", "/v1/models": "INFO"}
+
+
+async def test_an_unknown_path_is_told_the_paths_there_are():
+    for path in ("/nowhere", "/v1/models/"):
+        response = await get(path)
+        assert response.status_code == 404
+        paths = response.json()["error"]["message"].partition("paths are ")[2].rstrip(".").split(", ")
+        assert "/v1/models/{model}" in paths and "/v1/models/" not in paths
+        for known in paths:
+            answer = await get(known.replace("{model}", "tiny"))
+            assert answer.status_code in (200, 405), known
+
+
+async def test_answers_are_counted_under_the_routes_template():
+    service, recorder = make_service(FakeRouter())
+    async with client_of(service) as client:
+        await client.get("/v1/models/tiny")
+    assert recorder.answers == [("/v1/models/{model}", 200)]
