@@ -8,16 +8,21 @@ import inspect
 import json
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from typer.core import TyperCommand
 
 from cluster.config import ConfigError, Flag, flags, json_schema, load_config
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-config_app = typer.Typer(no_args_is_help=True, help="The configuration file.")
+# Plain help: rich's table cuts the names of options at 80 columns.
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None
+)
+config_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The configuration file.")
 app.add_typer(config_app, name="config")
 
 CONFIG_EXIT_CODE = 2
@@ -25,9 +30,35 @@ FAILURE_EXIT_CODE = 1
 MODEL = ("worker", "model")
 
 
+def _show_version(is_given: bool) -> None:
+    if is_given:
+        print(f"eyrie {version('eyrie')}")
+        raise typer.Exit
+
+
 @app.callback()
-def eyrie() -> None:
+def eyrie(
+    is_version_asked: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None:
     """Serve large language models on a Ray cluster."""
+
+
+class ServeCommand(TyperCommand):
+    """`eyrie serve`: its help groups the options by what they are about."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write a section for each group."""
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                groups.setdefault(getattr(parameter, "rich_help_panel", None) or "General", []).append(record)
+        for name, records in groups.items():
+            with formatter.section(name):
+                formatter.write_dl(records)
 
 
 def _serve(model: str | None, config: Path | None, **given: str | bool | None) -> None:
@@ -98,18 +129,18 @@ def _signature() -> inspect.Signature:
     file_help = "YAML file with the same options (`eyrie config schema`); flags win over it."
     model = next(flag for flag in flags() if flag.path == MODEL)
     parameters = [
-        _option("model", str | None, typer.Argument(help=f"{model.help} [default: {model.default}]")),
+        _option("model", str | None, typer.Argument(help=model.help, metavar="MODEL")),
         _option("config", Path | None, typer.Option("--config", help=file_help, metavar="FILE")),
     ]
-    for flag in flags():
+    for flag in sorted(flags(), key=lambda flag: flag.path[0] == "worker"):
         if flag.path == MODEL:
             continue
         names = f"--{flag.name}/--no-{flag.name}" if flag.is_switch else f"--{flag.name}"
         option = typer.Option(
             names,
-            help=f"{flag.help} [default: {flag.default}]" if flag.default else flag.help,
+            help=flag.help,
             show_default=False,
-            metavar=None if flag.is_switch else "VALUE",
+            metavar=flag.value or None,
             rich_help_panel="Workers" if flag.path[0] == "worker" else "Service",
         )
         parameters.append(_option(_parameter(flag), bool | None if flag.is_switch else str | None, option))
@@ -128,7 +159,7 @@ def _serve_command(**given: Any) -> None:
 
 
 _serve_command.__signature__ = _signature()  # type: ignore[attr-defined]  # what typer reads
-app.command("serve")(_serve_command)
+app.command("serve", cls=ServeCommand)(_serve_command)
 
 if __name__ == "__main__":
     main()

@@ -43,25 +43,28 @@ class ClusterConfig:
     host: str = "127.0.0.1"
     """Address the HTTP server binds; wider than loopback wants API keys."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
-    """0: any free port; the `ready` line names it."""
+    """Port the HTTP server binds; 0: any free one, which the `ready` line names."""
     served_model_name: Annotated[str, Field(min_length=1)] | None = None
-    """The name clients send; None: `worker.model` as given."""
+    """Name of the model for clients. Not given: the model as named here."""
     num_replicas: Annotated[int, Field(ge=1, le=256)] = 1
-    """TP groups that serve the model, each with `worker.tp_size` ranks."""
+    """Copies of the model that serve, each with `tp_size` ranks."""
     drain_s: Annotated[float, Field(ge=0)] = 30.0
-    """At shutdown running requests have so long to finish."""
+    """Seconds that running requests get to finish at shutdown."""
     start_timeout_s: Seconds = 300.0
-    """Loading included; then the start has failed."""
+    """Seconds from the start, loading included, until it counts as failed."""
     replica_lease_s: Seconds = 20.0
-    """A replica silent for so long is taken for dead."""
+    """Seconds after which a silent replica is taken for dead."""
     api_keys_file: Path | None = None
-    """One key a line, # begins a comment, mode 600; None: only the environment's keys, if any."""
+    """File of API keys, one a line, # begins a comment, mode 600. Not given: only the keys in the environment
+    variable EYRIE_API_KEYS, if any."""
     secret_file: Path | None = None
-    """The cluster secret, 64 hex digits, mode 600, on every node; None: made for this run (one node)."""
+    """File of the cluster secret, 64 hex digits, mode 600, on every node. Not given: one made for this run,
+    on this node only."""
     ray_address: str | None = None
-    """A running Ray cluster to join; None: an own one on this machine, gone with the service."""
+    """Running Ray cluster to join, HOST:PORT or `auto`. Not given: an own one on this machine, gone with the
+    service."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """Of the service's own logs, on stderr and in Ray's log folder."""
+    """Lowest level of the service's own log lines, on stderr and in Ray's log folder."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,14 +73,27 @@ class Flag:
 
     path: tuple[str, ...]
     """Where the option stands in the file."""
-    help: str
-    is_switch: bool
+    description: str
+    """What it does; for an option that may be left open, what then holds ("Not given: ...")."""
+    value: str
+    """What stands for the value in the help: choices, `[cpu|cuda]`, or a kind, `INT`; "" of a switch."""
     default: str
+    """As a user writes it; "" for an option that may be left open."""
 
     @property
     def name(self) -> str:
         """The flag's name without dashes before it; nested options need no prefix, their names differ."""
         return self.path[-1].replace("_", "-")
+
+    @property
+    def is_switch(self) -> bool:
+        """It takes no value: `--name` or `--no-name`."""
+        return not self.value
+
+    @property
+    def help(self) -> str:
+        """The whole help text."""
+        return f"{self.description} [default: {self.default}]" if self.default else self.description
 
 
 def flags() -> list[Flag]:
@@ -183,13 +199,29 @@ def _flags(record: type, prefix: tuple[str, ...]) -> Iterator[Flag]:
             yield from _flags(option.type, path)
             continue
         schema = TypeAdapter(record).json_schema()["properties"][option.name]
-        default = option.default if option.default is not dataclasses.MISSING else None
-        yield Flag(
-            path,
-            " ".join(schema.get("description", "").split()),
-            option.type is bool,
-            "" if default is None else str(default),
-        )
+        description = " ".join(schema["description"].split())
+        yield Flag(path, description, _value(option.type), _default(option.default))
+
+
+def _value(expected: Any) -> str:
+    if expected is bool:
+        return ""
+    if get_origin(expected) is Literal:
+        return f"[{'|'.join(str(choice) for choice in get_args(expected))}]"
+    if get_origin(expected) is tuple:
+        return "INT,INT,..."
+    for kind, word in ((int, "INT"), (float, "NUMBER"), (str, "TEXT"), (Path, "FILE")):
+        if expected is kind:
+            return word
+    return next(_value(part) for part in get_args(expected) if part is not type(None))
+
+
+def _default(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _parse(value: str | bool, expected: Any) -> Any:

@@ -17,35 +17,44 @@ class WorkerConfig:
     model: str = "smollm2-135m"
     """A directory, a .gguf file, a hub id or an alias."""
     load_format: Literal["auto", "dummy"] = "auto"
-    """`dummy`: seeded random weights of the model's shape."""
+    """Where weights come from; `auto`: the model's files; `dummy`: seeded random ones in its shape."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """`auto`: the checkpoint's own; bfloat16 for quantised files."""
+    """Number format of weights and KV; `auto`: the checkpoint's own, bfloat16 for quantised files."""
     device: Literal["cpu", "cuda"] = "cpu"
+    """What the workers compute on."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of dummy weights and of seeds given to requests that bring none."""
+    """Seed of dummy weights, and of requests that bring none."""
     tp_size: PositiveInt = 1
+    """Ranks (worker processes) that share each replica's model."""
     page_size: Literal[1, 2, 4, 8, 16, 32, 64] = 16
+    """Tokens a KV page holds; shared prefixes are found in whole pages."""
     num_pages: PositiveInt | None = None
-    """Pages a rank owns beside the dummy page; None: what `kv_gb` holds."""
+    """KV pages each rank has. Not given: as many as `kv_gb` holds."""
     kv_gb: Annotated[float, Field(gt=0)] = 0.5
     """Device memory for KV pages on each rank, GiB."""
     max_context_len: PositiveInt | None = None
-    """None: the model's, as far as the pool holds one such request."""
+    """Most tokens of a request, prompt and answer together. Not given: the model's context, or less where
+    the KV pages hold less."""
     max_running_requests: Annotated[int, Field(ge=1, le=4096)] = 32
+    """Most requests of a replica that generate at the same time."""
     max_waiting_requests: Annotated[int, Field(ge=0)] = 256
+    """Most requests that wait for a place in a replica; more are answered with 429."""
     max_tokens_per_step: Annotated[int, Field(ge=1)] = 256
     """Token budget of a step: decodes first, prefill chunks fill the rest."""
     attention_backend: Literal["auto", "reference", "native"] = "auto"
     """`native`: the compiled CPU kernels, for attention and all else they know; `reference`: plain torch;
     `auto`: native where they compile, else reference."""
     graphs: bool = True
-    """False: every decode step runs eager (the ablation)."""
+    """Replay prepared decode steps; off: every step runs eager, for comparison."""
     graph_batch_sizes: tuple[PositiveInt, ...] | None = None
-    """Buckets; None: chosen from max_running_requests."""
+    """Batch sizes with a prepared decode step. Not given: chosen from `max_running_requests`."""
     prefix_caching: bool = True
+    """Keep the KV pages of finished requests for later ones that begin alike."""
     kv_sanitizer: bool = False
+    """Poison freed pages and prove, each step, that every page read is the right one."""
     checked: bool = False
-    """Bounds and ownership checks on every staged index."""
+    """Check bounds and ownership of every staged index."""
     num_threads: Annotated[int, Field(ge=0)] = 0
     """Compute threads of a rank on CPU; 0: cores shared fairly among the ranks of the node."""
     collective_timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    """Seconds a rank waits for its peers before it takes them for lost."""
