@@ -130,7 +130,9 @@ class Worker:
         try:
             rank, started = self._build(spec)
         except Exception as error:  # the thread's top: `start` tells the launcher
-            logger.exception("rank failed to start", extra={"rank": self._rank})
+            # The launcher tells the user; of an error that is not ours the log also keeps where it came from.
+            level = logging.DEBUG if _is_ours(error) else logging.ERROR
+            logger.log(level, "rank failed to start", extra={"rank": self._rank}, exc_info=error)
             self._started.set_exception(WorkerStartError(_told(error)))
             return
         self._running = rank
@@ -164,8 +166,10 @@ class Worker:
         )
 
 
+def _is_ours(error: Exception) -> bool:
+    return type(error).__module__.partition(".")[0] in ("workers", "cache_service")
+
+
 def _told(error: Exception) -> str:
     """Return what the user reads: our own errors speak for themselves, others get their class named."""
-    module = type(error).__module__
-    is_ours = module.partition(".")[0] in ("workers", "cache_service")
-    return str(error) if is_ours else f"{type(error).__name__}: {error}"
+    return str(error) if _is_ours(error) else f"{type(error).__name__}: {error}"

@@ -27,3 +27,17 @@ def test_a_stop_while_it_loads_ends_the_rank_when_it_is_built(tmp_path):
         time.sleep(0.02)
     assert not worker.ping()
     assert not is_listening(port)
+
+
+def test_options_that_hold_no_page_are_told_in_a_line_and_logged_without_a_traceback(tmp_path, capfd):
+    model = tiny_model(tmp_path / "tiny")
+    secret_file = tmp_path / "cluster.secret"
+    write_cluster_secret(secret_file, secrets.token_bytes(32))
+    config = WorkerConfig(model=str(model), load_format="dummy", kv_gb=1e-9)
+    worker = Worker(config, ReplicaId("replica-0"), 0, 7, 1, "127.0.0.1", secret_file, "info")
+    host, port = worker.rendezvous()
+    with pytest.raises(WorkerStartError, match="kv_gb=1e-09 holds no page") as raised:
+        worker.start(host, port, 60.0)
+    assert len(str(raised.value).splitlines()) == 1
+    said = capfd.readouterr().err
+    assert "Traceback" not in said and "failure=" not in said and "File " not in said
