@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand
 
+from cache_service.log_format import without_colours
 from cluster.config import ConfigError, Flag, flags, json_schema, load_config
 
 # Plain help: rich's table cuts the names of options at 80 columns.
@@ -74,7 +75,12 @@ def _serve(model: str | None, config: Path | None, **given: str | bool | None) -
     out = sys.stdout
     with contextlib.redirect_stdout(sys.stderr), _progress(console) as progress:
         try:
-            serve(resolved, progress=progress, ready=lambda url: print(f"ready {url}", file=out, flush=True))
+            serve(
+                resolved,
+                progress=progress,
+                ready=lambda url: print(f"ready {url}", file=out, flush=True),
+                has_colour=console.is_terminal and not console.no_color,
+            )
         except ServeError as error:
             message = str(error)
         else:
@@ -97,7 +103,7 @@ def main() -> None:
 def _progress(console: Console) -> Iterator[Callable[[str | None], None]]:
     """Yield what tells the user what is going on: a spinner on a terminal, lines elsewhere; None ends it."""
     if not console.is_terminal:
-        yield lambda text: None if text is None else console.print(text, highlight=False)
+        yield lambda text: None if text is None else _print(console, text)
         return
     status = console.status("starting")
 
@@ -115,9 +121,14 @@ def _progress(console: Console) -> Iterator[Callable[[str | None], None]]:
 
 
 def _fail(console: Console, message: str, exit_code: int) -> NoReturn:
-    for line in message.splitlines():
-        console.print(f"eyrie: {line}", style="bold red", highlight=False, markup=False, soft_wrap=True)
+    for line in without_colours(message).splitlines():
+        _print(console, f"eyrie: {line}", "bold red")
     raise typer.Exit(exit_code)
+
+
+def _print(console: Console, line: str, style: str | None = None) -> None:
+    """Print a line as it is; in the style where stderr is a terminal and NO_COLOR is not set."""
+    console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
 def _parameter(flag: Flag) -> str:

@@ -21,6 +21,13 @@ SYSTEM_ENVIRONMENT = {
 }
 
 
+def tell_plainly(*, has_colour: bool) -> None:
+    """Make what Ray prints here fit for users: no traceback of calls nobody awaits, colour where wanted."""
+    os.environ["RAY_IGNORE_UNHANDLED_ERRORS"] = "1"
+    if not has_colour:
+        os.environ["RAY_COLOR_PREFIX"] = "0"
+
+
 def start_local_ray(folder: RunFolder, num_cpus: int, num_gpus: int) -> None:
     """Start Ray in the run's folder and connect to it. Its processes end with this one, however it ends.
 

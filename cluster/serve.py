@@ -20,7 +20,7 @@ from cache_service.curve import SecretFileError, read_cluster_secret
 from cache_service.log_format import set_up_logging
 from cluster.api_keys import ApiKeysError, check_api_keys, read_api_keys
 from cluster.config import API_KEYS_VARIABLE, ClusterConfig, describe, take_environment_keys
-from cluster.local_ray import join_ray, leave_ray, start_local_ray
+from cluster.local_ray import join_ray, leave_ray, start_local_ray, tell_plainly
 from cluster.run_folder import RunFolder
 from workers.card import ModelError, load_card
 
@@ -55,13 +55,19 @@ class StopSignals:
 
 
 def serve(
-    config: ClusterConfig, *, progress: Callable[[str | None], None], ready: Callable[[str], None]
+    config: ClusterConfig,
+    *,
+    progress: Callable[[str | None], None],
+    ready: Callable[[str], None],
+    has_colour: bool,
 ) -> None:
     """Serve until SIGTERM or SIGINT, drain, and leave nothing behind; raise ServeError otherwise.
 
-    `progress` hears what is being done while things start and stop, then None; `ready` the URL.
+    `progress` hears what is being done while things start and stop, then None; `ready` the URL. `has_colour`:
+    what goes to stderr may carry colour codes.
     """
     set_up_logging(config.log_level)
+    tell_plainly(has_colour=has_colour)
     api_keys = _check(config)
     logger.info("configuration: %s", json.dumps(describe(config, len(api_keys))))
     if not api_keys and not _is_loopback(config.host):

@@ -4,8 +4,10 @@ Checked with a stand-in for `ray`, which opens its folder to everyone as Ray doe
 since starting Ray changes the environment.
 """
 
+import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,15 +18,27 @@ from cluster.run_folder import MAX_SOCKET_PATH_LEN, RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 RAY = """
-import json, os, sys
+import os
 def init(**options):
-    folder = options.get("_temp_dir")
-    if folder is not None:
-        os.makedirs(folder, exist_ok=True)
-        os.chmod(folder, 0o777)
+    folder = options["_temp_dir"]
+    os.makedirs(folder, exist_ok=True)
+    os.chmod(folder, 0o777)
+    is_plain = os.getenv("RAY_COLOR_PREFIX") == "0"
+    print("(Worker)" if is_plain else "\\033[36m(Worker)\\033[0m", "says so")
+    if os.getenv("FAKE_RAY") == "fails":
+        raise RuntimeError("\\033[36mray::Worker\\033[39m died")
 def shutdown():
     pass
 """
+SHOW_VARIABLES = (
+    "NO_COLOR",
+    "FORCE_COLOR",
+    "TTY_COMPATIBLE",
+    "TTY_INTERACTIVE",
+    "COLORTERM",
+    "RAY_COLOR_PREFIX",
+)
+COLOUR = re.compile(r"\x1b\[([0-9]*;)*[349][0-7]m")
 START = """
 import json, os, sys
 from cluster.local_ray import start_local_ray
@@ -53,9 +67,55 @@ def run(tmp_path):
             text=True,
             timeout=60,
         )
-        return json.loads(done.stdout)
+        return json.loads(done.stdout.splitlines()[-1])
 
     return run
+
+
+@pytest.fixture
+def serve(tmp_path):
+    """Run `eyrie serve` with stderr at a pipe or a terminal; return what it said there."""
+    (tmp_path / "ray.py").write_text(RAY)
+
+    def serve(*, is_terminal, **environment):
+        reader, writer = os.openpty() if is_terminal else os.pipe()
+        path = os.pathsep.join([str(tmp_path), str(ROOT)])
+        plain = {name: value for name, value in os.environ.items() if name not in SHOW_VARIABLES}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cluster", "serve", "--port", "0"],
+            env={**plain, "PYTHONPATH": path, "TERM": "xterm", "FAKE_RAY": "fails", **environment},
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=writer,
+        )
+        os.close(writer)
+        said = b""
+        with contextlib.suppress(OSError):  # a terminal ends in EIO
+            while piece := os.read(reader, 65536):
+                said += piece
+        os.close(reader)
+        assert process.wait(60) == 1
+        assert process.stdout.read() == b""
+        process.stdout.close()
+        return said.decode()
+
+    return serve
+
+
+@pytest.mark.parametrize("environment", [{}, {"NO_COLOR": "1"}])
+def test_redirected_logs_and_progress_carry_no_colour_codes(serve, environment):
+    said = serve(is_terminal=False, **environment)
+    assert "starting a local Ray cluster\n" in said
+    assert "(Worker) says so\n" in said
+    assert "eyrie: cannot use Ray: ray::Worker died\n" in said
+    assert "\x1b" not in said
+
+
+def test_a_terminal_shows_colours_unless_no_color_is_set(serve):
+    assert COLOUR.search(serve(is_terminal=True))
+    said = serve(is_terminal=True, NO_COLOR="1")
+    assert "says so" in said and "ray::Worker died" in said
+    assert not COLOUR.search(said)
 
 
 def test_the_folder_with_the_secrets_stays_private_though_ray_opens_its_own(run):
