@@ -1,40 +1,36 @@
-"""Compiles the C++ kernels of this folder with the system's compiler and keeps the library for next time.
+"""Which sources make the workers' compiled kernels; cache_service.native.build compiles them.
 
-Called before a process's first step. Several processes may ask at once: one compiles, the rest wait.
+Called before a process's first step.
 """
 
 import contextlib
-import fcntl
-import hashlib
-import logging
-import platform
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Iterator, Sequence
-from importlib import resources
+from collections.abc import Sequence
 from pathlib import Path
 
-logger = logging.getLogger(__name__)
+from cache_service.native.build import (
+    COMPILERS,
+    FLAGS,
+    NativeBuildError,
+    NativeSources,
+    default_cache_folder,
+)
+from cache_service.native.build import built_library as built_native_library
 
-COMPILERS = ("g++", "c++", "clang++")
-FLAGS = (
-    "-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared",
-)  # fmt: skip
-BUILD_TIMEOUT_S = 300.0
-"""Ten seconds on a free core; start-up of several replicas at once may share few cores."""
+__all__ = [
+    "COMPILERS",
+    "FLAGS",
+    "NativeBuildError",
+    "built_library",
+    "default_cache_folder",
+    "has_matrix_units",
+]
 
-_SOURCES = ("linear.cpp", "attention.cpp", "elementwise.cpp")
-_HEADERS = ("simd.h", "threads.h", "attention_block.h")
-
-
-class NativeBuildError(RuntimeError):
-    """No library of the kernels could be made here; the message says what to install or look at."""
-
-
-def default_cache_folder() -> Path:
-    """Return the user's cache folder for compiled kernels."""
-    return Path.home() / ".cache" / "eyrie" / "native"
+_KERNELS = NativeSources(
+    name="kernels",
+    package="workers.native",
+    sources=("linear.cpp", "attention.cpp", "elementwise.cpp"),
+    headers=("simd.h", "threads.h", "attention_block.h"),
+)
 
 
 def built_library(cache_folder: Path, compilers: Sequence[str] = COMPILERS) -> Path:
@@ -42,24 +38,7 @@ def built_library(cache_folder: Path, compilers: Sequence[str] = COMPILERS) -> P
 
     Raises NativeBuildError without a compiler that works, or without a folder to write to.
     """
-    compiler = next((path for name in compilers if (path := shutil.which(name))), None)
-    if compiler is None:
-        raise NativeBuildError(
-            f"found no C++ compiler; looked for {', '.join(compilers)}; install g++ for the compiled kernels"
-        )
-    folder = resources.files(__package__)
-    texts = {name: folder.joinpath(name).read_bytes() for name in _SOURCES + _HEADERS}
-    library = cache_folder / f"kernels-{_digest(texts, compiler)}.so"
-    if library.exists():
-        return library
-    try:
-        cache_folder.mkdir(parents=True, exist_ok=True)
-        with _locked(cache_folder / "lock"):
-            if not library.exists():
-                _compile(texts, compiler, library)
-    except OSError as error:
-        raise NativeBuildError(f"cannot build in {cache_folder}: {error}; make it writable") from error
-    return library
+    return built_native_library(_KERNELS, cache_folder, compilers)
 
 
 def has_matrix_units() -> bool:
@@ -67,53 +46,3 @@ def has_matrix_units() -> bool:
     with contextlib.suppress(OSError):
         return " amx_bf16" in Path("/proc/cpuinfo").read_text()
     return False
-
-
-def _digest(texts: dict[str, bytes], compiler: str) -> str:
-    """Name a build by all it depends on: sources, flags, compiler and the CPU that `native` stands for."""
-    version = subprocess.run(
-        [compiler, "--version"], capture_output=True, timeout=BUILD_TIMEOUT_S, check=False
-    ).stdout
-    parts = [*texts.values(), " ".join(FLAGS).encode(), version, _cpu_description().encode()]
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:32]
-
-
-def _cpu_description() -> str:
-    """Return architecture, model and instruction sets: a home folder may be shared by several machines."""
-    wanted = ("model name", "flags", "Features", "CPU part")
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-        return "\n".join([platform.machine(), *(line for line in lines if line.startswith(wanted))])
-    return platform.machine() + platform.processor()
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    # A compiler that hangs is killed after BUILD_TIMEOUT_S, which bounds this wait.
-    with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _compile(texts: dict[str, bytes], compiler: str, library: Path) -> None:
-    """Compile to a folder of our own and rename: whoever finds the library finds it whole.
-
-    Linked without OpenMP: its symbols resolve to the runtime torch has loaded (threads.h).
-    """
-    with tempfile.TemporaryDirectory(dir=library.parent) as name:
-        build = Path(name)
-        for file, text in texts.items():
-            (build / file).write_bytes(text)
-        command = [compiler, *FLAGS, *_SOURCES, "-o", library.name]
-        try:
-            run = subprocess.run(
-                command, cwd=build, capture_output=True, text=True, timeout=BUILD_TIMEOUT_S, check=False
-            )
-        except subprocess.TimeoutExpired as error:
-            raise NativeBuildError(f"{compiler} took over {BUILD_TIMEOUT_S} s; see {command}") from error
-        if run.returncode != 0:
-            raise NativeBuildError(
-                f"{compiler} failed with {run.returncode}: {run.stderr.strip()[-2000:]}; it must know C++17"
-            )
-        (build / library.name).replace(library)
-    logger.info("compiled the native kernels", extra={"library": str(library), "compiler": compiler})
