@@ -6,6 +6,7 @@ Everything that starts says so on stderr; stdout carries one line, `ready http:/
 import contextlib
 import inspect
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -79,6 +80,7 @@ def _serve(model: str | None, config: Path | None, **given: str | bool | None) -
                 resolved,
                 progress=progress,
                 ready=lambda url: print(f"ready {url}", file=out, flush=True),
+                announce_stop=lambda: _announce_stop(console.is_terminal),
                 has_colour=console.is_terminal and not console.no_color,
             )
         except ServeError as error:
@@ -118,6 +120,11 @@ def _progress(console: Console) -> Iterator[Callable[[str | None], None]]:
         yield tell
     finally:
         status.stop()
+
+
+def _announce_stop(is_terminal: bool) -> None:
+    """Say so at once. In a signal handler: past Python's buffers, which may be in use right now."""
+    os.write(sys.stderr.fileno(), b"\r\x1b[Kstopping...\n" if is_terminal else b"stopping...\n")
 
 
 def _fail(console: Console, message: str, exit_code: int) -> NoReturn:

@@ -39,9 +39,13 @@ class ServeError(Exception):
 
 
 class StopSignals:
-    """SIGTERM and SIGINT: the first asks for a drain, the second cuts it short."""
+    """SIGTERM and SIGINT: the first asks for a drain, the second cuts it short.
 
-    def __init__(self) -> None:
+    `announce` is called inside the signal handler at the first, whatever the main thread does meanwhile.
+    """
+
+    def __init__(self, announce: Callable[[], None]) -> None:
+        self._announce = announce
         self.first = threading.Event()
         self.second = threading.Event()
 
@@ -51,7 +55,11 @@ class StopSignals:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        (self.second if self.first.is_set() else self.first).set()
+        if self.first.is_set():
+            self.second.set()
+        else:
+            self.first.set()
+            self._announce()
 
 
 def serve(
@@ -59,12 +67,13 @@ def serve(
     *,
     progress: Callable[[str | None], None],
     ready: Callable[[str], None],
+    announce_stop: Callable[[], None],
     has_colour: bool,
 ) -> None:
     """Serve until SIGTERM or SIGINT, drain, and leave nothing behind; raise ServeError otherwise.
 
-    `progress` hears what is being done while things start and stop, then None; `ready` the URL. `has_colour`:
-    what goes to stderr may carry colour codes.
+    `progress` hears what is being done while things start and stop, then None; `ready` the URL.
+    `announce_stop` is called in the signal handler. `has_colour`: stderr may carry colour codes.
     """
     set_up_logging(config.log_level)
     tell_plainly(has_colour=has_colour)
@@ -76,13 +85,16 @@ def serve(
             config.host,
             API_KEYS_VARIABLE,
         )
-    signals = StopSignals()
+    signals = StopSignals(announce_stop)
     signals.install()
     folder = RunFolder()
     try:
         secret_file, keys_file = folder.place_secrets(config, api_keys)
         with _ray(config, folder, progress):
             signals.install()  # Ray has taken SIGTERM
+            if signals.first.is_set():
+                logger.info("start given up")
+                return
             from cluster.launcher import LaunchCancelledError, Launcher, LaunchError
 
             launcher = Launcher(
@@ -102,6 +114,8 @@ def serve(
                 _watch(launcher, signals)
                 progress("draining: running requests finish; a second signal cuts this short")
                 launcher.drain(signals.second.is_set)
+                if signals.second.is_set():
+                    progress("second signal: ending the requests that still run")
             except LaunchError as error:
                 raise ServeError(str(error)) from None
             except LaunchCancelledError:

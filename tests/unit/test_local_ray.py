@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,13 +19,16 @@ from cluster.run_folder import MAX_SOCKET_PATH_LEN, RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 RAY = """
-import os
+import os, time
 def init(**options):
     folder = options["_temp_dir"]
     os.makedirs(folder, exist_ok=True)
     os.chmod(folder, 0o777)
     is_plain = os.getenv("RAY_COLOR_PREFIX") == "0"
     print("(Worker)" if is_plain else "\\033[36m(Worker)\\033[0m", "says so")
+    if os.getenv("FAKE_RAY") == "slow":
+        time.sleep(2)
+        print("initialised")
     if os.getenv("FAKE_RAY") == "fails":
         raise RuntimeError("\\033[36mray::Worker\\033[39m died")
 def shutdown():
@@ -73,33 +77,50 @@ def run(tmp_path):
 
 
 @pytest.fixture
-def serve(tmp_path):
-    """Run `eyrie serve` with stderr at a pipe or a terminal; return what it said there."""
+def start(tmp_path):
+    """Start `eyrie serve` with stderr at a pipe or a terminal; return the process and stderr's other end."""
     (tmp_path / "ray.py").write_text(RAY)
+    readers = []
 
-    def serve(*, is_terminal, **environment):
+    def start(*, is_terminal, **environment):
         reader, writer = os.openpty() if is_terminal else os.pipe()
+        readers.append(reader)
         path = os.pathsep.join([str(tmp_path), str(ROOT)])
         plain = {name: value for name, value in os.environ.items() if name not in SHOW_VARIABLES}
         process = subprocess.Popen(
             [sys.executable, "-m", "cluster", "serve", "--port", "0"],
-            env={**plain, "PYTHONPATH": path, "TERM": "xterm", "FAKE_RAY": "fails", **environment},
+            env={**plain, "PYTHONPATH": path, "TERM": "xterm", **environment},
             cwd=tmp_path,
-            stdout=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
             stderr=writer,
         )
         os.close(writer)
-        said = b""
-        with contextlib.suppress(OSError):  # a terminal ends in EIO
-            while piece := os.read(reader, 65536):
-                said += piece
+        return process, reader
+
+    yield start
+    for reader in readers:
         os.close(reader)
+
+
+@pytest.fixture
+def serve(start):
+    """Run `eyrie serve` over a Ray that fails to start; return what it said on stderr."""
+
+    def serve(*, is_terminal, **environment):
+        process, reader = start(is_terminal=is_terminal, FAKE_RAY="fails", **environment)
+        said = read_until(reader, None)
         assert process.wait(60) == 1
-        assert process.stdout.read() == b""
-        process.stdout.close()
-        return said.decode()
+        return said
 
     return serve
+
+
+def read_until(reader, word):
+    said = b""
+    with contextlib.suppress(OSError):  # a terminal ends in EIO
+        while (word is None or word not in said) and (piece := os.read(reader, 65536)):
+            said += piece
+    return said.decode()
 
 
 @pytest.mark.parametrize("environment", [{}, {"NO_COLOR": "1"}])
@@ -135,3 +156,17 @@ def test_rays_sockets_fit_into_a_sockets_path(tmp_path, monkeypatch, root_len):
     finally:
         folder.remove()
         root.rmdir()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_a_signal_while_ray_starts_is_answered_at_once_and_nothing_more_is_started(
+    start, number, is_terminal
+):
+    process, reader = start(is_terminal=is_terminal, FAKE_RAY="slow")
+    said = read_until(reader, b"says so")
+    process.send_signal(number)
+    said += read_until(reader, None)
+    assert process.wait(60) == 0
+    assert said.index("says so") < said.index("stopping...") < said.index("initialised")
+    assert "starting the HTTP server" not in said
