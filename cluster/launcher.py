@@ -102,7 +102,9 @@ class Launcher:
         config = self._config
         self._progress("starting the HTTP server")
         here = {_this_node(): SOME}  # the API keys' file is on this node
-        api = _make(ApiServer, {"num_cpus": 0, "resources": here}, config, self._secret_file, self._keys_file)
+        files = (self._secret_file, self._keys_file)
+        options = {"num_cpus": 0, "resources": here}
+        api = _make(ApiServer, options, config, *files, self._placement.node_address)
         self._api = Member("API server", api)
         binding: list[ObjectRef[str]] = [api.bind.remote()]
         replica_ids = [ReplicaId(f"replica-{number}") for number in range(config.num_replicas)]

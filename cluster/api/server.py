@@ -69,9 +69,14 @@ class _Running:
 
 
 class ApiServer:
-    """One API process. `bind` may come early, so that a port in use is known before a model loads."""
+    """One API process. `bind` may come early, so that a port in use is known before a model loads.
 
-    def __init__(self, config: ClusterConfig, secret_file: Path, keys_file: Path) -> None:
+    `node_address` names its node in metrics, as the workers name theirs; None: the address as Ray knows it.
+    """
+
+    def __init__(
+        self, config: ClusterConfig, secret_file: Path, keys_file: Path, node_address: str | None = None
+    ) -> None:
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         set_up_logging(config.log_level)
         for handler in logging.getLogger().handlers:
@@ -79,7 +84,7 @@ class ApiServer:
         self._config = config
         self._secret_file = secret_file
         self._keys_file = keys_file
-        self._node: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        self._node: str = node_address or ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         self._socket: socket.socket | None = None
         self._running: _Running | None = None
 
