@@ -1,12 +1,14 @@
 """What a user is told when a call fails: OpenAI error bodies; the field, what was found, what is allowed."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import msgspec
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 from starlette.responses import Response
+
+from cluster.api.allowed import allowed, nearest
 
 ErrorType = Literal[
     "invalid_request_error",
@@ -125,12 +127,14 @@ def prompt_timeout(timeout_s: float) -> ApiError:
     )
 
 
-def unknown_field(location: Sequence[int | str]) -> ApiError:
-    """Return the 400 about a field that is not in the schema."""
+def unknown_field(location: Sequence[int | str], known: Iterable[str]) -> ApiError:
+    """Return the 400 about a field that is not in the schema, which has the `known` ones in its place."""
     param = field_path(location)
+    meant = nearest(str(location[-1]), known)
+    advice = f"did you mean `{meant}`?" if meant else "remove it."
     return ApiError(
         400,
-        f"'{param}': this field is not known to the server; remove it.",
+        f"'{param}': this field is not known to the server; {advice}",
         param=param,
         code="unknown_parameter",
     )
@@ -146,17 +150,21 @@ def draining() -> ApiError:
     )
 
 
-def from_validation(error: ValidationError) -> ApiError:
-    """Return the 400 for a request body that does not fit its schema, about its first fault."""
+def from_validation(error: ValidationError, schema: type[BaseModel]) -> ApiError:
+    """Return the 400 for a request body that does not fit its schema, about its first fault.
+
+    Unknown fields have been refused before.
+    """
     fault: ErrorDetails = error.errors(include_url=False)[0]
-    if fault["type"] == "extra_forbidden":
-        return unknown_field(fault["loc"])
     param = field_path(fault["loc"])
+    expected = allowed(schema, fault["loc"])
     if fault["type"] == "missing":
+        what = f" ({expected})" if expected else ""
         return ApiError(
-            400, f"'{param}': this field is required.", param=param, code="missing_required_parameter"
+            400, f"'{param}': this field is required{what}.", param=param, code="missing_required_parameter"
         )
-    problem = fault["msg"].removeprefix("Value error, ").removeprefix("Input ").replace("None", "null")
+    # A validator of ours says itself what is wrong; pydantic's own wording is not for users.
+    problem = str(fault["ctx"]["error"]) if fault["type"] == "value_error" else f"must be {expected}"
     return bad_request(f"'{param}': {problem} (found {shown(fault['input'])}).", param)
 
 
@@ -182,7 +190,9 @@ def shown(value: object) -> str:
         text = repr(value) if not isinstance(value, int) or value.bit_length() < 256 else "a huge integer"
         return text[:_MAX_SHOWN_CHARS]
     if isinstance(value, str):
+        if not value:
+            return "an empty string"
         return f"'{value}'" if len(value) <= _MAX_SHOWN_CHARS else f"a string of {len(value)} characters"
     if isinstance(value, list | tuple):
-        return f"a list of {len(value)}"
+        return f"a list of {len(value)}" if value else "an empty list"
     return "an object" if isinstance(value, dict) else type(value).__name__

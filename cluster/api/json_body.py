@@ -86,7 +86,7 @@ def _refuse_unknown(raw: bytes, schema: type[SamplingFields]) -> None:
         msgspec.json.decode(raw, type=_outline(schema))
     except msgspec.ValidationError as error:
         if (unknown := _UNKNOWN_FIELD.match(str(error))) is not None:
-            raise unknown_field((unknown[1],)) from None
+            raise unknown_field((unknown[1],), schema.model_fields) from None
 
 
 def _parser(schema: type[Body]) -> Callable[[bytes], Body]:

@@ -39,53 +39,53 @@ Prompt = str | tuple[int, ...]
 def _stops(value: object) -> tuple[str, ...]:
     items = [value] if isinstance(value, str) else value
     if not isinstance(items, list):
-        raise ValueError("should be a string or a list of strings")
+        raise ValueError("must be a string or a list of strings")
     if len(items) > MAX_STOP_STRINGS:
-        raise ValueError(f"should hold at most {MAX_STOP_STRINGS} strings")
+        raise ValueError(f"must hold at most {MAX_STOP_STRINGS} strings")
     if not all(isinstance(item, str) for item in items):
-        raise ValueError("should be a string or a list of strings")
+        raise ValueError("must be a string or a list of strings")
     if not all(0 < len(item) <= MAX_STOP_CHARS for item in items):
-        raise ValueError(f"should hold strings of 1 to {MAX_STOP_CHARS} characters")
+        raise ValueError(f"must hold strings of 1 to {MAX_STOP_CHARS} characters")
     return tuple(items)
 
 
 def _logit_bias(value: object) -> tuple[tuple[int, float], ...]:
     if not isinstance(value, Mapping):
-        raise ValueError("should be an object from token ids (as strings) to numbers")
+        raise ValueError("must be an object from token ids (as strings) to numbers")
     if len(value) > MAX_LOGIT_BIAS:
-        raise ValueError(f"should hold at most {MAX_LOGIT_BIAS} entries")
+        raise ValueError(f"must hold at most {MAX_LOGIT_BIAS} entries")
     biases = []
     for key, bias in value.items():
         if _TOKEN_ID.fullmatch(key) is None:
-            raise ValueError("should have token ids, in decimal digits, as keys")
+            raise ValueError("must have token ids, in decimal digits, as keys")
         if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
-            raise ValueError("should have numbers from -100 to 100 as values")
+            raise ValueError("must have numbers from -100 to 100 as values")
         biases.append((int(key), float(bias)))
     return tuple(biases)
 
 
 def _stop_token_ids(value: object) -> tuple[int, ...]:
     if isinstance(value, list) and len(value) > MAX_STOP_TOKEN_IDS:
-        raise ValueError(f"should hold at most {MAX_STOP_TOKEN_IDS} ids")
+        raise ValueError(f"must hold at most {MAX_STOP_TOKEN_IDS} ids")
     if not isinstance(value, list) or not _are_token_ids(value):
-        raise ValueError("should be a list of token ids (integers of 0 or more)")
+        raise ValueError("must be a list of token ids (integers of 0 or more)")
     return tuple(value)
 
 
 def _prompts(value: object) -> tuple[Prompt, ...]:
-    shapes = "should be a string, a list of strings, a list of token ids or a list of such lists"
+    shapes = "must be a string, a list of strings, a list of token ids or a list of such lists"
     if isinstance(value, str):
         return (value,)
     if not isinstance(value, list):
         raise ValueError(shapes)
     if not value:
-        raise ValueError("should not be an empty list")
+        raise ValueError("must hold at least one prompt")
     if isinstance(value[0], int):
         if not _are_token_ids(value):
             raise ValueError(f"{shapes}; token ids are integers of 0 or more")
         return (tuple(value),)
     if len(value) > MAX_CHOICES:
-        raise ValueError(f"should hold at most {MAX_CHOICES} prompts")
+        raise ValueError(f"must hold at most {MAX_CHOICES} prompts")
     if all(isinstance(item, str) for item in value):
         return tuple(value)
     if not all(isinstance(item, list) and _are_token_ids(item) for item in value):
@@ -101,20 +101,20 @@ def _content(value: object) -> str:
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or not value:
-        raise ValueError("should be a string or a list of parts of type 'text'")
+        raise ValueError("must be a string or a list of parts of type 'text'")
     texts = []
     for part in value:
         if not isinstance(part, dict) or part.get("type") != "text":
-            raise ValueError("should have parts of type 'text' only; this model reads no other")
+            raise ValueError("must have parts of type 'text' only; this model reads no other")
         if not isinstance(part.get("text"), str) or len(part) != 2:
-            raise ValueError("should have parts with the fields 'type' and 'text' (a string) only")
+            raise ValueError("must have parts with the fields 'type' and 'text' (a string) only")
         texts.append(part["text"])
     return "".join(texts)
 
 
 def _priority(value: object) -> int:
     if type(value) is not int or not 0 <= value <= LAST_PRIORITY:
-        raise ValueError(f"should be an integer from 0 (first) to {LAST_PRIORITY}")
+        raise ValueError(f"must be an integer from 0 (first) to {LAST_PRIORITY}")
     return value
 
 
@@ -134,7 +134,7 @@ class _Strict(BaseModel):
         if isinstance(decoded, dict):
             for key in decoded:
                 if key not in cls.model_fields:
-                    raise unknown_field((*location, key))
+                    raise unknown_field((*location, key), cls.model_fields)
 
 
 class StreamOptions(_Strict):
@@ -191,7 +191,7 @@ class SamplingFields(_Strict):
         try:
             body = cls.model_validate(decoded)
         except ValidationError as error:
-            raise from_validation(error) from None
+            raise from_validation(error, cls) from None
         body.check_fields_agree()
         return body
 

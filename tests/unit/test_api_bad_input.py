@@ -9,7 +9,7 @@ from starlette.requests import Request
 from cluster.api.app import create_app
 from cluster.api.errors import ApiError
 from cluster.api.json_body import MAX_BODY_BYTES, read_body
-from cluster.api.schemas import ChatCompletionRequest, CompletionRequest
+from cluster.api.schemas import ChatCompletionRequest, CompletionRequest, Message
 from cluster.api.text_threads import NUM_PROMPT_THREADS, TextThreads
 from tests.unit.api_fakes import FakeRouter, make_service, says
 
@@ -41,9 +41,10 @@ def assert_error(response, status, param, code=None):
 
 
 CHAT_FAULTS = [
-    ({"messages": []}, "messages", "1 item"),
-    ({"messages": None}, "messages", "null"),
-    ({"messages": "hi"}, "messages", "list"),
+    ({"messages": []}, "messages", "a list of 1 to 4096 objects (found an empty list)"),
+    ({"messages": None}, "messages", "a list of 1 to 4096 objects (found null)"),
+    ({"messages": "hi"}, "messages", "a list of 1 to 4096 objects (found 'hi')"),
+    ({"messages": ["hi"]}, "messages[0]", "an object with fields out of role, content"),
     ({"messages": [{"role": "user"}]}, "messages[0].content", "required"),
     ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "string"),
     ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role", "'system'"),
@@ -53,17 +54,27 @@ CHAT_FAULTS = [
     ({"messages": [{"role": "user", "content": "explode"}]}, "messages", "no explosions"),
     ({"messages": [{"role": "user", "content": "word " * 200}]}, "messages", "127"),
     ({"messages": [{"role": "user", "content": "x" * 1_000_000}]}, "messages", "at least"),
-    ({"model": 7}, "model", "string"),
-    ({"unheard_of": 1}, "unheard_of", "not known"),
-    ({"temperature": -0.1}, "temperature", "greater than or equal to 0"),
-    ({"temperature": 2.1}, "temperature", "less than or equal to 2"),
+    ({"model": 7}, "model", "must be a string (found 7)"),
+    ({"unheard_of": 1}, "unheard_of", "not known to the server; remove it"),
+    ({"max_token": 1}, "max_token", "did you mean `max_tokens`?"),
+    ({"stop_sequences": ["x"]}, "stop_sequences", "did you mean `stop`?"),
+    ({"stop_token_id": [1]}, "stop_token_id", "did you mean `stop_token_ids`?"),
+    ({"Temperature": 1}, "Temperature", "did you mean `temperature`?"),
+    ({"messages": [{"rol": "user"}]}, "messages[0].rol", "did you mean `role`?"),
+    (
+        {"stream": True, "stream_options": {"include_useage": True}},
+        "stream_options.include_useage",
+        "include_usage",
+    ),
+    ({"temperature": -0.1}, "temperature", "a number from 0 to 2 (found -0.1)"),
+    ({"temperature": 2.1}, "temperature", "a number from 0 to 2 (found 2.1)"),
     ({"temperature": "hot"}, "temperature", "number"),
     ({"temperature": True}, "temperature", "number"),
-    ({"top_p": 0}, "top_p", "greater than 0"),
-    ({"n": 0}, "n", "greater than or equal to 1"),
+    ({"top_p": 0}, "top_p", "a number above 0, at most 1 (found 0)"),
+    ({"n": 0}, "n", "an integer from 1 to 128 (found 0)"),
     ({"n": 129}, "n", "128"),
     ({"n": 1.0}, "n", "integer"),
-    ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+    ({"max_tokens": 0}, "max_tokens", "an integer from 1 to 2147483647 (found 0)"),
     ({"max_tokens": 500}, "max_tokens", "at most"),
     ({"max_completion_tokens": 500}, "max_completion_tokens", "at most"),
     ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens", "differ"),
@@ -71,7 +82,7 @@ CHAT_FAULTS = [
     ({"stop": ["a"] * 1000}, "stop", "at most 4"),
     ({"stop": ""}, "stop", "1 to 1024"),
     ({"stop": [1]}, "stop", "list of strings"),
-    ({"logprobs": 5}, "logprobs", "boolean"),
+    ({"logprobs": 5}, "logprobs", "true or false (found 5)"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "20"),
     ({"top_logprobs": 2}, "top_logprobs", "'logprobs': true"),
     ({"logit_bias": {"x": 1}}, "logit_bias", "digits"),
@@ -79,16 +90,16 @@ CHAT_FAULTS = [
     ({"logit_bias": {"400": 1}}, "logit_bias", "0 to 399"),
     ({"stop_token_ids": [400]}, "stop_token_ids", "0 to 399"),
     ({"stop_token_ids": [-1]}, "stop_token_ids", "0 or more"),
-    ({"seed": 2**64}, "seed", "less than"),
+    ({"seed": 2**64}, "seed", "an integer from -9223372036854775808 to 9223372036854775807"),
     ({"stream_options": {"include_usage": True}}, "stream_options", "'stream': true"),
     ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x", "not known"),
-    ({"stream": "yes"}, "stream", "boolean"),
+    ({"stream": "yes"}, "stream", "true or false (found 'yes')"),
     ({"priority": 101}, "priority", "0 (first) to 100"),
     ({"priority": -1}, "priority", "0 (first) to 100 (found -1)"),
     ({"priority": 1.0}, "priority", "integer"),
     ({"priority": True}, "priority", "integer"),
-    ({"repetition_penalty": 1e-46}, "repetition_penalty", "greater than or equal to 0.01"),
-    ({"repetition_penalty": 101}, "repetition_penalty", "less than or equal to 100"),
+    ({"repetition_penalty": 1e-46}, "repetition_penalty", "a number from 0.01 to 100"),
+    ({"repetition_penalty": 101}, "repetition_penalty", "100 (found 101)"),
     ({"messages": [{"content": "x"}] * 3}, "messages[0].role", "required"),
     ({"messages": [{"role": "user", "content": "x"}] * 4097}, "messages", "4096"),
     ({"u" * 10_000: 1}, "u" * 64 + "...", "not known"),
@@ -126,9 +137,9 @@ COMPLETION_FAULTS = [
     ({"logprobs": 6}, "logprobs", "5"),
     ({"logprobs": True}, "logprobs", "integer"),
     ({"echo": True, "logprobs": 1}, "logprobs", "echo"),
-    ({"suffix": "x"}, "suffix", "null"),
-    ({"best_of": 2}, "best_of", "1"),
-    ({"max_completion_tokens": 2}, "max_completion_tokens", "not known"),
+    ({"suffix": "x"}, "suffix", "must be null (found 'x')"),
+    ({"best_of": 2}, "best_of", "must be 1 (found 2)"),
+    ({"max_completion_tokens": 2}, "max_completion_tokens", "did you mean `max_tokens`?"),
 ]
 
 
@@ -136,6 +147,31 @@ COMPLETION_FAULTS = [
 async def test_a_fault_in_a_completion_is_a_400_that_names_the_field(fields, param, says_what):
     response = await post("/v1/completions", json.dumps({**TEXT, **fields}))
     assert says_what in assert_error(response, 400, param)
+
+
+WRONG = [{}, [], "", "wrong", -1, 0.5, 10**30, 1e300, True, [[None]], {"x": None}]
+PYDANTICS_WORDS = ("Input", "input", "valid ", "should", "dictionary", "instance", "None", "Extra", "boolean")
+
+
+@pytest.mark.parametrize("schema", [ChatCompletionRequest, CompletionRequest])
+def test_no_fault_is_told_in_the_validators_own_words(schema):
+    good = CHAT if schema is ChatCompletionRequest else TEXT
+    bodies = [{**good, field: wrong} for field in schema.model_fields for wrong in WRONG]
+    bodies += [{**good, "stream": True, "stream_options": {"include_usage": wrong}} for wrong in WRONG]
+    if schema is ChatCompletionRequest:
+        message = CHAT["messages"][0]
+        fields = Message.model_fields
+        bodies += [{**good, "messages": [{**message, field: wrong}]} for field in fields for wrong in WRONG]
+        bodies += [{**good, "messages": [wrong]} for wrong in WRONG]
+    num_faults = 0
+    for body in bodies:
+        try:
+            schema.from_json(dict(body))
+        except ApiError as error:
+            num_faults += 1
+            assert error.param and error.message.startswith(f"'{error.param}': ")
+            assert not [word for word in PYDANTICS_WORDS if word in error.message], error.message
+    assert num_faults > 100
 
 
 HARMLESS = {
@@ -215,7 +251,8 @@ async def test_a_body_is_read_no_further_than_its_first_unknown_key():
 
 async def test_missing_fields_are_named():
     response = await post("/v1/completions", b"{}")
-    assert_error(response, 400, "model", "missing_required_parameter")
+    message = assert_error(response, 400, "model", "missing_required_parameter")
+    assert message == "'model': this field is required (a string)."
 
 
 async def test_an_unknown_model_is_a_404():
