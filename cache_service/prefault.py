@@ -1,0 +1,61 @@
+"""Prefault: gives an arena's file its memory in the background, so that no first touch stalls a copy."""
+
+import logging
+import os
+import threading
+
+from cache_service.arena import Arena
+
+logger = logging.getLogger(__name__)
+
+_STEP_BYTES = 64 << 20
+"""At the slowest first touch measured, 0.4 GB/s, a step takes 0.16 s: so long a stop may have to wait."""
+_STOP_TIMEOUT_S = 60.0
+
+
+class Prefault:
+    """A thread that allocates the file step by step; slots become usable as their memory does."""
+
+    def __init__(self, descriptor: int, arena: Arena) -> None:
+        self._descriptor = descriptor
+        self._arena = arena
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="arena-prefault", daemon=True)
+        self.error: OSError | None = None
+        """Why the rest of the arena stays unusable, if it does."""
+
+    def start(self) -> None:
+        """Begin with the first slot that is not usable."""
+        self._thread.start()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait until all is done or failed; tell whether it is."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def stop(self) -> None:
+        """End within a step. Idempotent."""
+        self._stopping.set()
+        if self._thread.is_alive():
+            self._thread.join(_STOP_TIMEOUT_S)
+
+    def _run(self) -> None:
+        spec = self._arena.spec
+        usable = self._arena.num_usable_slots
+        slots_per_step = max(1, _STEP_BYTES // spec.slot_bytes)
+        while usable < spec.num_slots and not self._stopping.is_set():
+            count = min(slots_per_step, spec.num_slots - usable)
+            start = self._arena.bundle_offset(usable, 0)
+            try:
+                # Not madvise: this says ENOSPC where a touch would end in SIGBUS, and lets other threads run.
+                os.posix_fallocate(self._descriptor, start, count * spec.slot_bytes)
+            except OSError as error:
+                self.error = error
+                logger.error(
+                    "the arena's memory could not be had; the slots it has so far are used",
+                    extra={"path": str(self._arena.path), "usable": usable, "of": spec.num_slots},
+                    exc_info=True,
+                )
+                return
+            usable += count
+            self._arena.num_usable_slots = usable
