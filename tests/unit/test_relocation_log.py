@@ -1,0 +1,51 @@
+import msgspec
+import pytest
+
+from cache_service.keys import PageKey
+from cache_service.relocation import Changes, RelocationLog, Snapshot, Version
+from cache_service.relocation_records import Removed, Stored
+
+KEY = PageKey(b"k" * 16)
+
+
+def stored(slot: int) -> Stored:
+    return Stored(KEY, None, slot, 2)
+
+
+def test_each_change_raises_the_counter_by_one():
+    log = RelocationLog(incarnation=5)
+    assert log.version == Version(5, 0)
+    log.append(stored(1))
+    log.append(Removed(KEY, 1, 2))
+    assert log.version == Version(5, 2)
+    assert log.changes_since(Version(5, 1)) == Changes(5, 1, [Removed(KEY, 1, 2)])
+    assert log.changes_since(Version(5, 2)) == Changes(5, 2, [])
+
+
+@pytest.mark.parametrize("version", [None, Version(4, 1), Version(5, 3)])
+def test_a_version_that_never_was_needs_a_snapshot(version):
+    log = RelocationLog(incarnation=5)
+    log.append(stored(1))
+    assert log.changes_since(version) is None
+    assert log.resync(version, [stored(1)]) == Snapshot(Version(5, 1), [stored(1)])
+
+
+def test_log_is_bounded_and_goes_back_as_far_as_it_says():
+    log = RelocationLog(incarnation=5, max_changes=10)
+    for number in range(1_000):
+        log.append(stored(number))
+        for back in range(min(number + 1, 10) + 1):
+            changes = log.changes_since(Version(5, number + 1 - back))
+            assert changes is not None
+            assert [change.slot for change in changes.changes] == list(range(number + 1 - back, number + 1))
+            assert changes.counter == number + 1
+    assert log.changes_since(Version(5, 1_000 - 21)) is None
+
+
+def test_changes_and_snapshots_cross_the_wire():
+    for record in (
+        Changes(2**64 - 1, 7, [stored(1), Removed(KEY, 1, 2**40), Stored(KEY, KEY, 2, 4)]),
+        Snapshot(Version(1, 2), [stored(3)]),
+    ):
+        encoded = msgspec.msgpack.encode(record)
+        assert msgspec.msgpack.decode(encoded, type=Changes | Snapshot) == record
