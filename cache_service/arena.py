@@ -7,7 +7,7 @@ the PageStore allocates, LeaseRows lease, ArenaFiles own the file.
 import contextlib
 import mmap
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy
@@ -209,10 +209,9 @@ class Arena:
         start = self.spec.rows_offset + row * self.spec.row_bytes + arena_format.ROW_HEADER_BYTES
         return self._bytes[start : start + self.spec.num_slots]
 
-    def is_leased(self, slots: Sequence[int]) -> list[bool]:
-        """Tell of each slot whether any reader holds it, as memory says now."""
-        leased: NDArray[numpy.bool_] = numpy.any(self.leases[:, slots], axis=0)
-        return list(leased.tolist())
+    def is_leased(self, slot: int) -> bool:
+        """Tell whether any reader holds a slot, as memory says now."""
+        return bool(self.leases[:, slot].any())
 
     def _place(self, slot: int) -> int:
         return arena_format.HEADER_BYTES + slot * arena_format.SLOT_HEADER_BYTES

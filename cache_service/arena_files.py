@@ -191,10 +191,15 @@ def _locked(path: Path) -> int | None:
 
 
 def _difference(descriptor: int, spec: ArenaSpec) -> str | None:
-    difference = ArenaIdentity.unpack(os.pread(descriptor, arena_format.HEADER_BYTES, 0)).difference(spec)
-    if difference is None and os.fstat(descriptor).st_size != spec.file_bytes:
+    header = os.pread(descriptor, arena_format.HEADER_BYTES, 0)
+    difference = ArenaIdentity.unpack(header).difference(spec)
+    if difference is not None:
+        return difference
+    if os.fstat(descriptor).st_size != spec.file_bytes:
         return "its file is cut short"
-    return difference
+    if _header_word(header, arena_format.USABLE_WORD) > spec.num_slots:
+        return "its header is damaged"
+    return None
 
 
 def _header_word(header: bytes, index: int) -> int:
