@@ -20,7 +20,9 @@ from cache_service.keys import KEY_BYTES, PageKey
 from cache_service.native.fence import load_full_fence
 
 _SLOT_WORDS = arena_format.SLOT_HEADER_BYTES // 8
-_SLOT_HALVES = arena_format.SLOT_HEADER_BYTES // 4
+_FIRST_SLOT_WORD = arena_format.HEADER_BYTES // 8
+_FIRST_CHECKSUM_WORD = (arena_format.HEADER_BYTES + arena_format.CHECKSUM_OFFSET) // 8
+_NO_CHECKSUMS = bytes(8 * arena_format.MAX_RANKS)
 
 
 class ArenaMismatchError(Exception):
@@ -28,7 +30,7 @@ class ArenaMismatchError(Exception):
 
 
 class Arena:
-    """A mapped arena file. Words and halves are aligned and written whole; each has one writer."""
+    """A mapped arena file. Its words are aligned and written whole; each has one writer."""
 
     def __init__(
         self, descriptor: int, path: Path, spec: ArenaSpec, safety: ArenaSafety | None = None
@@ -39,10 +41,7 @@ class Arena:
         self.fence: Callable[[], object] = load_full_fence() if self.safety.fence else _no_fence
         self._memory = mmap.mmap(descriptor, spec.file_bytes)
         self._bytes = memoryview(self._memory)
-        # Headers and rows only: a view of the data would end in the middle of a word for some sizes.
-        control = self._bytes[: spec.data_offset]
-        self._words = control.cast("Q")
-        self._halves = control.cast("I")
+        self._words = self._bytes[: spec.data_offset].cast("Q")
         self.headers: NDArray[numpy.void] = numpy.frombuffer(
             self._memory, arena_format.SLOT_HEADER, spec.num_slots, arena_format.HEADER_BYTES
         )
@@ -78,7 +77,7 @@ class Arena:
         self.headers = self.headers[:0].copy()
         self.leases = self.leases[:0].copy()
         with contextlib.suppress(BufferError):
-            for view in (self._words, self._halves, self._bytes):
+            for view in (self._words, self._bytes):
                 view.release()
             self._memory.close()
 
@@ -110,72 +109,71 @@ class Arena:
 
     def state(self, slot: int) -> SlotState:
         """Return where a slot stands."""
-        return SlotState(self._halves[self._half(slot) + arena_format.STATE_HALF])
-
-    def set_state(self, slot: int, state: SlotState) -> None:
-        """Move a slot on."""
-        self._halves[self._half(slot) + arena_format.STATE_HALF] = state
+        return SlotState(self._words[_FIRST_SLOT_WORD + slot * _SLOT_WORDS] & arena_format.STATE_MASK)
 
     def epoch(self, slot: int) -> int:
         """Return a slot's epoch: odd while it is written, even otherwise."""
-        return self._words[self._word(slot)]
+        return self._words[_FIRST_SLOT_WORD + slot * _SLOT_WORDS] >> arena_format.STATE_BITS
 
-    def raise_epoch(self, slot: int) -> int:
-        """Begin or end a grant; return the new epoch."""
-        place = self._word(slot)
-        self._words[place] += 1
-        return self._words[place]
+    def set_stamp(self, slot: int, epoch: int, state: SlotState) -> None:
+        """Move a slot on."""
+        self._words[_FIRST_SLOT_WORD + slot * _SLOT_WORDS] = epoch << arena_format.STATE_BITS | state
+
+    def is_readable(self, slot: int, epoch: int, key: PageKey) -> bool:
+        """Tell whether a slot is READY under an epoch and holds the page `key`."""
+        place = arena_format.HEADER_BYTES + slot * arena_format.SLOT_HEADER_BYTES
+        found = arena_format.STAMP_AND_KEY.unpack_from(self._memory, place)
+        return found == (epoch << arena_format.STATE_BITS | SlotState.READY, key)
 
     def key(self, slot: int) -> PageKey:
         """Return the key of the page in a slot."""
-        start = self._place(slot) + arena_format.KEY_OFFSET
-        return PageKey(bytes(self._bytes[start : start + KEY_BYTES]))
+        return PageKey(self._octets(slot, arena_format.KEY_OFFSET))
 
     def parent(self, slot: int) -> PageKey | None:
         """Return the key of the page that a slot's page continues; None for a first page."""
-        start = self._place(slot) + arena_format.PARENT_OFFSET
-        parent = bytes(self._bytes[start : start + KEY_BYTES])
+        parent = self._octets(slot, arena_format.PARENT_OFFSET)
         return None if parent == arena_format.NO_PARENT else PageKey(parent)
 
     def length(self, slot: int) -> int:
         """Return how many tokens a slot's page covers."""
-        return self._halves[self._half(slot) + arena_format.LENGTH_HALF]
+        return int(self.headers["length"][slot])
 
     def tenant(self, slot: int) -> int:
         """Return the number of the tenant that a slot's page is charged to."""
-        return self._halves[self._half(slot) + arena_format.TENANT_HALF]
+        return int(self.headers["tenant"][slot])
 
     def group(self, slot: int) -> int:
         """Return the group that a slot is granted to."""
-        return self._halves[self._half(slot) + arena_format.GROUP_HALF]
+        return int(self.headers["group"][slot])
 
     def describe_grant(self, slot: int, group: int) -> None:
         """Write whose grant a slot is; nothing of its former page's checksums is left."""
-        half = self._half(slot)
-        self._halves[half + arena_format.GROUP_HALF] = group
-        self._halves[half + arena_format.SLOT_MAGIC_HALF] = arena_format.SLOT_MAGIC
-        self._halves[half + arena_format.SLOT_LAYOUT_HALF] = self.spec.layout_word
-        for rank in range(self.spec.num_ranks):
-            self.set_checksum(slot, rank, 0)
+        place = arena_format.HEADER_BYTES + slot * arena_format.SLOT_HEADER_BYTES
+        checksums = place + arena_format.CHECKSUM_OFFSET
+        self._bytes[checksums : checksums + len(_NO_CHECKSUMS)] = _NO_CHECKSUMS
+        grant = (group, arena_format.SLOT_MAGIC, self.spec.layout_word)
+        arena_format.GRANT.pack_into(self._memory, place + arena_format.GRANT_OFFSET, *grant)
 
     def describe_page(
         self, slot: int, key: PageKey, parent: PageKey | None, length: int, tenant: int
     ) -> None:
         """Write what a slot holds, before it becomes READY."""
-        place, half = self._place(slot), self._half(slot)
-        key_at, parent_at = place + arena_format.KEY_OFFSET, place + arena_format.PARENT_OFFSET
-        self._bytes[key_at : key_at + KEY_BYTES] = key
-        self._bytes[parent_at : parent_at + KEY_BYTES] = parent or arena_format.NO_PARENT
-        self._halves[half + arena_format.LENGTH_HALF] = length
-        self._halves[half + arena_format.TENANT_HALF] = tenant
+        place = arena_format.HEADER_BYTES + slot * arena_format.SLOT_HEADER_BYTES + arena_format.PAGE_OFFSET
+        arena_format.PAGE.pack_into(
+            self._memory, place, length, tenant, key, parent or arena_format.NO_PARENT
+        )
 
     def checksum(self, slot: int, rank: int) -> int:
         """Return `bundle_checksum` of a rank's bundle as its writer left it, 0 before that."""
-        return self._words[self._word(slot) + arena_format.CHECKSUM_WORD + rank]
+        return self._words[_FIRST_CHECKSUM_WORD + slot * _SLOT_WORDS + rank]
 
     def set_checksum(self, slot: int, rank: int, checksum: int) -> None:
         """Say that a rank's bundle is complete. Only that rank, while its group holds the grant."""
-        self._words[self._word(slot) + arena_format.CHECKSUM_WORD + rank] = checksum
+        self._words[_FIRST_CHECKSUM_WORD + slot * _SLOT_WORDS + rank] = checksum
+
+    def is_complete(self, slot: int) -> bool:
+        """Tell whether every rank has written its checksum."""
+        return all(self.checksum(slot, rank) for rank in range(self.spec.num_ranks))
 
     # Bytes: written by the holders of the slot's grant, read under a lease.
 
@@ -213,14 +211,9 @@ class Arena:
         """Tell whether any reader holds a slot, as memory says now."""
         return bool(self.leases[:, slot].any())
 
-    def _place(self, slot: int) -> int:
-        return arena_format.HEADER_BYTES + slot * arena_format.SLOT_HEADER_BYTES
-
-    def _word(self, slot: int) -> int:
-        return arena_format.HEADER_BYTES // 8 + slot * _SLOT_WORDS
-
-    def _half(self, slot: int) -> int:
-        return arena_format.HEADER_BYTES // 4 + slot * _SLOT_HALVES
+    def _octets(self, slot: int, offset: int) -> bytes:
+        start = arena_format.HEADER_BYTES + slot * arena_format.SLOT_HEADER_BYTES + offset
+        return bytes(self._bytes[start : start + KEY_BYTES])
 
 
 def _no_fence() -> None:

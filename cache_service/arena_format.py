@@ -36,24 +36,29 @@ assert _IDENTITY.size == 120
 # Words of 8 bytes in the arena header that follow the identity, each with one writer: the owner.
 OWNER_PID_WORD, OWNER_START_WORD, INCARNATION_WORD, USABLE_WORD, KEPT_WORD = 16, 17, 18, 19, 20
 
-# Words of 8 bytes and of 4 in a slot header.
-EPOCH_WORD = 0
-STATE_HALF, LENGTH_HALF = 2, 3
-KEY_OFFSET, PARENT_OFFSET = 16, 32
-CHECKSUM_WORD = 6
-TENANT_HALF, GROUP_HALF, SLOT_MAGIC_HALF, SLOT_LAYOUT_HALF = 28, 29, 30, 31
+# A slot header begins with its stamp, epoch << STATE_BITS | state: one word, so that a reader sees both at
+# one moment. The key follows within the same cache line.
+STATE_BITS = 2
+STATE_MASK = (1 << STATE_BITS) - 1
+KEY_OFFSET, PARENT_OFFSET, CHECKSUM_OFFSET = 16, 32, 48
+STAMP_AND_KEY = struct.Struct("@Q8x16s")
+GRANT = struct.Struct("@III")
+"""At GRANT_OFFSET: group, slot magic, layout."""
+GRANT_OFFSET = 112
+PAGE = struct.Struct("@II16s16s")
+"""At PAGE_OFFSET: length, tenant, key, parent."""
+PAGE_OFFSET = 8
 
 _FIELDS = (
-    ("epoch", "<u8", 0),
-    ("state", "<u4", 8),
-    ("length", "<u4", 12),
+    ("stamp", "<u8", 0),
+    ("length", "<u4", 8),
+    ("tenant", "<u4", 12),
     ("key", "V16", KEY_OFFSET),
     ("parent", "V16", PARENT_OFFSET),
-    ("checksums", ("<u8", MAX_RANKS), 48),
-    ("tenant", "<u4", 112),
-    ("group", "<u4", 116),
-    ("magic", "<u4", 120),
-    ("layout", "<u4", 124),
+    ("checksums", ("<u8", MAX_RANKS), CHECKSUM_OFFSET),
+    ("group", "<u4", GRANT_OFFSET),
+    ("magic", "<u4", GRANT_OFFSET + 4),
+    ("layout", "<u4", GRANT_OFFSET + 8),
 )
 SLOT_HEADER = numpy.dtype(
     {

@@ -26,11 +26,11 @@ def found_pages(arena: Arena) -> Iterator[FoundPage]:
     """Yield the pages whose headers are whole and whose parents were yielded before; each key once."""
     by_parent: dict[bytes, list[FoundPage]] = {}
     headers = arena.headers[: arena.num_usable_slots]
-    is_page = (headers["state"] == SlotState.READY) & (headers["epoch"] % 2 == 0) & _is_ours(arena)
+    is_page = (_states(headers) == SlotState.READY) & (_epochs(headers) % 2 == 0) & _is_ours(arena)
     slots = numpy.flatnonzero(is_page)
     found = headers[slots]
     keys, parents = found["key"].tobytes(), found["parent"].tobytes()
-    numbers = zip(slots.tolist(), found["epoch"].tolist(), found["tenant"].tolist(), strict=True)
+    numbers = zip(slots.tolist(), _epochs(found).tolist(), found["tenant"].tolist(), strict=True)
     for index, (slot, epoch, tenant) in enumerate(numbers):
         place = slice(index * KEY_BYTES, (index + 1) * KEY_BYTES)
         parent = None if parents[place] == arena_format.NO_PARENT else PageKey(parents[place])
@@ -51,7 +51,7 @@ def found_pages(arena: Arena) -> Iterator[FoundPage]:
 def open_grants(arena: Arena, live_groups: Collection[int]) -> list[tuple[int, int]]:
     """Return (slot, group) of the slots that a live group may still be writing."""
     headers = arena.headers[: arena.num_usable_slots]
-    is_open = (headers["state"] == SlotState.WRITING) & (headers["epoch"] % 2 == 1) & _is_ours(arena)
+    is_open = (_states(headers) == SlotState.WRITING) & (_epochs(headers) % 2 == 1) & _is_ours(arena)
     is_open &= numpy.isin(headers["group"], list(live_groups))
     slots = numpy.flatnonzero(is_open)
     return list(zip(slots.tolist(), headers["group"][slots].tolist(), strict=True))
@@ -65,11 +65,12 @@ def free_the_rest(arena: Arena, taken: Collection[int]) -> tuple[list[int], set[
     headers = arena.headers[: arena.num_usable_slots]
     is_rest = numpy.ones(len(headers), dtype=bool)
     is_rest[list(taken)] = False
-    headers["epoch"][is_rest & (headers["epoch"] % 2 == 1)] += 1
-    headers["state"][is_rest] = SlotState.EVICTING
+    epochs = _epochs(headers)
+    stamps = (epochs + epochs % 2) << arena_format.STATE_BITS  # even: nothing is written now
+    headers["stamp"][is_rest] = stamps[is_rest] | int(SlotState.EVICTING)
     arena.fence()
     is_leased = arena.leases[:, : len(headers)].any(axis=0) & arena.safety.leases
-    headers["state"][is_rest & ~is_leased] = SlotState.FREE
+    headers["stamp"][is_rest & ~is_leased] = stamps[is_rest & ~is_leased] | int(SlotState.FREE)
     free, draining = numpy.flatnonzero(is_rest & ~is_leased), numpy.flatnonzero(is_rest & is_leased)
     return list(free.tolist()), set(draining.tolist())
 
@@ -79,3 +80,13 @@ def _is_ours(arena: Arena) -> NDArray[numpy.bool_]:
     has_magic: NDArray[numpy.bool_] = headers["magic"] == arena_format.SLOT_MAGIC
     has_layout: NDArray[numpy.bool_] = headers["layout"] == arena.spec.layout_word
     return has_magic & has_layout
+
+
+def _states(headers: NDArray[numpy.void]) -> NDArray[numpy.uint64]:
+    states: NDArray[numpy.uint64] = headers["stamp"] & numpy.uint64(arena_format.STATE_MASK)
+    return states
+
+
+def _epochs(headers: NDArray[numpy.void]) -> NDArray[numpy.uint64]:
+    epochs: NDArray[numpy.uint64] = headers["stamp"] >> numpy.uint64(arena_format.STATE_BITS)
+    return epochs

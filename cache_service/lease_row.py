@@ -8,7 +8,6 @@ import threading
 from collections.abc import Iterable, Sequence
 
 from cache_service.arena import Arena
-from cache_service.arena_format import SlotState
 from cache_service.keys import PageKey
 from cache_service.page_records import Location
 
@@ -35,19 +34,26 @@ class LeaseRow:
 
         The caller releases that many slots once the last copy from them is complete, cancelled or not.
         """
+        arena, counts, leases = self._arena, self._counts, self._leases
         with self._lock:
             for location in locations:
-                self._hold(location.slot)
-            self._arena.fence()
-            pairs = zip(keys, locations, strict=True)
-            num_held = next(
-                (place for place, (key, at) in enumerate(pairs) if not self._is_readable(key, at)),
-                len(locations),
-            )
+                slot = location.slot
+                count = counts.get(slot, 0)
+                counts[slot] = count + 1
+                if not count:
+                    leases[slot] = 1
+            arena.fence()
+            num_held = len(locations)
+            if arena.safety.epochs:
+                is_readable = arena.is_readable
+                for place, (key, location) in enumerate(zip(keys, locations, strict=True)):
+                    if not is_readable(location.slot, location.epoch, key):
+                        num_held = place
+                        break
             for location in locations[num_held:]:
                 self._let_go(location.slot)
             # What the caller reads of the bytes comes after what was read of the headers.
-            self._arena.fence()
+            arena.fence()
         return num_held
 
     def release(self, slots: Iterable[int]) -> None:
@@ -64,22 +70,6 @@ class LeaseRow:
         """
         self._arena.fence()
         return not self._arena.safety.epochs or self._arena.epoch(location.slot) == location.epoch
-
-    def _is_readable(self, key: PageKey, location: Location) -> bool:
-        arena, slot = self._arena, location.slot
-        if not arena.safety.epochs:
-            return True
-        return (
-            arena.state(slot) is SlotState.READY
-            and arena.epoch(slot) == location.epoch
-            and arena.key(slot) == key
-        )
-
-    def _hold(self, slot: int) -> None:
-        count = self._counts.get(slot, 0)
-        self._counts[slot] = count + 1
-        if count == 0:
-            self._leases[slot] = 1
 
     def _let_go(self, slot: int) -> None:
         count = self._counts[slot] - 1

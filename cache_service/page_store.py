@@ -134,9 +134,9 @@ class PageStore:
         granted = []
         for _ in range(min(num_slots, len(self._free))):
             slot = self._free.pop()
-            epoch = self._arena.raise_epoch(slot)
+            epoch = self._arena.epoch(slot) + 1
             self._arena.describe_grant(slot, group)
-            self._arena.set_state(slot, SlotState.WRITING)
+            self._arena.set_stamp(slot, epoch, SlotState.WRITING)
             self._grants.setdefault(group, set()).add(slot)
             granted.append(Grant(slot, epoch))
         return granted
@@ -244,9 +244,7 @@ class PageStore:
                 f"slot {slot}: a child without its parent"
             )
             tenants.setdefault(arena.tenant(slot), []).append(slot)
-            if arena.safety.whole_pages:
-                ranks = range(arena.spec.num_ranks)
-                assert all(arena.checksum(slot, rank) for rank in ranks), f"slot {slot} lacks a rank's bundle"
+            assert arena.is_complete(slot), f"slot {slot} lacks a rank's bundle"
         self._index.check(tenants)
 
     def _commit(self, group: int, entry: Entry) -> CommitResult:
@@ -259,9 +257,9 @@ class PageStore:
             return CommitResult(refusal, self._location(entry.key))
         self._end_grant(group, slot)
         arena.describe_page(slot, entry.key, entry.parent, entry.length, entry.tenant)
-        epoch = arena.raise_epoch(slot)
+        epoch = entry.epoch + 1
         arena.fence()  # READY comes after all that it vouches for
-        arena.set_state(slot, SlotState.READY)
+        arena.set_stamp(slot, epoch, SlotState.READY)
         self._index.insert(slot, epoch, entry.key, entry.parent, entry.tenant)
         return CommitResult(CommitStatus.COMMITTED, Location(slot, epoch))
 
@@ -270,8 +268,7 @@ class PageStore:
             return CommitStatus.DUPLICATE
         if entry.parent is not None and entry.parent not in self._index:
             return CommitStatus.NO_PARENT
-        ranks = range(self._arena.spec.num_ranks)
-        if self._arena.safety.whole_pages and not all(self._arena.checksum(entry.slot, r) for r in ranks):
+        if self._arena.safety.whole_pages and not self._arena.is_complete(entry.slot):
             return CommitStatus.INCOMPLETE
         if self._index.tenants.is_full(entry.tenant) and not self._evict_of_tenant(
             entry.tenant, entry.parent
@@ -290,11 +287,10 @@ class PageStore:
 
     def _free_grant(self, group: int, slot: int) -> None:
         self._end_grant(group, slot)
-        self._arena.raise_epoch(slot)
-        self._free_slot(slot)
+        self._free_slot(slot, self._arena.epoch(slot) + 1)
 
-    def _free_slot(self, slot: int) -> None:
-        self._arena.set_state(slot, SlotState.FREE)
+    def _free_slot(self, slot: int, epoch: int) -> None:
+        self._arena.set_stamp(slot, epoch, SlotState.FREE)
         self._free.append(slot)
 
     def _location(self, key: PageKey) -> Location | None:
@@ -335,25 +331,26 @@ class PageStore:
         """Free a page's slot unless it is pinned or leased (I7: mark, fence, then look for leases)."""
         if self._index.pins.holds(slot):
             return False
-        arena = self._arena
+        arena, epoch = self._arena, self._arena.epoch(slot)
         is_leased = not arena.safety.marks_first and self._is_leased(slot)
-        arena.set_state(slot, SlotState.EVICTING)
+        arena.set_stamp(slot, epoch, SlotState.EVICTING)
         if arena.safety.marks_first:
             arena.fence()
             is_leased = self._is_leased(slot)
         if is_leased:
-            arena.set_state(slot, SlotState.READY)
+            arena.set_stamp(slot, epoch, SlotState.READY)
             self.num_refused += 1
             return False
-        self._index.remove(slot, arena.epoch(slot), was_evicted=True)
-        self._free_slot(slot)
+        self._index.remove(slot, epoch, was_evicted=True)
+        self._free_slot(slot, epoch)
         self.num_evicted += 1
         return True
 
     def _drop(self, slots: list[int], reason: str) -> int:
         for slot in slots:
-            self._arena.set_state(slot, SlotState.EVICTING)
-            self._index.remove(slot, self._arena.epoch(slot), was_evicted=False)
+            epoch = self._arena.epoch(slot)
+            self._arena.set_stamp(slot, epoch, SlotState.EVICTING)
+            self._index.remove(slot, epoch, was_evicted=False)
         self._draining.update(slots)
         self._free_drained()
         self.num_dropped[reason] += len(slots)
@@ -365,7 +362,7 @@ class PageStore:
         self._arena.fence()
         for slot in [slot for slot in self._draining if not self._is_leased(slot)]:
             self._draining.discard(slot)
-            self._free_slot(slot)
+            self._free_slot(slot, self._arena.epoch(slot))
 
     def _is_leased(self, slot: int) -> bool:
         return self._arena.safety.leases and self._arena.is_leased(slot)
