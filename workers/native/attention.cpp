@@ -63,11 +63,8 @@ struct Attention {
   const int64_t dim = math.dim, padded_dim = math.padded_dim;
   const int64_t partial_floats = QUERIES_PER_TASK * group * (padded_dim + 2);
 
-  // Finds the block at `first`; it is empty behind the task's last key. 64 bits throughout: page * page_stride
-  // passes 2^32 on real pools.
+  // Finds the block at `first`. 64 bits throughout: page * page_stride passes 2^32 on real pools.
   void find(const Task& task, int64_t first_head, int64_t first, Block& block) const {
-    block.num = 0;
-    if (first >= task.stop_key) return;
     block.num = first + KEYS_PER_BLOCK < task.stop_key ? KEYS_PER_BLOCK : task.stop_key - first;
     const int32_t* pages = batch.page_rows + task.row * batch.page_rows_stride + first / batch.page_size;
     int64_t offset = first % batch.page_size;
@@ -149,14 +146,12 @@ struct Attention {
       for (int64_t i = 0; i < rows * padded_dim; ++i) own.sums[i] = 0.0f;
       for (int64_t i = 0; i < rows; ++i) own.maxima[i] = NO_SCORE, own.weights[i] = 0.0f;
     }
-    Block blocks[2];
-    find(task, first_head, task.first_key, blocks[0]);
-    for (int64_t n = 0, first = task.first_key; first < task.stop_key; ++n, first += KEYS_PER_BLOCK) {
-      Block& block = blocks[n % 2];
-      Block& next = blocks[(n + 1) % 2];
-      find(task, first_head, first + block.num, next);
+    for (int64_t first = task.first_key; first < task.stop_key; first += KEYS_PER_BLOCK) {
+      Block block;
+      find(task, first_head, first, block);
+      math.fetch(block, stop_head - first_head);
       for (int64_t head = first_head; head < stop_head; ++head) {
-        attend_block(task, first, block, next, (head - first_head) * dim, carried_of(head), rows, scores, keys, values);
+        attend_block(task, first, block, carried_of(head), rows, scores, keys, values);
         for (int64_t t = 0; t < block.num; ++t) block.keys[t] += dim, block.values[t] += dim;
       }
     }
@@ -166,12 +161,11 @@ struct Attention {
     }
   }
 
-  // `next` is the block after it, whose heads begin `head_offset` elements before this head's.
-  void attend_block(const Task& task, int64_t first, const Block& block, const Block& next, int64_t head_offset,
-                    const Carried& own, int64_t rows, float* scores, float* keys, float* values) const {
+  void attend_block(const Task& task, int64_t first, const Block& block, const Carried& own, int64_t rows,
+                    float* scores, float* keys, float* values) const {
     const bool is_few = has_few_rows(task);
     if (is_few) {
-      math.dot_scores(block, next, head_offset, own.wide_q, rows, scores);
+      math.dot_scores(block, own.wide_q, rows, scores);
     } else {
       math.tile_scores(block, own.wide_q, rows, keys, scores);
       math.widen_values(block, values);
