@@ -25,9 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-# As the launcher sets for workers on cores of their own; read when torch loads its OpenMP runtime.
+# As the launcher sets for workers (SPIN_COUNT there); read when torch loads its OpenMP runtime.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+os.environ.setdefault("GOMP_SPINCOUNT", "300")
 
 import torch
 import transformers
