@@ -3,6 +3,7 @@
 import logging
 import os
 import threading
+from collections.abc import Callable
 
 from cache_service.arena import Arena
 
@@ -16,9 +17,18 @@ _STOP_TIMEOUT_S = 60.0
 class Prefault:
     """A thread that allocates the file step by step; slots become usable as their memory does."""
 
-    def __init__(self, descriptor: int, arena: Arena) -> None:
+    def __init__(
+        self,
+        descriptor: int,
+        arena: Arena,
+        step_bytes: int = _STEP_BYTES,
+        allocate: Callable[[int, int, int], None] = os.posix_fallocate,
+    ) -> None:
         self._descriptor = descriptor
         self._arena = arena
+        self._step_bytes = step_bytes
+        # Not madvise: this says ENOSPC where a touch would end in SIGBUS, and lets other threads run.
+        self._allocate = allocate
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="arena-prefault", daemon=True)
         self.error: OSError | None = None
@@ -42,13 +52,12 @@ class Prefault:
     def _run(self) -> None:
         spec = self._arena.spec
         usable = self._arena.num_usable_slots
-        slots_per_step = max(1, _STEP_BYTES // spec.slot_bytes)
+        slots_per_step = max(1, self._step_bytes // spec.slot_bytes)
         while usable < spec.num_slots and not self._stopping.is_set():
             count = min(slots_per_step, spec.num_slots - usable)
             start = self._arena.bundle_offset(usable, 0)
             try:
-                # Not madvise: this says ENOSPC where a touch would end in SIGBUS, and lets other threads run.
-                os.posix_fallocate(self._descriptor, start, count * spec.slot_bytes)
+                self._allocate(self._descriptor, start, count * spec.slot_bytes)
             except OSError as error:
                 self.error = error
                 logger.error(
