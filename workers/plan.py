@@ -87,7 +87,35 @@ class FreePages(msgspec.Struct, frozen=True, array_like=True, tag="free"):
     pages: list[int]
 
 
-PlanOp = OpenSlot | CloseSlot | OwnPages | CompletePages | SetRow | FreePages
+class SavePages(msgspec.Struct, frozen=True, array_like=True, tag="save"):
+    """Copy each page's bundle into this rank's part of its granted slot: moves first_move, first_move + 1, ...
+
+    Logged with a plan after the step that wrote the pages was committed. A page stays leased until every rank
+    is done with its move (I6). No relocation by itself.
+    """
+
+    first_move: int
+    pages: list[int]
+    slots: list[int]
+    epochs: list[int]
+    keys: list[bytes]
+
+
+class LoadPages(msgspec.Struct, frozen=True, array_like=True, tag="load"):
+    """Fill each page from this rank's part of its slot: moves first_move, first_move + 1, ...
+
+    The pages are owned by an OwnPages earlier in the log, and nobody else's; each becomes readable once its
+    move is done on every rank. No relocation by itself.
+    """
+
+    first_move: int
+    pages: list[int]
+    slots: list[int]
+    epochs: list[int]
+    keys: list[bytes]
+
+
+PlanOp = OpenSlot | CloseSlot | OwnPages | CompletePages | SetRow | FreePages | SavePages | LoadPages
 
 
 class BatchPlan(msgspec.Struct, frozen=True, array_like=True):
