@@ -88,7 +88,7 @@ class FreePages(msgspec.Struct, frozen=True, array_like=True, tag="free"):
 
 
 class SavePages(msgspec.Struct, frozen=True, array_like=True, tag="save"):
-    """Copy each page's bundle into this rank's part of its granted slot: moves first_move, first_move + 1, ...
+    """Copy each page's bundle into this rank's part of its granted slot: moves first_move, first_move + 1...
 
     Logged with a plan after the step that wrote the pages was committed. A page stays leased until every rank
     is done with its move (I6). No relocation by itself.
@@ -102,7 +102,7 @@ class SavePages(msgspec.Struct, frozen=True, array_like=True, tag="save"):
 
 
 class LoadPages(msgspec.Struct, frozen=True, array_like=True, tag="load"):
-    """Fill each page from this rank's part of its slot: moves first_move, first_move + 1, ...
+    """Fill each page from this rank's part of its slot: moves first_move, first_move + 1...
 
     The pages are owned by an OwnPages earlier in the log, and nobody else's; each becomes readable once its
     move is done on every rank. No relocation by itself.
