@@ -9,6 +9,7 @@ import mmap
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Self
 
 import numpy
 from numpy.typing import NDArray
@@ -55,7 +56,7 @@ class Arena:
         """Lease bytes `[num_readers, num_slots]`."""
 
     @classmethod
-    def map(cls, path: Path, spec: ArenaSpec, safety: ArenaSafety | None = None) -> "Arena":
+    def map(cls, path: Path, spec: ArenaSpec, safety: ArenaSafety | None = None) -> Self:
         """Map an arena that a server owns, as its reader and writer of grants.
 
         Raises ArenaMismatchError when the file is not of this spec, OSError when it cannot be opened.

@@ -23,10 +23,15 @@ class ProcessId:
     @classmethod
     def current(cls) -> Self:
         """Return the calling process."""
-        pid = os.getpid()
+        process = cls.of(os.getpid())
+        assert process is not None, "/proc does not show the process that reads it"
+        return process
+
+    @classmethod
+    def of(cls, pid: int) -> Self | None:
+        """Return the process that has a pid now."""
         status = _read_status(pid)
-        assert status is not None, "/proc does not show the process that reads it"
-        return cls(pid, status[1])
+        return None if status is None else cls(pid, status[1])
 
     def is_alive(self) -> bool:
         """Tell whether the process still runs; one that has ended but is not waited for does not."""
