@@ -30,7 +30,7 @@ def cluster():
     try:
         ray.init(
             address="local",
-            _temp_dir=str(folder.path),
+            _temp_dir=str(folder.ray_path),
             include_dashboard=False,
             num_cpus=4,
             object_store_memory=OBJECT_STORE_BYTES,

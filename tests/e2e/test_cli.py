@@ -65,6 +65,7 @@ def test_a_service_announces_itself_drains_on_sigterm_and_leaves_nothing(model):
         targets = httpx.get(f"{url}/metrics/targets").json()
         texts = [httpx.get(f"http://{target['targets'][0]}/metrics").text for target in targets]
         assert len(texts) == 2
+        assert len({target["labels"]["node"] for target in targets}) == 1
         assert any("eyrie_kv_pages" in text for text in texts)
         assert any('eyrie_requests_total{finish_reason="length"' in text for text in texts)
 

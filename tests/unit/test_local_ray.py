@@ -20,7 +20,12 @@ from cluster.run_folder import MAX_SOCKET_PATH_LEN, RunFolder
 ROOT = Path(__file__).resolve().parents[2]
 RAY = """
 import os, time
+timeouts = int(os.getenv("FAKE_RAY_TIMEOUTS", "0"))
 def init(**options):
+    global timeouts
+    if timeouts:
+        timeouts -= 1
+        raise Exception("The current node timed out during startup.")
     folder = options["_temp_dir"]
     os.makedirs(folder, exist_ok=True)
     os.chmod(folder, 0o777)
@@ -49,7 +54,11 @@ from cluster.local_ray import start_local_ray
 from cluster.run_folder import RunFolder
 folder = RunFolder()
 folder.path.joinpath("cluster.secret").write_text("secret")
-start_local_ray(folder, 1, 0)
+try:
+    start_local_ray(folder, 1, 0)
+except ConnectionError as error:
+    print(json.dumps(str(error)))
+    sys.exit()
 modes = {name: path.stat().st_mode & 0o777 for name, path in (("run", folder.path), ("ray", folder.ray_path))}
 print(json.dumps(modes))
 folder.remove()
@@ -141,6 +150,13 @@ def test_a_terminal_shows_colours_unless_no_color_is_set(serve):
 
 def test_the_folder_with_the_secrets_stays_private_though_ray_opens_its_own(run):
     assert run(START) == {"run": 0o700, "ray": 0o777}
+
+
+def test_a_node_that_starts_too_slowly_is_started_once_more(run):
+    assert run(START, FAKE_RAY_TIMEOUTS="1") == {"run": 0o700, "ray": 0o777}
+    assert run(START, FAKE_RAY_TIMEOUTS="2") == (
+        "The current node timed out during startup. Try again when the machine is less busy."
+    )
 
 
 @pytest.mark.parametrize("root_len", [8, 35, 60])
