@@ -125,7 +125,10 @@ class OwnedArena:
         else:
             self.arena.path.unlink(missing_ok=True)
         self.arena.close()
-        os.close(self._descriptor)  # drops the lock: after the unlink, so that nobody adopts a file that goes
+        # After the unlink, so that nobody adopts a file that goes; by name, for a mapping that some view
+        # keeps has a copy of the descriptor.
+        fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+        os.close(self._descriptor)
         self._descriptor = -1
 
 

@@ -87,6 +87,7 @@ class S3Fifo:
         self._queues = SlotQueues(num_slots)
         self._uses = array("B", [0]) * num_slots
         self._ghosts = GhostKeys(num_slots)
+        self._main_is_stuck = False
 
     def add(self, slot: int, key: PageKey) -> None:
         """Put a new page into the small queue, one that left it lately into the main queue."""
@@ -107,7 +108,8 @@ class S3Fifo:
         """Return the next page without a use since it was last looked at; each look costs it one."""
         while True:
             num_small, num_main = self._queues.count(self._SMALL), self._queues.count(self._MAIN)
-            from_small = num_small * self._SMALL_SHARE >= num_small + num_main or num_main == 0
+            is_due = num_small * self._SMALL_SHARE >= num_small + num_main
+            from_small = is_due or num_main == 0 or (self._main_is_stuck and num_small > 0)
             slot = self._queues.front(self._SMALL if from_small else self._MAIN)
             if slot is None or self._uses[slot] == 0:
                 return slot
@@ -115,7 +117,8 @@ class S3Fifo:
             self._queues.move(slot, self._MAIN)
 
     def defer(self, slot: int) -> None:
-        """Put a page off that cannot go now."""
+        """Put a page off that cannot go now; after one of the main queue a look at the small one is due."""
+        self._main_is_stuck = self._queues.queue_of(slot) == self._MAIN
         self._queues.move(slot, self._MAIN)
 
     def check(self, ready: Collection[int]) -> None:

@@ -1,5 +1,6 @@
 """Small arenas and stores over them, for tests."""
 
+import fcntl
 import hashlib
 import os
 
@@ -35,6 +36,7 @@ def open_arena(folder, wanted=None, safety=None, incarnation=1, prefault=True, m
 def kill(owned):
     """Leave an arena as a killed server does: the file stays, its lock goes."""
     owned.arena.close()
+    fcntl.flock(owned._descriptor, fcntl.LOCK_UN)
     os.close(owned._descriptor)
 
 

@@ -286,3 +286,13 @@ def test_a_stop_during_prefault_takes_one_step(tmp_path):
 def test_a_file_that_cannot_be_made_is_an_os_error(tmp_path):
     with pytest.raises(OSError):
         OwnedArena.open(tmp_path / "missing" / "x.arena", spec(), 1, PLENTY)
+
+
+def test_a_view_that_outlives_a_clean_stop_does_not_keep_the_arena_owned(tmp_path):
+    owned = open_arena(tmp_path)
+    view = owned.arena.bundle(0, 0)
+    owned.close(keep=True)
+    again = open_arena(tmp_path)
+    assert again.is_adopted
+    view[:4] = b"late"
+    again.close()
