@@ -1,4 +1,4 @@
-"""The fence of the lease protocol (I7): with it no slot is lost between three processes, without it some are."""
+"""The fence of the lease protocol (I7): with it no slot is lost between three processes, without it some."""
 
 import ctypes
 import subprocess
@@ -47,7 +47,8 @@ def slots_lost(litmus, folder, rounds, fenced):
         )
         for party in range(3)
     ]
-    return int([popen.communicate(timeout=60)[0] for popen in parties][0])
+    reported = [popen.communicate(timeout=60)[0] for popen in parties]
+    return int(reported[0])
 
 
 def test_no_slot_is_lost_with_the_fence_and_some_are_without(litmus, tmp_path):
