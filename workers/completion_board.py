@@ -4,17 +4,13 @@ Each counter has one writer, its rank; rank 0 reads the minimum and never waits 
 """
 
 import mmap
-import os
-import secrets
-from pathlib import Path
 from typing import Self
 
-from torch._C._distributed_c10d import Store
+from workers.board_memory import MeetingStore, map_shared
 
 _LINE_BYTES = 64
 """One counter per cache line: ranks do not slow each other."""
 _WORDS_PER_LINE = _LINE_BYTES // 8
-_FOLDER = Path("/dev/shm")
 
 
 class CompletionBoard:
@@ -33,23 +29,12 @@ class CompletionBoard:
         return cls(0, 1, bytearray(_LINE_BYTES))
 
     @classmethod
-    def shared(cls, store: Store, rank: int, size: int) -> Self:
+    def shared(cls, store: MeetingStore, rank: int, size: int) -> Self:
         """Map one board on all ranks. Its file is gone from /dev/shm before this returns on rank 0.
 
         Raise OSError when a rank cannot open it: all ranks must share one machine's memory.
         """
-        if rank > 0:
-            memory = _map(Path(store.get("board_path").decode()), os.O_RDWR, size)
-            store.set(f"board_mapped_{rank}", "")
-            return cls(rank, size, memory)
-        path = _FOLDER / f"eyrie-board-{secrets.token_hex(8)}"
-        try:
-            memory = _map(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, size)
-            store.set("board_path", str(path))
-            store.wait([f"board_mapped_{follower}" for follower in range(1, size)])
-        finally:
-            path.unlink(missing_ok=True)
-        return cls(rank, size, memory)
+        return cls(rank, size, map_shared(store, "board", rank, size, size * _LINE_BYTES))
 
     def publish(self, count: int) -> None:
         """Set this rank's counter; it never goes back."""
@@ -71,13 +56,3 @@ class CompletionBoard:
         self._bytes.release()
         if isinstance(self._memory, mmap.mmap):
             self._memory.close()
-
-
-def _map(path: Path, flags: int, size: int) -> mmap.mmap:
-    descriptor = os.open(path, flags | os.O_CLOEXEC, 0o600)
-    try:
-        if flags & os.O_CREAT:
-            os.ftruncate(descriptor, size * _LINE_BYTES)
-        return mmap.mmap(descriptor, size * _LINE_BYTES)
-    finally:
-        os.close(descriptor)

@@ -1,4 +1,4 @@
-"""TPGroup: the communicator of one tensor-parallel group; CompletionBoard: how far each rank has come.
+"""TPGroup: the communicator of one tensor-parallel group, and the boards that say how far its ranks are.
 
 Owned by a Worker, used from its engine's thread. No process-wide state: a process may hold several groups.
 Collectives run over gloo (CPU) or NCCL (CUDA); plans travel over one socket per follower, so that a
@@ -24,6 +24,7 @@ from torch._C._distributed_c10d import (
 )
 
 from workers.completion_board import CompletionBoard
+from workers.move_board import MoveBoard
 
 _LENGTH = struct.Struct("<I")
 _HELLO = struct.Struct("<I32s")
@@ -92,6 +93,7 @@ class TPGroup:
         size: int,
         timeout_s: float,
         board: CompletionBoard,
+        moves: MoveBoard,
         process_group: Collectives | None = None,
         links: list[socket.socket] | None = None,
         store: TCPStore | None = None,
@@ -99,6 +101,9 @@ class TPGroup:
         self.rank = rank
         self.size = size
         self.board = board
+        """How many steps each rank has completed."""
+        self.moves = moves
+        """What has become of each SAVE and LOAD on each rank."""
         self._timeout_s = timeout_s
         self._process_group = process_group
         self._links = links or []
@@ -108,7 +113,7 @@ class TPGroup:
     @classmethod
     def single(cls) -> Self:
         """Return a group of one."""
-        return cls(0, 1, 0.0, CompletionBoard.private())
+        return cls(0, 1, 0.0, CompletionBoard.private(), MoveBoard.private())
 
     @classmethod
     def connect(
@@ -127,7 +132,7 @@ class TPGroup:
 
         Rank 0 may bring the `listener` it made with `listen`. For "cuda" the current device is the rank's.
         Raise TPTimeoutError when some have not come after `meeting_timeout_s` (None: `timeout_s`, which
-        bounds every later call of the group). All ranks must share a machine: the board is shared memory.
+        bounds every later call of the group). All ranks must share a machine: the boards are shared memory.
         """
         if not 0 <= rank < size:
             raise ValueError(f"rank {rank} of {size}: ranks run from 0 to size - 1")
@@ -170,10 +175,11 @@ class TPGroup:
             store = TCPStore(host, port, size, is_master=False, timeout=timeout, wait_for_workers=False)
         links = _lead(store, size, host, meeting_s) if rank == 0 else [_follow(store, rank, host, meeting_s)]
         board = CompletionBoard.shared(store, rank, size)
+        moves = MoveBoard.shared(store, rank, size)
         for link in links:
             link.settimeout(timeout_s)
         process_group = _collectives(store, rank, size, host, timedelta(seconds=timeout_s), device)
-        return cls(rank, size, timeout_s, board, process_group, links, store)
+        return cls(rank, size, timeout_s, board, moves, process_group, links, store)
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
         """Sum `tensor` over the ranks, in place on every rank. Any shape; contiguous."""
@@ -241,6 +247,7 @@ class TPGroup:
         self._process_group = None
         self._store = None
         self.board.close()
+        self.moves.close()
 
 
 def _collectives(
