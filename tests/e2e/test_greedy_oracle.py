@@ -9,14 +9,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from tests.conftest import NUM_WORKERS
 from tests.covering import pairwise
 from tests.followers import Followers
 from tests.harness import TINY_CONFIG, write_tiny_model
 from tests.oracle.make_oracle import Oracle, greedy_tokens, read_records
 from tests.scenario import FACTORS, MAX_TIE_MARGIN, Case, Comparison, Scenario
 
-# Of the seeds with a dozen combinations, one with few that serve alone: those take longest.
-COVERING = pairwise(FACTORS, seed=2)
+COVERING = pairwise(FACTORS, seed=102)  # of many seeds, the one with the fewest combinations
+ALONE = [combination for combination in COVERING if combination["composition"] == "alone"]
+QUICK = [combination for combination in COVERING if combination["attention_backend"] == "auto"]
 SERVED = FACTORS | {"attention_backend": ["auto"]}
 PRODUCT = [dict(zip(SERVED, values, strict=True)) for values in itertools.product(*SERVED.values())]
 RECORDS = [Case(record.prompt_ids, record.token_ids, record.margins) for record in read_records()]
@@ -29,7 +31,7 @@ def name_of(combination):
 def play(combination, cases, comparison, followers, *, max_running, **options):
     scenario = Scenario(combination, cases, max_running)
     # Two cores: threads that outnumber them wait for each other. A tiny model gains nothing by a second one.
-    num_threads = 1 if "model" in options else 2 // combination["tp_size"]
+    num_threads = 1 if "model" in options or NUM_WORKERS > 1 else 2 // combination["tp_size"]
     scenario.play(comparison, followers, num_threads=num_threads, **options)
 
 
@@ -56,29 +58,30 @@ def tiny(tmp_path_factory):
     write_tiny_model(folder)
     generator = torch.Generator().manual_seed(1)
     cases = []
-    for prompt_len in (17, 33, 70):
+    for prompt_len in (7, 18, 65):
         prompt_ids = torch.randint(3, 256, (prompt_len,), generator=generator).tolist()
-        cases.append(Case(prompt_ids, *greedy_tokens(model, prompt_ids, 6)))
+        cases.append(Case(prompt_ids, *greedy_tokens(model, prompt_ids, 5)))
     return str(folder), cases
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("number", range(len(COVERING)), ids=[name_of(c) for c in COVERING])
+@pytest.mark.parametrize("number", range(len(QUICK)), ids=[name_of(c) for c in QUICK])
 def test_smollm2_answers_like_the_oracle(number, followers, comparison):
-    """Each combination serves three other prompts; `make test-slow` serves all 100."""
+    """Each combination serves three other prompts; `make test-slow` serves all 100 in all combinations."""
     short = [case.cut(12) for case in RECORDS if len(case.prompt_ids) < 58]
     whole_page = [case.cut(12) for case in RECORDS if 58 <= len(case.prompt_ids) <= 76]  # once half answered
     cases = [*short[2 * number : 2 * number + 2], whole_page[number]]
-    play(COVERING[number], cases, comparison, followers, max_running=2)
+    play(QUICK[number], cases, comparison, followers, max_running=2)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("combination", COVERING, ids=name_of)
 def test_smollm2_answers_all_prompts_like_the_oracle(combination, followers, comparison):
-    """Where they go alone, one after the other, every fourth prompt will do."""
-    step = 4 if combination["composition"] == "alone" else 1
-    play(combination, RECORDS[::step], comparison, followers, max_running=16)
+    """Combinations that serve one prompt after the other share them: together they serve all."""
+    is_alone = combination in ALONE
+    records = RECORDS[ALONE.index(combination) :: len(ALONE)] if is_alone else RECORDS
+    play(combination, records, comparison, followers, max_running=16)
 
 
 @pytest.mark.parametrize("combination", COVERING, ids=name_of)
@@ -88,12 +91,17 @@ def test_a_random_model_answers_like_the_oracle(combination, tiny, followers, co
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("chunk_len", FACTORS["chunk_len"])
+@pytest.mark.parametrize("composition", FACTORS["composition"])
 @pytest.mark.parametrize("tp_size", FACTORS["tp_size"])
-def test_a_random_model_answers_like_the_oracle_in_the_full_product(tp_size, tiny, followers, comparison):
+def test_a_random_model_answers_like_the_oracle_in_the_full_product(
+    tp_size, composition, chunk_len, tiny, followers, comparison
+):
     model, cases = tiny
+    part = {"tp_size": tp_size, "composition": composition, "chunk_len": chunk_len}
     for combination in PRODUCT:
-        if combination["tp_size"] == tp_size:
+        if part.items() <= combination.items():
             play(combination, cases, comparison, followers, max_running=2, model=model)
 
 
