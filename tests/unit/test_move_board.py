@@ -3,53 +3,17 @@
 import os
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.unit.tiers import boards
 from workers.move_board import MOVE_CAPACITY, MoveBoard, MoveStatus
 from workers.parallel import TPGroup, listen
 
 PENDING, ENQUEUED, DONE = MoveStatus.PENDING, MoveStatus.ENQUEUED, MoveStatus.DONE
 STALE, CORRUPT, TORN = MoveStatus.FAILED_STALE, MoveStatus.FAILED_CORRUPT, MoveStatus.FAILED_TORN
-
-
-class Meeting:
-    """A store at which the ranks of one process meet."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, str] = {}
-        self.changed = threading.Condition()
-
-    def set(self, key: str, value: str) -> None:
-        with self.changed:
-            self.values[key] = value
-            self.changed.notify_all()
-
-    def get(self, key: str) -> bytes:
-        self.wait([key])
-        return self.values[key].encode()
-
-    def wait(self, keys: list[str]) -> None:
-        with self.changed:
-            assert self.changed.wait_for(lambda: all(key in self.values for key in keys), 10)
-
-
-def boards(size: int, capacity: int = 8) -> list[MoveBoard]:
-    """The board of a group, as each of its ranks maps it."""
-    meeting, made = Meeting(), {}
-
-    def meet(rank: int) -> None:
-        made[rank] = MoveBoard.shared(meeting, rank, size, capacity)
-
-    threads = [threading.Thread(target=meet, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(10)
-    return [made[rank] for rank in range(size)]
 
 
 def test_a_move_nobody_has_spoken_of_is_pending() -> None:
@@ -74,7 +38,7 @@ def test_a_move_nobody_has_spoken_of_is_pending() -> None:
     ],
 )
 def test_a_group_has_come_as_far_as_its_last_rank_and_fails_with_the_first(told, status, is_over) -> None:
-    first, second = boards(2)
+    first, second = boards(2, capacity=8)
     for board, own in zip((first, second), told, strict=True):
         if own is not PENDING:
             board.publish(3, own)
@@ -84,7 +48,7 @@ def test_a_group_has_come_as_far_as_its_last_rank_and_fails_with_the_first(told,
 
 
 def test_a_move_s_word_serves_the_move_a_whole_ring_later() -> None:
-    first, second = boards(2)
+    first, second = boards(2, capacity=8)
     for move in range(1, 30):
         assert first.status(move) is PENDING
         for board in (first, second):

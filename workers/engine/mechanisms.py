@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Mechanisms:
-    """What keeps a step's inputs its own. See design.md: I3, I8, I9 and the KV sanitizer."""
+    """What keeps a step's inputs its own. See design.md: I3, I5, I7 - I9 and the KV sanitizer."""
 
     pads_rows: bool = True
     """Rows beyond the plan's point at the dummy page; else they keep what their staging set had."""
@@ -20,6 +20,10 @@ class Mechanisms:
     """A plan whose relocation version is not the engine's own is refused."""
     poisons_pages: bool = True
     """The sanitizer fills freed pages with NaN."""
+    waits_for_loads: bool = True
+    """A step comes after the LOADs in flight of the pages that it reads (I5)."""
+    verifies_loads: bool = True
+    """A LOAD holds its bytes against their checksum before it copies them (I7)."""
 
 
 ALL_ON = Mechanisms()
