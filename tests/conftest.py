@@ -16,6 +16,7 @@ if NUM_WORKERS > 1:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in its own
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
     """Tell xdist what stays together: tests that start services, which take turns; else each file.
 
