@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import asdict
 
 import msgspec
+import numpy as np
 import torch
 
 from cache_service.keys import KVNamespace
@@ -27,6 +28,7 @@ from workers.engine.sampler import Sampler
 from workers.engine.staging import CudaCopies, InlineCopies, Stager
 from workers.kvcache.kv_pool import KVPool, allocate_pool
 from workers.kvcache.layout import BundleLayout, target_only
+from workers.kvcache.page_mover import PageMover
 from workers.kvcache.page_table import PageTable
 from workers.kvcache.pool_size import available_host_bytes, pool_size
 from workers.kvcache.sanitizer import KVSanitizer
@@ -39,12 +41,14 @@ from workers.plan import (
     BatchPlan,
     CloseSlot,
     FreePages,
+    LoadPages,
     Mode,
     OpenSlot,
     OwnPages,
     PlanOp,
     RelocationVersion,
     RelocationVersionError,
+    SavePages,
     SetRow,
     StepOutput,
 )
@@ -59,6 +63,10 @@ class TokenError(RuntimeError):
 
 class BackendError(ValueError):
     """The chosen attention backend cannot run here."""
+
+
+class NoMoverError(RuntimeError):
+    """A plan moves pages on a rank that has no cache tier: the group was started unevenly, a bug."""
 
 
 class Engine:
@@ -99,6 +107,7 @@ class Engine:
         self._is_checked = config.checked or config.kv_sanitizer
         # Every rank starts at counter 0 of the incarnation that the first plan names.
         self._version: RelocationVersion | None = None
+        self._mover: PageMover | None = None
 
         pages_per_row = size.pages_per_row(config.page_size)
         max_slots = config.max_running_requests
@@ -139,6 +148,11 @@ class Engine:
         )
 
     @property
+    def pool(self) -> KVPool:
+        """The device's pages, for the mover that is made over them."""
+        return self._pool
+
+    @property
     def graph_steps(self) -> Counter[tuple[Mode, Outcome]]:
         """Steps by how they ran."""
         return self._guard.steps
@@ -153,8 +167,21 @@ class Engine:
         """Steps the sanitizer has checked; 0 without it."""
         return self._sanitizer.num_steps if self._sanitizer else 0
 
+    def attach(self, mover: PageMover | None) -> None:
+        """Move pages through `mover`, made over `pool`, from the next plan on; None: there is no cache tier.
+
+        The mover before it has no move in flight. Its maker closes it, after the last plan.
+        """
+        assert self._mover is None or self._mover.num_in_flight == 0, "moves are in flight"
+        self._mover = mover
+        if self._sanitizer:
+            self._sanitizer.watch(mover)
+
     def run(self, plan: BatchPlan) -> StepOutput:
         """Apply the plan's ops, run its rows, sample on rank 0; on return the device has done all of it.
+
+        SAVEs and LOADs that it starts go on after that, but for the LOADs of pages that its rows read: what
+        became of those is on the board.
 
         Raises RelocationVersionError, having applied and launched nothing, where this rank's log differs from
         rank 0's (I8); PageTableError, TokenError and SanitizerError where a staged index is not what it must
@@ -178,7 +205,7 @@ class Engine:
 
     def close(self) -> None:
         """Let go of the device's memory; no plan may follow."""
-        del self._graphs, self._runner, self._pool, self._sanitizer
+        del self._graphs, self._runner, self._pool, self._sanitizer, self._mover
 
     def _advance(self, plan: BatchPlan) -> RelocationVersion:
         """Return this rank's version once the plan's ops are applied: each OwnPages and FreePages adds 1."""
@@ -190,6 +217,7 @@ class Engine:
         return version
 
     def _apply(self, ops: list[PlanOp]) -> None:
+        moves: list[SavePages | LoadPages] = []
         for op in ops:
             match op:
                 case SetRow():
@@ -200,12 +228,23 @@ class Engine:
                         self._sampler.close(op.slot)
                 case OpenSlot() if self._sampler:
                     self._sampler.open(op)
+                case SavePages() | LoadPages():
+                    moves.append(op)
+        if moves and self._mover is None:
+            raise NoMoverError(
+                f"move {moves[0].first_move} came to a rank without a cache tier; a plan may move pages once"
+                " every rank is attached to the tier"
+            )
         if self._sanitizer:
             self._sanitizer.apply(ops)
+        for move in moves:  # once the sanitizer has seen what they find
+            assert self._mover is not None, "checked above"
+            self._mover.start(move)
 
     def _run_rows(self, plan: BatchPlan) -> tuple[list[int], list[TokenLogprobs | None]]:
         mode = plan.mode
-        decision = self._guard.decide(mode, len(plan.slots))
+        has_waited = self._wait_for_loads(plan)
+        decision = self._guard.decide(mode, len(plan.slots), after_load=has_waited)
         if decision.bucket is None:
             batch, slots = self._stager.stage_eager(plan, mode)
         else:
@@ -222,6 +261,17 @@ class Engine:
             return [], []
         positions = [plan.starts[row] + plan.lens[row] for row in plan.sampled]
         return self._sampler.sample(logits, sampled_slots, positions)
+
+    def _wait_for_loads(self, plan: BatchPlan) -> bool:
+        """Let the step come after the LOADs in flight of pages that its rows read (I5); True if there are."""
+        if self._mover is None or not self._mechanisms.waits_for_loads:
+            return False
+        loading = self._mover.loading_pages()
+        if not loading:
+            return False
+        num_columns = -(-max(map(sum, zip(plan.starts, plan.lens, strict=True))) // self._table.page_size)
+        read = np.isin(loading, self._table.rows[plan.slots, :num_columns])
+        return self._mover.wait_for([page for page, is_read in zip(loading, read, strict=True) if is_read])
 
     def _compute(self, batch: ForwardBatch) -> torch.Tensor | None:
         if batch.bucket is not None:

@@ -8,7 +8,9 @@ from typing import Literal
 
 from workers.plan import Mode
 
-Outcome = Literal["replay", "eager"]
+Outcome = Literal["replay", "replay_after_load", "eager"]
+"""replay_after_load: the replay had to come after a LOAD in flight of a page that it reads. Loading is no
+reason to run eager (I5)."""
 EagerReason = Literal["no_bucket", "mixed", "disabled", "capture_failed", "unsupported"]
 """no_bucket: more rows than the largest bucket; mixed: extend and decode rows in one step; disabled: `graphs`
 is off; capture_failed: the bucket could not be prepared; unsupported: no graph exists for extend steps, or
@@ -38,10 +40,11 @@ class GraphGuard:
         """Run `bucket`'s steps eager from now on: its capture failed."""
         self._failed.add(bucket)
 
-    def decide(self, mode: Mode, num_rows: int) -> Decision:
-        """Choose for one step, and count it."""
+    def decide(self, mode: Mode, num_rows: int, after_load: bool = False) -> Decision:
+        """Choose for one step, and count it; whether it comes `after_load` changes its count alone."""
         bucket, reason = self._choose(mode, num_rows)
-        self.steps[mode, "eager" if reason else "replay"] += 1
+        replay: Outcome = "replay_after_load" if after_load else "replay"
+        self.steps[mode, "eager" if reason else replay] += 1
         if reason:
             self.eager_steps[mode, reason] += 1
         return Decision(bucket, reason)

@@ -2,6 +2,7 @@
 
 Shadow metadata of pages and rows follows the plan's ops; the staged inputs are then held against it, and
 freed pages are poisoned with NaN. Owned by the Engine, in its thread; it reads what the device really holds.
+Of pages that a SAVE or LOAD may touch its MoveShadow knows.
 """
 
 import numpy as np
@@ -10,27 +11,27 @@ import torch
 
 from workers.engine.forward_batch import ForwardBatch
 from workers.kvcache.kv_pool import DUMMY_PAGE, KVPool
-from workers.plan import CloseSlot, CompletePages, FreePages, OpenSlot, OwnPages, PlanOp, SetRow
+from workers.kvcache.move_shadow import MoveShadow, MoveWitness
+from workers.kvcache.sanitizer_error import SanitizerError
+from workers.plan import (
+    CloseSlot,
+    CompletePages,
+    FreePages,
+    LoadPages,
+    OpenSlot,
+    OwnPages,
+    PlanOp,
+    SavePages,
+    SetRow,
+)
 
 BoolArray = npt.NDArray[np.bool_]
 IntArray = npt.NDArray[np.int64]
 
-_FREE, _OWNED, _COMPLETE, _DUMMY = range(4)
-_STATE_NAMES = ("free", "owned", "complete", "dummy")
+_FREE, _OWNED, _LOADING, _COMPLETE, _DUMMY = range(5)
+_STATE_NAMES = ("free", "owned", "loading", "complete", "dummy")
 _NOBODY = -1
 """No slot, in an array of slots: the checks compare whole arrays with slots, and no slot is negative."""
-
-
-class SanitizerError(RuntimeError):
-    """A page is not what a step takes it for: a bug of ours. `check` names the rule that was broken."""
-
-    def __init__(self, check: str, slot: int | None, page: int, expected: str, found: str) -> None:
-        super().__init__(f"{check}: slot {slot}, page {page}: expected {expected}, found {found}")
-        self.check = check
-        self.slot = slot
-        self.page = page
-        self.expected = expected
-        self.found = found
 
 
 class KVSanitizer:
@@ -58,12 +59,22 @@ class KVSanitizer:
         self._row_is_shared = np.zeros(rows, dtype=np.bool_)
         self._row_key = np.zeros((*rows, 2), dtype=np.uint64)
         self._written: tuple[IntArray, IntArray] | None = None
+        self._moves: MoveShadow | None = None
         if poisons_pages:
             pool.poison_all()
 
+    def watch(self, mover: MoveWitness | None) -> None:
+        """Follow SAVEs and LOADs, as carried out by `mover`, from the next plan on."""
+        self._moves = MoveShadow(mover) if mover else None
+
     def apply(self, ops: list[PlanOp]) -> None:
-        """Follow a plan's ops, in order. Raises SanitizerError where one does not fit the page's state."""
+        """Follow a plan's ops, in order; its moves begin after that.
+
+        Raises SanitizerError where an op does not fit the page's state.
+        """
         freed: list[int] = []
+        if self._moves:
+            self._moves.settle()
         for op in ops:
             match op:
                 case OwnPages():
@@ -78,6 +89,10 @@ class KVSanitizer:
                 case CloseSlot():
                     self._row_page[op.slot] = DUMMY_PAGE
                     self._row_is_shared[op.slot] = False
+                case SavePages():
+                    self._save(op)
+                case LoadPages():
+                    self._load(op)
                 case OpenSlot():
                     pass
         if freed:
@@ -138,7 +153,7 @@ class KVSanitizer:
 
     def _complete(self, op: CompletePages) -> None:
         pages = np.asarray(op.pages, dtype=np.int64)
-        self._require_state("complete_owned", pages, (_OWNED,))
+        self._require_state("complete_owned", pages, (_OWNED, _LOADING))
         if (partial := pages[self._num_written[pages] < self._page_size]).size:
             page = int(partial[0])
             raise SanitizerError(
@@ -148,9 +163,39 @@ class KVSanitizer:
                 f"{self._page_size} tokens written",
                 str(self._num_written[page]),
             )
+        for page, key in zip(op.pages, op.keys, strict=True):
+            if self._moves and self._state[page] == _LOADING:
+                self._moves.check_completed(page, key)
         self._state[pages] = _COMPLETE
         self._owner[pages] = _NOBODY
         self._key[pages] = _key_words(op.keys)
+
+    def _save(self, op: SavePages) -> None:
+        pages = np.asarray(op.pages, dtype=np.int64)
+        self._require_state("save_complete", pages, (_COMPLETE,))
+        wrong = np.flatnonzero((self._key[pages] != _key_words(op.keys)).any(axis=1))
+        if wrong.size:
+            page, key = op.pages[wrong[0]], op.keys[wrong[0]]
+            raise SanitizerError("save_key", None, page, key.hex(), self._key[page].tobytes().hex())
+        assert self._moves is not None, "moves without a mover"
+        self._moves.begin(op)
+
+    def _load(self, op: LoadPages) -> None:
+        pages = np.asarray(op.pages, dtype=np.int64)
+        self._require_state("load_owned", pages, (_OWNED,))
+        for page in op.pages:
+            if self._owner[page] != _NOBODY or not self._pool.is_poisoned(page):
+                raise SanitizerError(
+                    "load_untouched",
+                    None,
+                    page,
+                    "a page nobody may write, poisoned",
+                    f"slot {self._owner[page]}'s" if self._owner[page] != _NOBODY else "other bytes",
+                )
+        self._state[pages] = _LOADING
+        self._num_written[pages] = self._page_size
+        assert self._moves is not None, "moves without a mover"
+        self._moves.begin(op)
 
     def _set_row(self, op: SetRow) -> None:
         columns = slice(op.first, op.first + len(op.pages))
@@ -164,7 +209,10 @@ class KVSanitizer:
 
     def _free(self, op: FreePages) -> None:
         pages = np.asarray(op.pages, dtype=np.int64)
-        self._require_state("free_owned", pages, (_OWNED, _COMPLETE))
+        self._require_state("free_owned", pages, (_OWNED, _LOADING, _COMPLETE))
+        if self._moves:
+            for page in op.pages:
+                self._moves.check_freed(page)
         self._state[pages] = _FREE
         self._owner[pages] = _NOBODY
         if self._poisons_pages:
@@ -238,6 +286,8 @@ class KVSanitizer:
         needed = np.clip(starts[:, None] - firsts, 0, self._page_size)
         written = self._num_written[pages]
         self._require("page_written", read & (written < needed), slots, pages, needed, written)
+        if self._moves:
+            self._moves.check_reads(slots, pages, read)
 
     def _check_writes(
         self, slots: IntArray, starts: IntArray, query_starts: IntArray, locations: IntArray
