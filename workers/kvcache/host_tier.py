@@ -1,0 +1,338 @@
+"""HostTier: decides which pages of a replica are saved to the node's arena and loaded from it.
+
+Owned by the KVCacheManager in rank 0's step loop thread. It numbers the moves and writes them into the group's
+log (I1); the ranks' PageMovers carry them out; what came of them is read from the MoveBoard and never waited
+for (I2). No torch, no sockets, no clock.
+"""
+
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from cache_service.keys import PageKey
+from cache_service.page_records import Entry, Grant, Location
+from workers.kvcache.page_pool import PagePool
+from workers.kvcache.radix_cache import Node, RadixCache
+from workers.move_board import MoveStatus
+from workers.plan import LoadPages, PlanOp, SavePages
+
+WritePolicy = Literal["write_through", "write_through_selective", "write_back"]
+"""When a page is saved: once it is complete; once it is used again; once it would be evicted."""
+
+MAX_DISTRUSTED = 1_024
+"""Places whose load failed, remembered until the arena's own news of them comes."""
+
+
+class HostCache(Protocol):
+    """What the tier needs of cache_service.client.CacheClient. No call blocks; a failure is a miss."""
+
+    def locate(self, key: PageKey) -> Location | None:
+        """Return where the page is, as far as is known; a lease proves or disproves it."""
+        ...
+
+    def acquire(self, keys: Sequence[PageKey], locations: Sequence[Location]) -> int:
+        """Lease the longest readable prefix; return its length."""
+        ...
+
+    def release(self, slots: Iterable[int]) -> None:
+        """Give back one lease of each slot."""
+
+    def take_grant(self) -> Grant | None:
+        """Return a slot to write, held in advance; None: there is none now."""
+        ...
+
+    def commit(self, entries: Sequence[Entry]) -> None:
+        """Make written slots readable, parents before children."""
+
+    def abort(self, grants: Sequence[Grant]) -> None:
+        """Give grants back that hold nothing."""
+
+    def touch(self, keys: Sequence[PageKey]) -> None:
+        """Count a use of pages, given with all that they continue."""
+
+    def report_corrupt(self, location: Location) -> None:
+        """Have a page dropped whose bytes do not match its checksum."""
+
+    def take_lost(self) -> list[PageKey]:
+        """Return the pages that left the arena, or were not taken in, since the last call."""
+        ...
+
+
+class MoveStatuses(Protocol):
+    """What the tier needs of workers.move_board.MoveBoard."""
+
+    @property
+    def capacity(self) -> int:
+        """Moves that may be in flight."""
+        ...
+
+    def status(self, move: int) -> MoveStatus:
+        """Return what has become of a move on the group."""
+        ...
+
+    def is_over(self, move: int) -> bool:
+        """Tell whether no rank will touch the move's page or slot again."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class _Save:
+    """A page on its way into a granted slot. Its page is leased until every rank is done with it."""
+
+    move: int
+    node: Node
+    grant: Grant
+    tenant: int
+
+
+@dataclass(slots=True, eq=False)
+class _Load:
+    """A page on its way out of a leased slot. Page and slot are leased until every rank is done with them."""
+
+    move: int
+    node: Node
+    location: Location
+    outcome: Literal["unknown", "readable", "failed"] = "unknown"
+    """What was told of its node."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """What has come of loads since the last call."""
+
+    readable: list[Node] = field(default_factory=list)
+    """Verified on every rank; whatever reads them from now on comes after their copies (I5)."""
+    failed: list[Node] = field(default_factory=list)
+    """Not loaded: whoever is on them has to compute them."""
+
+
+@dataclass(slots=True)
+class TierStats:
+    """Counters since the start; each reason is a word."""
+
+    num_saved_pages: int = 0
+    num_loaded_pages: int = 0
+    failed_saves: Counter[str] = field(default_factory=Counter)
+    failed_loads: Counter[str] = field(default_factory=Counter)
+    skipped_saves: Counter[str] = field(default_factory=Counter)
+    """Pages that were not saved though the policy wanted it: `no_grant`, `no_parent`, `busy`."""
+    num_lost_pages: int = 0
+    """Evicted from the device without a copy anywhere (I11)."""
+
+
+class HostTier:
+    """One replica's side of its node's arena. `log` takes ops for the plan that is made next."""
+
+    def __init__(
+        self,
+        host: HostCache,
+        moves: MoveStatuses,
+        pool: PagePool,
+        tree: RadixCache,
+        log: Callable[[PlanOp], None],
+        page_size: int,
+        policy: WritePolicy = "write_through",
+    ) -> None:
+        self._host = host
+        self._moves = moves
+        self._pool = pool
+        self._tree = tree
+        self._log = log
+        self._page_size = page_size
+        self._policy = policy
+        self._num_moves = 0
+        self._saves: deque[_Save] = deque()  # by move: committed in this order, parents before children
+        self._loads: deque[_Load] = deque()
+        self._distrusted: OrderedDict[Location, None] = OrderedDict()
+        self.stats = TierStats()
+
+    @property
+    def num_moves_in_flight(self) -> int:
+        """Moves that some rank may still be at."""
+        return len(self._saves) + len(self._loads)
+
+    @property
+    def busy_pages(self) -> list[int]:
+        """Pages leased by moves, one entry a lease."""
+        return [move.node.page for move in (*self._saves, *self._loads)]
+
+    def find(self, keys: Iterable[PageKey]) -> tuple[list[PageKey], list[Location]]:
+        """Return the leading keys whose pages are thought to be in the arena, and where."""
+        found: tuple[list[PageKey], list[Location]] = ([], [])
+        for key in keys:
+            location = self._host.locate(key)
+            if location is None or location in self._distrusted:
+                break
+            found[0].append(key)
+            found[1].append(location)
+        return found
+
+    def acquire(self, keys: list[PageKey], locations: list[Location], max_pages: int) -> int:
+        """Lease the slots of a prefix of what `find` found, at most `max_pages`; return how many."""
+        num = min(len(keys), max_pages, self._room())
+        return self._host.acquire(keys[:num], locations[:num]) if num > 0 else 0
+
+    def load(self, nodes: Sequence[Node], locations: Sequence[Location]) -> None:
+        """Fill the pages of fresh, unreadable nodes from slots that `acquire` leased."""
+        first = self._num_moves + 1
+        for node, location in zip(nodes, locations, strict=True):
+            self._num_moves += 1
+            self._pool.lease(node.page)
+            node.is_busy = node.is_saved = True
+            self._loads.append(_Load(self._num_moves, node, location))
+        self._log(
+            LoadPages(
+                first,
+                [node.page for node in nodes],
+                [location.slot for location in locations],
+                [location.epoch for location in locations],
+                [node.key for node in nodes],
+            )
+        )
+
+    def stored(self, nodes: Sequence[Node], tenant: int) -> None:
+        """Note complete pages that are new in the tree, parents first."""
+        if self._policy == "write_through":
+            self._save(nodes, tenant)
+
+    def used(self, path: Sequence[Node], tenant: int) -> None:
+        """Note that a request goes on from pages that were there."""
+        if self._policy == "write_through_selective":
+            self._save([node for node in path if node.is_readable], tenant)
+        if path and self._host.locate(path[-1].key) is not None:
+            self._host.touch([node.key for node in path])
+
+    def may_go(self, node: Node) -> bool:
+        """Tell whether the device may evict an idle leaf; under `write_back` its page is saved first."""
+        if node.is_saved or self._host.locate(node.key) is not None:
+            return True
+        if self._policy == "write_back" and self._save([node], node.tenant):
+            return False
+        self.stats.num_lost_pages += 1
+        return True
+
+    def settle(self) -> Settled:
+        """Read what has come of the moves, give back what they held and tell of the loads."""
+        for key in self._host.take_lost():
+            node = self._tree.find(key)
+            if node is not None:
+                node.is_saved = False
+        self._settle_saves()
+        return self._settle_loads()
+
+    def _room(self) -> int:
+        """Return how many more moves may begin: the board holds the words of the last `capacity`."""
+        oldest = min(
+            (moves[0].move for moves in (self._saves, self._loads) if moves), default=self._num_moves + 1
+        )
+        return self._moves.capacity - (self._num_moves + 1 - oldest)
+
+    def _save(self, nodes: Iterable[Node], tenant: int) -> bool:
+        """Begin to save pages, parents first, unless they are saved, on their way, or cannot be."""
+        first = self._num_moves + 1
+        begun = [save for node in nodes if (save := self._begin_save(node, tenant)) is not None]
+        if begun:
+            self._log(
+                SavePages(
+                    first,
+                    [save.node.page for save in begun],
+                    [save.grant.slot for save in begun],
+                    [save.grant.epoch for save in begun],
+                    [save.node.key for save in begun],
+                )
+            )
+        return bool(begun)
+
+    def _begin_save(self, node: Node, tenant: int) -> _Save | None:
+        if node.is_saved or node.is_busy:
+            return None
+        if self._host.locate(node.key) is not None:
+            node.is_saved = True  # another replica saved it, or this one before it was evicted
+            return None
+        if not self._is_chained(node.parent):
+            self.stats.skipped_saves["no_parent"] += 1
+            return None
+        if self._room() <= 0:
+            self.stats.skipped_saves["busy"] += 1
+            return None
+        grant = self._host.take_grant()
+        if grant is None:
+            self.stats.skipped_saves["no_grant"] += 1
+            return None
+        self._num_moves += 1
+        self._pool.lease(node.page)
+        node.is_busy = True
+        save = _Save(self._num_moves, node, grant, tenant)
+        self._saves.append(save)
+        return save
+
+    def _is_chained(self, parent: Node | None) -> bool:
+        """Tell whether the arena has the page's parent, or will have it before: it takes no orphans."""
+        return parent is None or parent.is_saved or parent.is_busy
+
+    def _settle_saves(self) -> None:
+        entries: list[Entry] = []
+        failed: list[Grant] = []
+        while self._saves and self._moves.is_over(self._saves[0].move):
+            save = self._saves.popleft()
+            node, status = save.node, self._moves.status(save.move)
+            self._let_go(node)
+            if status.is_failed:
+                failed.append(save.grant)
+                self.stats.failed_saves[reason_of(status)] += 1
+                continue
+            node.is_saved = True
+            self.stats.num_saved_pages += 1
+            parent = None if node.parent is None else node.parent.key
+            entries.append(
+                Entry(save.grant.slot, save.grant.epoch, node.key, parent, self._page_size, save.tenant)
+            )
+        if entries:
+            self._host.commit(entries)
+        if failed:
+            self._host.abort(failed)
+
+    def _settle_loads(self) -> Settled:
+        settled = Settled()
+        still: deque[_Load] = deque()
+        over: list[_Load] = []
+        for load in self._loads:
+            status = self._moves.status(load.move)
+            if status.is_failed:
+                if load.outcome != "failed":
+                    self._fail(load, status)
+                    settled.failed.append(load.node)
+            elif status >= MoveStatus.ENQUEUED and load.outcome == "unknown":
+                load.outcome = "readable"
+                load.node.is_readable = True
+                settled.readable.append(load.node)
+            (over if self._moves.is_over(load.move) else still).append(load)
+        self._loads = still
+        for load in over:
+            self._let_go(load.node)
+            self.stats.num_loaded_pages += load.outcome == "readable"
+        if over:
+            self._host.release([load.location.slot for load in over])
+        return settled
+
+    def _fail(self, load: _Load, status: MoveStatus) -> None:
+        load.outcome = "failed"
+        load.node.is_saved = False
+        self.stats.failed_loads[reason_of(status)] += 1
+        self._distrusted[load.location] = None
+        while len(self._distrusted) > MAX_DISTRUSTED:
+            self._distrusted.popitem(last=False)
+        if status is MoveStatus.FAILED_CORRUPT:
+            self._host.report_corrupt(load.location)
+
+    def _let_go(self, node: Node) -> None:
+        node.is_busy = False
+        self._pool.release(
+            node.page
+        )  # no rank is at it: what forward passes need is fenced by their own leases
+
+
+def reason_of(status: MoveStatus) -> str:
+    """Return the word under which a failure is counted."""
+    return status.name.removeprefix("FAILED_").lower()
