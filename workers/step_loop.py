@@ -31,7 +31,8 @@ HEARTBEAT_S = 0.25
 """Clients ignore load reports older than 1 s; an idle replica sends four of them in that time."""
 
 STALL_S = 0.001
-"""Requests that wait for pages a lagging rank may still read: looked at again so soon."""
+"""Requests that wait for pages (a lagging rank may still read them, a load is under way): looked at again so
+soon."""
 
 END_OF_LOG = b""
 """What rank 0 broadcasts instead of a plan when it stops."""
@@ -43,6 +44,11 @@ class StepScheduler(Protocol):
     @property
     def has_requests(self) -> bool:
         """Tell whether requests run or wait."""
+        ...
+
+    @property
+    def has_moves(self) -> bool:
+        """Tell whether the outcome of some SAVE or LOAD is still to be taken in."""
         ...
 
     def add(self, submit: SubmitRequest, now_s: float) -> None:
@@ -216,7 +222,7 @@ class StepLoop:
         if plan is not None:
             self._wait_s = 0.0
             self._run_step(plan)
-        elif self._scheduler.has_requests:
+        elif self._scheduler.has_requests or self._scheduler.has_moves:
             self._wait_s = STALL_S
             if self._clock() - self._spoke_s >= self._heartbeat_s:
                 self._beat()

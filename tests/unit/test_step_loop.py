@@ -29,6 +29,8 @@ class FakeScheduler:
         self.step = 0
         self.num_stalls = 0
 
+    has_moves = False
+
     @property
     def has_requests(self):
         return bool(self.running)

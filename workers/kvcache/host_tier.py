@@ -1,8 +1,8 @@
 """HostTier: decides which pages of a replica are saved to the node's arena and loaded from it.
 
-Owned by the KVCacheManager in rank 0's step loop thread. It numbers the moves and writes them into the group's
-log (I1); the ranks' PageMovers carry them out; what came of them is read from the MoveBoard and never waited
-for (I2). No torch, no sockets, no clock.
+Owned by the KVCacheManager in rank 0's step loop thread. It numbers the moves and writes them into the
+group's log (I1); the ranks' PageMovers carry them out; what came of them is read from the MoveBoard and never
+waited for (I2). No torch, no sockets, no clock.
 """
 
 from collections import Counter, OrderedDict, deque
@@ -83,7 +83,6 @@ class _Save:
     move: int
     node: Node
     grant: Grant
-    tenant: int
 
 
 @dataclass(slots=True, eq=False)
@@ -155,7 +154,7 @@ class HostTier:
     @property
     def busy_pages(self) -> list[int]:
         """Pages leased by moves, one entry a lease."""
-        return [move.node.page for move in (*self._saves, *self._loads)]
+        return [save.node.page for save in self._saves] + [load.node.page for load in self._loads]
 
     def find(self, keys: Iterable[PageKey]) -> tuple[list[PageKey], list[Location]]:
         """Return the leading keys whose pages are thought to be in the arena, and where."""
@@ -191,15 +190,15 @@ class HostTier:
             )
         )
 
-    def stored(self, nodes: Sequence[Node], tenant: int) -> None:
+    def stored(self, nodes: Sequence[Node]) -> None:
         """Note complete pages that are new in the tree, parents first."""
         if self._policy == "write_through":
-            self._save(nodes, tenant)
+            self._save(nodes)
 
-    def used(self, path: Sequence[Node], tenant: int) -> None:
+    def used(self, path: Sequence[Node]) -> None:
         """Note that a request goes on from pages that were there."""
         if self._policy == "write_through_selective":
-            self._save([node for node in path if node.is_readable], tenant)
+            self._save([node for node in path if node.is_readable])
         if path and self._host.locate(path[-1].key) is not None:
             self._host.touch([node.key for node in path])
 
@@ -207,7 +206,7 @@ class HostTier:
         """Tell whether the device may evict an idle leaf; under `write_back` its page is saved first."""
         if node.is_saved or self._host.locate(node.key) is not None:
             return True
-        if self._policy == "write_back" and self._save([node], node.tenant):
+        if self._policy == "write_back" and self._save(_chain(node)):
             return False
         self.stats.num_lost_pages += 1
         return True
@@ -224,14 +223,15 @@ class HostTier:
     def _room(self) -> int:
         """Return how many more moves may begin: the board holds the words of the last `capacity`."""
         oldest = min(
-            (moves[0].move for moves in (self._saves, self._loads) if moves), default=self._num_moves + 1
+            self._saves[0].move if self._saves else self._num_moves + 1,
+            self._loads[0].move if self._loads else self._num_moves + 1,
         )
         return self._moves.capacity - (self._num_moves + 1 - oldest)
 
-    def _save(self, nodes: Iterable[Node], tenant: int) -> bool:
+    def _save(self, nodes: Iterable[Node]) -> bool:
         """Begin to save pages, parents first, unless they are saved, on their way, or cannot be."""
         first = self._num_moves + 1
-        begun = [save for node in nodes if (save := self._begin_save(node, tenant)) is not None]
+        begun = [save for node in nodes if (save := self._begin_save(node)) is not None]
         if begun:
             self._log(
                 SavePages(
@@ -244,7 +244,7 @@ class HostTier:
             )
         return bool(begun)
 
-    def _begin_save(self, node: Node, tenant: int) -> _Save | None:
+    def _begin_save(self, node: Node) -> _Save | None:
         if node.is_saved or node.is_busy:
             return None
         if self._host.locate(node.key) is not None:
@@ -263,7 +263,7 @@ class HostTier:
         self._num_moves += 1
         self._pool.lease(node.page)
         node.is_busy = True
-        save = _Save(self._num_moves, node, grant, tenant)
+        save = _Save(self._num_moves, node, grant)
         self._saves.append(save)
         return save
 
@@ -286,7 +286,7 @@ class HostTier:
             self.stats.num_saved_pages += 1
             parent = None if node.parent is None else node.parent.key
             entries.append(
-                Entry(save.grant.slot, save.grant.epoch, node.key, parent, self._page_size, save.tenant)
+                Entry(save.grant.slot, save.grant.epoch, node.key, parent, self._page_size, node.tenant)
             )
         if entries:
             self._host.commit(entries)
@@ -328,9 +328,15 @@ class HostTier:
 
     def _let_go(self, node: Node) -> None:
         node.is_busy = False
-        self._pool.release(
-            node.page
-        )  # no rank is at it: what forward passes need is fenced by their own leases
+        self._pool.release(node.page)  # forward passes that read it are fenced by their own leases
+
+
+def _chain(node: Node) -> list[Node]:
+    """Return a node with all above it that the arena has not, parents first: it takes no orphans."""
+    chain = [node]
+    while (parent := chain[-1].parent) is not None and not (parent.is_saved or parent.is_busy):
+        chain.append(parent)
+    return chain[::-1]
 
 
 def reason_of(status: MoveStatus) -> str:

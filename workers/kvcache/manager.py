@@ -6,11 +6,12 @@ tables equal to them (I1), and numbers the relocations (I8). Lives in rank 0's s
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
-from cache_service.keys import NamespaceDigest, PageKey, page_keys, salted
+from cache_service.keys import NamespaceDigest, PageKey, salted
+from workers.kvcache.host_tier import HostCache, HostTier, MoveStatuses, WritePolicy
 from workers.kvcache.page_pool import PagePool, PageState, Safety
 from workers.kvcache.radix_cache import Node, RadixCache
+from workers.kvcache.rows import KeyedTokens, KVStats, Row
 from workers.plan import (
     CloseSlot,
     CompletePages,
@@ -24,57 +25,11 @@ from workers.plan import (
 from workers.protocol import KVEventBatch
 
 
-@dataclass(slots=True, eq=False)
-class KeyedTokens:
-    """A request's tokens so far, and the keys of their whole pages, each computed once."""
-
-    token_ids: list[int]
-    namespace: NamespaceDigest
-    page_size: int
-    _keys: list[PageKey] = field(default_factory=list)
-
-    def keys(self, first: int, end: int) -> list[PageKey]:
-        """Return the keys of the pages `first` .. `end - 1`."""
-        known = len(self._keys)
-        if end > known:
-            new_tokens = self.token_ids[known * self.page_size : end * self.page_size]
-            parent = self._keys[-1] if known else self.namespace
-            self._keys += page_keys(parent, new_tokens, self.page_size)
-        return self._keys[first:end]
-
-
-@dataclass(slots=True, eq=False)
-class _Row:
-    """The pages of one slot, in the order of its tokens.
-
-    pages     p0 p1 p2 p3 p4 p5
-              |------|              num_complete: wholly written; with prefix caching the pages of `path`,
-                                    which other rows may share
-                     |--------|     this row's alone, reserved for tokens to come
-    """
-
-    tokens: KeyedTokens
-    pages: list[int] = field(default_factory=list)
-    path: list[Node] = field(default_factory=list)
-    num_complete: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class KVStats:
-    """Pages by state, and evictions since the start. Cached pages that no request is on are owned too."""
-
-    num_free_pages: int
-    num_owned_pages: int
-    num_quiescing_pages: int
-    num_cached_pages: int
-    num_evictable_pages: int
-    num_evictions: int
-
-
 class KVCacheManager:
     """Gives pages to slots, shares complete ones by PageKey, and logs both as PlanOps.
 
-    A slot's life: `open`, then per step `reserve` before it and `commit` after it, then `close`.
+    A slot's life: `open`, then per step `reserve` before it and `commit` after it, then `close`. With a
+    HostTier (`attach_tier`) a slot may open on pages that are still loading: it waits for `is_readable`.
     """
 
     def __init__(
@@ -93,11 +48,19 @@ class KVCacheManager:
         self._tree = RadixCache(self._pool)
         self._namespace = namespace
         self._prefix_caching = prefix_caching
-        self._rows: dict[int, _Row] = {}
+        self._rows: dict[int, Row] = {}
         self._ops: list[PlanOp] = []
         self._version = RelocationVersion(incarnation, 0)
         self._event_version = 0
         self._planned_step = 0
+        self._tier: HostTier | None = None
+        self._failed: list[Node] = []
+
+    def attach_tier(self, host: HostCache, moves: MoveStatuses, policy: WritePolicy) -> HostTier:
+        """Save pages to and load them from an arena from now on; return the tier, whose stats it keeps."""
+        assert self._prefix_caching, "without prefix caching no page has a use beyond its request"
+        self._tier = HostTier(host, moves, self._pool, self._tree, self._log, self.page_size, policy)
+        return self._tier
 
     @property
     def num_pages(self) -> int:
@@ -118,9 +81,16 @@ class KVCacheManager:
         """Return how many pages hold `num_tokens` tokens."""
         return -(-num_tokens // self.page_size)
 
+    @property
+    def has_moves(self) -> bool:
+        """Tell whether the outcome of some move is still to be taken in."""
+        return self._tier is not None and self._tier.num_moves_in_flight > 0
+
     def keyed(self, token_ids: list[int], tenant_salt: bytes) -> KeyedTokens:
         """Wrap a request's tokens for `open`. The list stays the caller's, who may append to it."""
-        return KeyedTokens(token_ids, salted(self._namespace, tenant_salt), self.page_size)
+        namespace = salted(self._namespace, tenant_salt)
+        tenant = int.from_bytes(namespace[:4], "little") >> 1 if tenant_salt else 0
+        return KeyedTokens(token_ids, namespace, self.page_size, tenant)
 
     def num_lacking(
         self, tokens: KeyedTokens, num_tokens: int, num_spare_pages: int, closing: Sequence[int] = ()
@@ -139,17 +109,49 @@ class KVCacheManager:
     def open(self, op: OpenSlot, tokens: KeyedTokens) -> int:
         """Open a slot on the longest cached prefix and return that prefix's length.
 
-        At least one token is left to compute, so that there are logits to sample from.
+        At least one token is left to compute, so that there are logits to sample from. Pages of the prefix
+        that lie in the arena only are loaded, as far as there are free pages for them now.
         """
         assert op.slot not in self._rows, f"slot {op.slot} is open"
         path = self._match(tokens)
         self._tree.lock(path)
+        if self._tier is not None:
+            self._tier.used(path)
+            path += self._load(self._tier, tokens, path)
         pages = [node.page for node in path]
-        self._rows[op.slot] = _Row(tokens, pages, path, len(path))
+        self._rows[op.slot] = Row(tokens, pages, path, len(path))
         self._ops.append(op)
         if path:
             self._set_row(op.slot, 0, list(pages), [node.key for node in path])
         return len(path) * self.page_size
+
+    def is_readable(self, slot: int) -> bool:
+        """Tell whether the slot's prefix is there, or ordered before whatever reads it (I5)."""
+        return self._rows[slot].is_readable()
+
+    def settle(self) -> list[int]:
+        """Take in what has come of moves; return the slots on pages whose load failed, to be closed at once.
+
+        After they are closed, `drop_failed`.
+        """
+        if self._tier is None:
+            return []
+        settled = self._tier.settle()
+        if settled.readable:
+            pages = [node.page for node in settled.readable]
+            self._log(CompletePages(pages, [node.key for node in settled.readable]))
+        self._log_freed()
+        self._failed = settled.failed
+        if not settled.failed:
+            return []
+        failed = set(settled.failed)
+        return [slot for slot, row in self._rows.items() if not failed.isdisjoint(row.path)]
+
+    def drop_failed(self) -> None:
+        """Forget the pages whose load failed, and all that continue them."""
+        failed, self._failed = self._failed, []
+        self._tree.drop(failed)
+        self._log_freed()
 
     def reserve(self, slot: int, num_tokens: int) -> bool:
         """Own the pages of the slot's first `num_tokens` tokens, or change no row and return False.
@@ -177,7 +179,10 @@ class KVCacheManager:
     def is_coming(self, slot: int, num_tokens: int) -> bool:
         """Tell whether a reservation that failed will succeed once all quiescing pages are free."""
         num_missing = self.pages_for(num_tokens) - len(self._rows[slot].pages)
-        return num_missing <= self._pool.num_free + self._pool.num_quiescing
+        num_coming = self._pool.num_free + self._pool.num_quiescing
+        if self._tier is not None:
+            num_coming += self._tree.num_unlocked  # those that a move still holds
+        return num_missing <= num_coming
 
     def commit(self, slot: int, num_tokens: int) -> None:
         """Note that the slot's first `num_tokens` tokens are computed. Whole pages enter the tree at once.
@@ -192,6 +197,7 @@ class KVCacheManager:
             f"slot {slot} wrote {num_tokens} tokens into {len(row.pages)} pages"
         )
         keys = row.tokens.keys(row.num_complete, num_complete)
+        own: list[Node] = []
         own_pages: list[int] = []
         own_keys: list[PageKey] = []
         for index, key in enumerate(keys, row.num_complete):
@@ -203,10 +209,15 @@ class KVCacheManager:
             own_pages.append(page)
             own_keys.append(key)
             if self._prefix_caching:
-                row.path.append(self._tree.insert(key, page, row.path[-1] if row.path else None))
+                parent = row.path[-1] if row.path else None
+                node = self._tree.insert(key, page, parent, row.tokens.tenant)
+                row.path.append(node)
+                own.append(node)
         if own_pages:
-            self._ops.append(CompletePages(own_pages, list(own_keys)))
+            self._log(CompletePages(own_pages, list(own_keys)))
         row.num_complete = num_complete
+        if self._tier is not None:
+            self._tier.stored(own)
 
     def close(self, slot: int) -> None:
         """Give the slot's pages back. Complete ones stay in the tree until they are evicted."""
@@ -282,6 +293,8 @@ class KVCacheManager:
                 holders[page] += 1
         for node in self._tree.nodes():
             holders[node.page] += 1
+        for page in self._tier.busy_pages if self._tier is not None else ():
+            holders[page] += 1
         for page in range(1, self._pool.num_pages + 1):
             num_leases = self._pool.num_leases(page)
             assert num_leases == holders[page], (
@@ -291,7 +304,11 @@ class KVCacheManager:
     def _match(self, tokens: KeyedTokens) -> list[Node]:
         if not self._prefix_caching:
             return []
-        return self._tree.match(tokens.keys(0, (len(tokens.token_ids) - 1) // self.page_size))
+        return self._tree.match(self._keys(tokens))
+
+    def _keys(self, tokens: KeyedTokens) -> list[PageKey]:
+        """Return the keys of all pages that a request may find: not of one that holds its last token."""
+        return tokens.keys(0, (len(tokens.token_ids) - 1) // self.page_size)
 
     def _num_released(self, closing: Sequence[int], kept: Sequence[Node]) -> int:
         """Return how many pages nobody holds once the slots are closed, beside those `kept`."""
@@ -300,18 +317,37 @@ class KVCacheManager:
         num_locks = Counter(node for row in rows for node in row.path)
         for node in kept:
             del num_locks[node]
-        # The tree's own lease on a node's page is no lock.
-        num_unlocked = sum(locks == self._pool.num_leases(node.page) - 1 for node, locks in num_locks.items())
+        num_unlocked = sum(locks == node.num_locks for node, locks in num_locks.items())
         return num_private + num_unlocked
 
     def _make_room(self, num_pages: int) -> None:
+        may_go = None if self._tier is None else self._tier.may_go
         while self._pool.num_free < num_pages:
             enough_coming = self._pool.num_free + self._pool.num_quiescing >= num_pages
-            if not self._tree.evict(only_idle=enough_coming):
+            if not self._tree.evict(only_idle=enough_coming, may_go=may_go):
                 break
         self._log_freed()
 
-    def _share(self, slot: int, row: _Row, index: int, node: Node) -> None:
+    def _load(self, tier: HostTier, tokens: KeyedTokens, path: list[Node]) -> list[Node]:
+        """Begin to load what the arena has of a prompt beyond its locked path; return the new nodes."""
+        keys, locations = tier.find(self._keys(tokens)[len(path) :])
+        if not keys:
+            return []
+        self._make_room(len(keys))
+        num_pages = tier.acquire(keys, locations, self._pool.num_free)
+        if not num_pages:
+            return []
+        pages = self._pool.allocate(num_pages)
+        self._log(OwnPages(pages, self._generations(pages)))
+        self._relocated()
+        nodes: list[Node] = []
+        for key, page in zip(keys, pages, strict=False):
+            parent = nodes[-1] if nodes else path[-1] if path else None
+            nodes.append(self._tree.insert(key, page, parent, tokens.tenant, is_readable=False))
+        tier.load(nodes, locations[:num_pages])
+        return nodes
+
+    def _share(self, slot: int, row: Row, index: int, node: Node) -> None:
         """Swap the slot's own copy of a page for the tree's."""
         self._tree.lock([node])
         row.path.append(node)
@@ -331,6 +367,9 @@ class KVCacheManager:
         if pages:
             self._ops.append(FreePages(pages))
             self._relocated()
+
+    def _log(self, op: PlanOp) -> None:
+        self._ops.append(op)
 
     def _relocated(self) -> None:
         self._version = RelocationVersion(self._version.incarnation, self._version.counter + 1)

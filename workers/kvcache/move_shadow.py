@@ -15,6 +15,8 @@ from workers.kvcache.sanitizer_error import SanitizerError
 from workers.move_board import MoveStatus
 from workers.plan import LoadPages, SavePages
 
+_WAS_ENQUEUED = (MoveStatus.ENQUEUED, MoveStatus.DONE, MoveStatus.FAILED_TORN)
+
 
 class MoveWitness(Protocol):
     """What the sanitizer asks of workers.kvcache.page_mover.PageMover."""
@@ -63,13 +65,13 @@ class MoveShadow:
             self._in_flight.append(watched)
 
     def check_completed(self, page: int, key: bytes) -> None:
-        """Require that a loading page may be named: its LOAD is as good as done, and of this key."""
+        """Require that a loading page may be named: its LOAD got past verification, and is of this key."""
         watched = self._loads[page]
         if watched.move.key != key:
             raise SanitizerError("complete_key", None, page, watched.move.key.hex(), key.hex())
         status = self._status(watched)
-        if status.is_failed or status is MoveStatus.PENDING:
-            raise SanitizerError("complete_loading", None, page, "a LOAD enqueued or done", status.name)
+        if status not in _WAS_ENQUEUED:
+            raise SanitizerError("complete_loading", None, page, "a LOAD that was enqueued", status.name)
 
     def check_freed(self, page: int) -> None:
         """Require that no copy from or to a page can still run, and forget the page."""

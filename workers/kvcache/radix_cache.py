@@ -16,12 +16,26 @@ from workers.protocol import KVEvent
 class Node:
     """One page of a prefix. `parent` is None in the first page of its namespace."""
 
-    __slots__ = ("is_busy", "is_readable", "is_saved", "key", "num_children", "num_locks", "page", "parent")
+    __slots__ = (
+        "is_busy",
+        "is_readable",
+        "is_saved",
+        "key",
+        "num_children",
+        "num_locks",
+        "page",
+        "parent",
+        "tenant",
+    )
 
-    def __init__(self, key: PageKey, page: int, parent: "Node | None", *, is_readable: bool) -> None:
+    def __init__(
+        self, key: PageKey, page: int, parent: "Node | None", tenant: int, *, is_readable: bool
+    ) -> None:
         self.key = key
         self.page = page
         self.parent = parent
+        self.tenant = tenant
+        """The number to which its copy in an arena is charged."""
         self.num_children = 0
         self.num_locks = 1
         self.is_readable = is_readable
@@ -99,13 +113,15 @@ class RadixCache:
             if not node.num_locks and node.key in self._nodes:
                 self._unlocked[node.key] = node
 
-    def insert(self, key: PageKey, page: int, parent: Node | None, *, is_readable: bool = True) -> Node:
+    def insert(
+        self, key: PageKey, page: int, parent: Node | None, tenant: int = 0, *, is_readable: bool = True
+    ) -> Node:
         """Add a page below `parent`: complete, or not readable yet, which its load will make it.
 
         The caller's lease on the page becomes its lock on the node.
         """
         assert key not in self._nodes, "the key is in the tree: its page is the one to use"
-        node = self._nodes[key] = Node(key, page, parent, is_readable=is_readable)
+        node = self._nodes[key] = Node(key, page, parent, tenant, is_readable=is_readable)
         if parent is not None:
             parent.num_children += 1
         self._pool.lease(page)
@@ -160,6 +176,10 @@ class RadixCache:
             assert (node.num_locks == 0) == (key in self._unlocked), (
                 f"page {node.page} of the tree has {node.num_locks} locks and is "
                 f"{'un' if key in self._unlocked else ''}locked"
+            )
+            num_leases = self._pool.num_leases(node.page)
+            assert num_leases > node.num_locks, (
+                f"page {node.page} of the tree has {num_leases} leases, {node.num_locks} locks"
             )
             assert node.is_readable or node.is_busy, f"page {node.page} of the tree will never be readable"
             if node.parent is not None:

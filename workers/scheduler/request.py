@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from workers.kvcache.manager import KeyedTokens
+from workers.kvcache.rows import KeyedTokens
 from workers.protocol import FinishReason, RequestId, SamplingParams
 
 

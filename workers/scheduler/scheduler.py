@@ -129,6 +129,7 @@ class Scheduler:
         A plan may have no rows: it then carries ops only. Each plan is committed before the next is made.
         """
         assert self._in_flight is None, "the last plan is not committed"
+        self._settle()
         self.stats.queue_s.clear()
         self._budget = self._config.max_tokens_per_step
         ready = self._reserve_running()
@@ -160,6 +161,7 @@ class Scheduler:
         """
         step, self._in_flight = self._in_flight, None
         assert step is not None and step.plan.step == output.step, f"step {output.step} was not planned"
+        self._settle()  # what a row made of a page that failed to load does not count
         planned = step.plan.relocation_version
         if output.relocation_version != planned and self._safety.versions:
             raise RelocationVersionError(output.step, output.relocation_version, planned)
@@ -176,6 +178,11 @@ class Scheduler:
             if request.slot is not None:
                 outputs.append(self._append(request, token_id, logprobs))
         return outputs
+
+    @property
+    def has_moves(self) -> bool:
+        """Tell whether pages move to or from the arena: what comes of them is read when a step is planned."""
+        return self._cache.has_moves
 
     def completed(self, step: int) -> None:
         """Note the last step that every rank has completed: pages released before it become free."""
@@ -266,7 +273,10 @@ class Scheduler:
         return min(len(request.token_ids) + self._lookahead, request.max_len)
 
     def _plan_row(self, request: Request) -> None:
-        assert request.num_planned == 0, f"{request.request_id} is planned twice in a step"
+        """Give a request its part of the step, unless its prefix is still loading: then it waits alone."""
+        assert request.slot is not None and not request.num_planned, f"{request.request_id} is planned twice"
+        if not self._cache.is_readable(request.slot):
+            return
         request.num_planned = min(request.num_left, self._budget)
         self._budget -= request.num_planned
 
@@ -336,6 +346,16 @@ class Scheduler:
         self._close(request)
         self._waiting.push(request)
         self.stats.num_preemptions += 1
+
+    def _settle(self) -> None:
+        """Take in what has come of moves. Who is on a page that failed to load computes it after all."""
+        slots = self._cache.settle()
+        for request in [request for request in self._running if request.slot in slots]:
+            if not request.num_generated and request.num_cached:
+                self.stats.num_cached_tokens -= request.num_cached
+                request.num_cached = None
+            self._preempt(request)
+        self._cache.drop_failed()
 
     def _close(self, request: Request) -> None:
         assert request.slot is not None

@@ -1,0 +1,63 @@
+"""What the KVCacheManager keeps of one slot: its tokens with their keys, and its pages. No torch."""
+
+from dataclasses import dataclass, field
+
+from cache_service.keys import NamespaceDigest, PageKey, page_keys
+from workers.kvcache.radix_cache import Node
+
+
+@dataclass(slots=True, eq=False)
+class KeyedTokens:
+    """A request's tokens so far, and the keys of their whole pages, each computed once."""
+
+    token_ids: list[int]
+    namespace: NamespaceDigest
+    page_size: int
+    tenant: int
+    """The number to which its pages in an arena are charged."""
+    _keys: list[PageKey] = field(default_factory=list)
+
+    def keys(self, first: int, end: int) -> list[PageKey]:
+        """Return the keys of the pages `first` .. `end - 1`."""
+        known = len(self._keys)
+        if end > known:
+            new_tokens = self.token_ids[known * self.page_size : end * self.page_size]
+            parent = self._keys[-1] if known else self.namespace
+            self._keys += page_keys(parent, new_tokens, self.page_size)
+        return self._keys[first:end]
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """The pages of one slot, in the order of its tokens.
+
+    pages     p0 p1 p2 p3 p4 p5
+              |------|              num_complete: wholly written, or being loaded; with prefix caching the
+                                    pages of `path`, which other rows may share
+              |--|                  num_readable: of those, loaded
+                     |--------|     this row's alone, reserved for tokens to come
+    """
+
+    tokens: KeyedTokens
+    pages: list[int] = field(default_factory=list)
+    path: list[Node] = field(default_factory=list)
+    num_complete: int = 0
+    num_readable: int = 0
+
+    def is_readable(self) -> bool:
+        """Tell whether no page of its path is still to be loaded."""
+        while self.num_readable < len(self.path) and self.path[self.num_readable].is_readable:
+            self.num_readable += 1
+        return self.num_readable == len(self.path)
+
+
+@dataclass(frozen=True, slots=True)
+class KVStats:
+    """Pages by state, and evictions since the start. Cached pages that no request is on are owned too."""
+
+    num_free_pages: int
+    num_owned_pages: int
+    num_quiescing_pages: int
+    num_cached_pages: int
+    num_evictable_pages: int
+    num_evictions: int
