@@ -57,11 +57,13 @@ NOTICED_BY = {
     "copies_rows": r"staged_row: slot \d, page \d+",
     "poisons_pages": r"free_page_untouched: .* expected the poison of a free page",
 }
-# These need a lost operation, below, or a delay, which a replica of one synchronous rank has not.
+# These need a lost operation, below, or a delay or a cache tier, which one synchronous rank has not.
 VERSION_CHECKS = {"versions", "checks_version"}
 NEED_A_DELAY = {
     "fences": "test_mutations_bookkeeping.py",
     "rings_staging": "test_mutations_engine.py",
+    "waits_for_loads": "test_mutations_moves.py",
+    "verifies_loads": "test_mutations_moves.py",
 }
 
 

@@ -46,3 +46,16 @@ def test_default_buckets_waste_at_most_a_fifth_of_a_step(max_rows: int) -> None:
     assert sizes[-1] == max_rows
     for below, size in zip((0, *sizes), sizes, strict=False):
         assert (size - below - 1) / size <= 0.2
+
+
+def test_a_load_that_is_waited_for_changes_the_count_and_nothing_else() -> None:
+    guard = GraphGuard([4], enabled=True, supported=True)
+    assert guard.decide("decode", 3, after_load=True) == guard.decide("decode", 3) == Decision(4, None)
+    assert guard.decide("decode", 9, after_load=True) == Decision(None, "no_bucket")
+    assert guard.decide("extend", 1, after_load=True) == Decision(None, "unsupported")
+    assert guard.steps == {
+        ("decode", "replay_after_load"): 1,
+        ("decode", "replay"): 1,
+        ("decode", "eager"): 1,
+        ("extend", "eager"): 1,
+    }
