@@ -27,13 +27,13 @@ Keys = Annotated[list[Key], Meta(max_length=MAX_ITEMS)]
 class Attach(msgspec.Struct, frozen=True, array_like=True, tag="attach"):
     """A process of this node asks for its reader row, first thing of a connection, and again after a restart.
 
-    `group` is the number under which the ranks of a TP group share their grants; 0: it only reads.
+    `group` is a number that the ranks of a TP group have chosen: they share their grants under it.
     """
 
     protocol_version: int
     pid: int
     start_ticks: int
-    group: Annotated[int, Meta(ge=0, lt=1 << 32)]
+    group: Annotated[int, Meta(ge=1, lt=1 << 32)]
     cluster_id: str
     fingerprint: bytes
     bundle_bytes: int
@@ -41,7 +41,10 @@ class Attach(msgspec.Struct, frozen=True, array_like=True, tag="attach"):
 
 
 class Attached(msgspec.Struct, frozen=True, array_like=True, tag="attached"):
-    """Where the arena is, which lease row is the caller's, and where relocations are broadcast."""
+    """Where the arena is, which lease row is the caller's, and where relocations are broadcast.
+
+    The reply's version names the arena's incarnation, as its header does.
+    """
 
     arena_path: str
     num_slots: int
@@ -49,6 +52,8 @@ class Attached(msgspec.Struct, frozen=True, array_like=True, tag="attached"):
     reader_row: int
     broadcasts: str
     """The publisher's endpoint."""
+    grants: list[Grant]
+    """All that the group may write: an answer that gave some may have been lost."""
 
 
 class Detach(msgspec.Struct, frozen=True, array_like=True, tag="detach"):
@@ -180,8 +185,8 @@ class LeasedPage(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     slot: int
     epoch: int
-    offset: int
-    """Of the slot's first byte in the owner's registered memory."""
+    address: int
+    """Of the slot's first byte, as Transfer.register counts."""
     checksums: list[int]
     """`bundle_checksum` of each rank's bundle."""
 
@@ -232,7 +237,7 @@ class Stats(msgspec.Struct, frozen=True, array_like=True, tag="stats"):
 
 
 class Count(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """One counter since the server's start, by reason where it has any."""
+    """A counter since the server's start, by reason where it has any."""
 
     name: str
     value: int
@@ -253,6 +258,14 @@ class StatsReply(msgspec.Struct, frozen=True, array_like=True, tag="stats_reply"
     num_pinned: int
     slot_bytes: int
     counts: list[Count]
+    num_leased: int = 0
+    """Slots that some process holds."""
+    oldest_lease_s: float = 0.0
+    """The longest that a slot has been seen held without a break."""
+    num_readers: int = 0
+    """Processes that have a lease row."""
+    broadcasts: str = ""
+    """The publisher's endpoint."""
 
 
 class Done(msgspec.Struct, frozen=True, array_like=True, tag="done"):
@@ -263,7 +276,7 @@ class Done(msgspec.Struct, frozen=True, array_like=True, tag="done"):
 
 RefusalCode = Literal[
     "protocol_version", "layout", "cluster", "no_reader_row", "not_attached", "pin_budget", "check_failed",
-    "undecodable",
+    "undecodable", "arena_size", "arena_owned", "no_transfer",
 ]  # fmt: skip
 
 

@@ -137,8 +137,8 @@ class RemoteStats:
 class RemoteStore(Protocol):
     """Keeps records by key. Methods may be called from any thread and return within `timeout_s`.
 
-    Whatever fails is an answer, never an exception. After a timeout the buffers may be in use still: until
-    `quiet` of the batch is set.
+    Whatever fails is an answer, never an exception. After a timeout or a failure the buffers may be in use
+    still: until `quiet` of the batch is set.
     """
 
     stats: RemoteStats

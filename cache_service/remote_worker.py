@@ -22,16 +22,23 @@ class Batch(Generic[T]):
         self.results: list[T] = []
         """Final once the call has returned."""
         self.quiet = threading.Event()
-        """Set once nothing reads or writes the buffers any more; at a return in time it is."""
+        """Set once nothing reads or writes the buffers any more; where all went well it is at the return."""
+        self._over = threading.Event()
         self._filled: list[T | None] = [None] * num_pages
         self._lock = threading.Lock()
         self._has_begun = False
+        self._is_held = False
         self._is_cancelled = False
 
     @property
     def is_cancelled(self) -> bool:
         """The caller has gone, or the store closes."""
         return self._is_cancelled
+
+    @property
+    def is_under_way(self) -> bool:
+        """The worker has begun and not ended."""
+        return self._has_begun and not self._over.is_set()
 
     def fill(self, place: int, result: T) -> None:
         """Answer one page, whose buffer is not touched afterwards. In the worker's thread."""
@@ -48,7 +55,26 @@ class Batch(Generic[T]):
         with self._lock:
             self._is_cancelled = True
             if not self._has_begun:
+                self._over.set()
                 self.quiet.set()
+
+    def hold(self) -> None:
+        """Say that the buffers may be written until `let_go`, beyond the work. In the worker's thread."""
+        self._is_held = True
+
+    def let_go(self) -> None:
+        """End a hold: whoever could write the buffers is proven gone."""
+        self.quiet.set()
+
+    def end(self) -> None:
+        """Note that the work has ended. In the worker's thread."""
+        self._over.set()
+        if not self._is_held:
+            self.quiet.set()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Tell whether the work ends in time, or was never begun. In the caller's thread."""
+        return self._over.wait(timeout_s)
 
     def finish(self, unanswered: T) -> None:
         """Settle the results. In the caller's thread."""
@@ -84,7 +110,7 @@ class RemoteWorker:
                 if batch.begin():
                     work(batch)
             finally:
-                batch.quiet.set()
+                batch.end()
 
         with self._lock:
             if self._is_closed:
@@ -92,7 +118,7 @@ class RemoteWorker:
             else:
                 self._open_batches.add(batch)
                 self._queue.put(run)
-        is_in_time = batch.quiet.wait(timeout_s)
+        is_in_time = batch.wait(timeout_s)
         batch.finish(failed if is_in_time else timed_out)
         with self._lock:
             self._open_batches.discard(batch)
@@ -107,6 +133,10 @@ class RemoteWorker:
             self._queue.put(None)
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
+
+    def join(self) -> None:
+        """Wait for the thread's end, after `close`."""
+        self._thread.join()
 
     def _run(self) -> None:
         while (run := self._queue.get()) is not None:

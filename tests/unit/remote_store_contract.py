@@ -32,7 +32,7 @@ class StoreHarness(Protocol):
     """One backing store; all its pages may be thrown away between tests."""
 
     def open(self, layout: RecordLayout) -> RemoteStore:
-        """Open the store for a layout; the one opened before is closed, its pages stay."""
+        """Open the store for a layout; the one opened before is no longer used, its pages stay."""
 
     def memory(self, num_bytes: int) -> memoryview:
         """Return memory that the store opened last may read and write."""

@@ -1,0 +1,224 @@
+"""MooncakeTransfer: arena to arena over Mooncake's TransferEngine, by TCP or RDMA.
+
+A read that Mooncake gives up may write its buffers long after (0.3.13, seen over TCP). Only the end of an
+engine ends that, so reads have an engine of their own: after a failure it is replaced, and the failed reads'
+buffers are quiet once it is destroyed. That holds the interpreter for 0.1 to 0.8 s: for failures only.
+"""
+
+import contextlib
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from cache_service.mooncake_library import (
+    PEER_TO_PEER,
+    MooncakeError,
+    MooncakeOptions,
+    address_of,
+    load_engine,
+)
+from cache_service.remote_worker import Batch, RemoteWorker
+from cache_service.transfer import MAX_DESCRIPTORS, ReadStatus, RemoteRun, TransferError
+
+logger = logging.getLogger(__name__)
+
+MAX_PART_BYTES = 64 << 20
+"""In one request: a slow link still brings it within Mooncake's own timeout."""
+
+
+class MooncakeTransfer:
+    """See Transfer. Each peer's reads run in a thread of their own: one that hangs holds up no other."""
+
+    def __init__(self, options: MooncakeOptions) -> None:
+        self._options = options
+        self._server: Any = _start_engine(options)
+        self.segment = f"{options.node_address}:{self._server.get_rpc_port()}"
+        self.num_retired = 0
+        """Reading engines given up after a failure."""
+        self._memories: list[memoryview] = []
+        self._lock = threading.Lock()
+        self._reader: _ReadingEngine | None = None
+        self._retired: list[_ReadingEngine] = []
+        self._workers: dict[str, RemoteWorker] = {}
+        self._is_closed = False
+
+    def register(self, memory: memoryview) -> int:
+        """See Transfer."""
+        address = _register(self._server, memory)
+        with self._lock:
+            self._memories.append(memory)
+            if self._reader is not None:
+                _register(self._reader.engine, memory)
+        return address
+
+    def read(self, segment: str, runs: Sequence[RemoteRun], timeout_s: float) -> Batch[ReadStatus]:
+        """See Transfer."""
+        return self._worker(segment).run(
+            lambda batch: self._read(batch, segment, runs),
+            len(runs),
+            timeout_s,
+            timed_out=ReadStatus.TIMED_OUT,
+            failed=ReadStatus.FAILED,
+        )
+
+    def forget(self, segment: str) -> None:
+        """See Transfer; its thread ends once its read has."""
+        with self._lock:
+            worker = self._workers.pop(segment, None)
+        if worker is not None:
+            worker.close(0.0)
+
+    def close(self, timeout_s: float) -> bool:
+        """See Transfer."""
+        with self._lock:
+            self._is_closed = True
+            workers = list(self._workers.values())
+        # All are told before any is waited for.
+        ended = [worker.close(0.0) for worker in workers]
+        ended = [worker.close(timeout_s / len(workers)) for worker in workers]
+        with self._lock:
+            reader, self._reader = self._reader, None
+        if reader is not None:
+            reader.retire()
+        self._server = None
+        with self._lock:
+            self._retired = [engine for engine in self._retired if not engine.is_destroyed]
+            return all(ended) and not self._retired
+
+    # In a peer's thread.
+
+    def _read(self, batch: Batch[ReadStatus], segment: str, runs: Sequence[RemoteRun]) -> None:
+        with self._reading() as reader:
+            for start, end in _parts(runs):
+                if batch.is_cancelled:
+                    return
+                part = runs[start:end]
+                code = reader.engine.batch_transfer_sync_read(
+                    segment,
+                    [address_of(run.into) for run in part],
+                    [run.address for run in part],
+                    [run.into.nbytes for run in part],
+                )
+                if code != 0:
+                    reader.hold(batch)
+                    self._retire(reader)
+                    return  # the rest would wait for the same peer
+                for place in range(start, end):
+                    batch.fill(place, ReadStatus.READ)
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator["_ReadingEngine"]:
+        with self._lock:
+            if self._reader is None:
+                self._reader = _ReadingEngine(self._options, self._memories)
+            reader = self._reader
+            reader.enter()
+        try:
+            yield reader
+        finally:
+            reader.leave()
+
+    def _retire(self, reader: "_ReadingEngine") -> None:
+        with self._lock:
+            if self._reader is reader:
+                self._reader = None
+                self.num_retired += 1
+                self._retired = [engine for engine in self._retired if not engine.is_destroyed]
+                self._retired.append(reader)
+        reader.retire()
+
+    def _worker(self, segment: str) -> RemoteWorker:
+        with self._lock:
+            worker = self._workers.get(segment)
+            if worker is None:
+                worker = self._workers[segment] = RemoteWorker(f"mooncake-read-{segment}")
+                if self._is_closed:
+                    worker.close(0.0)
+            return worker
+
+
+class _ReadingEngine:
+    """An engine that reads; once retired, the last call to leave destroys it."""
+
+    def __init__(self, options: MooncakeOptions, memories: Sequence[memoryview]) -> None:
+        self.engine: Any = _start_engine(options)
+        for memory in memories:
+            _register(self.engine, memory)
+        self._lock = threading.Lock()
+        self._num_calls = 0
+        self._held: list[Batch[ReadStatus]] = []
+        self._is_retired = False
+
+    @property
+    def is_destroyed(self) -> bool:
+        """Nothing reads or writes for it any more."""
+        return self.engine is None
+
+    def enter(self) -> None:
+        """Begin a call."""
+        with self._lock:
+            self._num_calls += 1
+
+    def leave(self) -> None:
+        """End a call."""
+        with self._lock:
+            self._num_calls -= 1
+        self._destroy_if_over()
+
+    def hold(self, batch: Batch[ReadStatus]) -> None:
+        """Keep a failed batch's buffers busy until the engine is gone. During its call."""
+        batch.hold()
+        self._held.append(batch)
+
+    def retire(self) -> None:
+        """Let no new call begin; its maker hands it out no more."""
+        with self._lock:
+            self._is_retired = True
+        self._destroy_if_over()
+
+    def _destroy_if_over(self) -> None:
+        with self._lock:
+            if not self._is_retired or self._num_calls or self.engine is None:
+                return
+            self.engine = None  # its destructor closes the connections and joins its threads
+            held, self._held = self._held, []
+        for batch in held:
+            batch.let_go()
+        logger.info("mooncake's reading engine is replaced", extra={"failed_batches": len(held)})
+
+
+def _parts(runs: Sequence[RemoteRun]) -> Iterator[tuple[int, int]]:
+    """Yield half-open ranges of runs, each within what one request may hold."""
+    start, num_bytes = 0, 0
+    for place, run in enumerate(runs):
+        is_full = place - start == MAX_DESCRIPTORS or num_bytes + run.into.nbytes > MAX_PART_BYTES
+        if is_full and place > start:
+            yield start, place
+            start, num_bytes = place, 0
+        num_bytes += run.into.nbytes
+    if start < len(runs):
+        yield start, len(runs)
+
+
+def _start_engine(options: MooncakeOptions) -> Any:
+    engine = load_engine(options).TransferEngine()
+    code = engine.initialize(options.node_address, PEER_TO_PEER, options.protocol, options.rdma_devices)
+    if code != 0:
+        raise MooncakeError(
+            f"Mooncake's transfer engine does not start on {options.node_address} over {options.protocol}"
+            f" (code {code}); is that this node's address, and are its devices there"
+            f" ({options.rdma_devices or 'all'})?"
+        )
+    return engine
+
+
+def _register(engine: Any, memory: memoryview) -> int:
+    address = address_of(memory)
+    code = engine.register_memory(address, memory.nbytes)
+    if code != 0:
+        raise TransferError(
+            f"Mooncake cannot register {memory.nbytes} bytes (code {code}); RDMA needs a locked-memory limit"
+            " of at least so much (ulimit -l)"
+        )
+    return address
