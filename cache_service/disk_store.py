@@ -70,6 +70,7 @@ class DiskStore:
         self._files: OrderedDict[str, int] = OrderedDict()  # name -> bytes, least recently used first
         self._num_bytes = 0
         self._num_written = 0
+        self._is_closed = False
         self._lock_descriptor = self._own_folder()
         self._scan()
         self._reader = RemoteWorker("disk-store-reader")
@@ -122,7 +123,7 @@ class DiskStore:
     def exists(self, keys: Sequence[PageKey], timeout_s: float) -> list[bool]:
         """See RemoteStore; answered from memory."""
         with self._lock:
-            return [self._path(key).name in self._files for key in keys]
+            return [not self._is_closed and self._path(key).name in self._files for key in keys]
 
     def remove(self, keys: Sequence[PageKey], timeout_s: float) -> int:
         """See RemoteStore."""
@@ -135,6 +136,8 @@ class DiskStore:
 
     def close(self, timeout_s: float) -> bool:
         """See RemoteStore. The files stay."""
+        with self._lock:
+            self._is_closed = True
         is_closed = self._reader.close(timeout_s) & self._writer.close(timeout_s)
         if is_closed and self._lock_descriptor is not None:
             os.close(self._lock_descriptor)
