@@ -108,6 +108,11 @@ class PageStore:
         return len(self._index)
 
     @property
+    def num_unusable(self) -> int:
+        """Slots whose memory does not exist yet."""
+        return self._arena.spec.num_slots - self._num_usable
+
+    @property
     def num_draining(self) -> int:
         """Slots of dropped pages that readers still hold."""
         return len(self._draining)
@@ -120,6 +125,10 @@ class PageStore:
     def num_granted(self, group: int) -> int:
         """Return how many slots a group may write."""
         return len(self._grants.get(group, ()))
+
+    def grants_of(self, group: int) -> list[Grant]:
+        """Return what a group may write; for one that may have lost an answer."""
+        return [Grant(slot, self._arena.epoch(slot)) for slot in sorted(self._grants.get(group, ()))]
 
     def num_pages_of(self, tenant: int) -> int:
         """Return how many pages are charged to a tenant."""

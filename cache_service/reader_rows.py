@@ -50,16 +50,15 @@ class ReaderRows:
         return dict(self._rows)
 
     def attach(self, process: ProcessId, group: int | None) -> ReaderRow:
-        """Give a process a row, in a group that exists or (None) in a new one; one that has a row keeps it.
+        """Give a process a row, in `group` or (None) in a new one; one that has a row keeps it.
 
-        Raises NoReaderRowError when all rows are taken, ValueError for a group that is not there.
+        A group is all that name its number; no two groups of living processes may choose the same. Raises
+        NoReaderRowError when all rows are taken.
         """
         if process in self._rows:
             self._gone.discard(process)
             self._watch.watch(process)
             return self._rows[process]
-        if group is not None and group not in self.groups:
-            raise ValueError(f"group {group} has no living process; its first rank attaches without a group")
         taken = {row.row for row in self._rows.values()}
         free = next((row for row in range(self._arena.spec.num_readers) if row not in taken), None)
         if free is None:

@@ -1,0 +1,237 @@
+"""Answers: what a CacheServer answers to each request, and who has attached.
+
+Called by the server's one thread; no sockets here.
+"""
+
+import logging
+from collections import Counter
+from dataclasses import dataclass
+
+from cache_service import messages
+from cache_service.arena_files import ArenaOwnedError
+from cache_service.arena_format import ArenaSizeError
+from cache_service.messages import Answer, Count, Done, Refused, Request
+from cache_service.node_arena import ArenaLayoutError, NodeArena
+from cache_service.page_records import Location
+from cache_service.page_store import PageStore
+from cache_service.pins import PinBudgetError
+from cache_service.processes import ProcessId
+from cache_service.reader_rows import NoReaderRowError, ReaderRow
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Client:
+    """A connection whose process has attached."""
+
+    process: ProcessId
+    row: ReaderRow
+
+
+class Answers:
+    """Knows clients by their sockets' identities. `broadcasts` is where relocations are published."""
+
+    def __init__(self, arena: NodeArena, cluster_id: str, broadcasts: str) -> None:
+        self._arena = arena
+        self._cluster_id = cluster_id
+        self._broadcasts = broadcasts
+        self._clients: dict[bytes, _Client] = {}
+        self._counts: Counter[tuple[str, str]] = Counter()
+
+    def answer(self, identity: bytes, request: Request, now_s: float) -> Answer:
+        """Do what a client asks."""
+        self._counts["calls", type(request).__name__.lower()] += 1
+        return self._answer(identity, request, now_s)
+
+    def refuse(self, code: messages.RefusalCode, reason: str) -> Refused:
+        """Count and return a refusal."""
+        self._counts["refusals", code] += 1
+        logger.warning("refused a call", extra={"code": code, "reason": reason})
+        return Refused(code, reason)
+
+    def forget(self, identity: bytes) -> None:
+        """Forget a connection that is gone. What its process holds stays the process's own."""
+        self._clients.pop(identity, None)
+
+    def reclaim(self) -> None:
+        """Take back what groups of dead processes hold, and forget their connections."""
+        if self._arena.reclaim():
+            assert self._arena.rows is not None
+            living = self._arena.rows.processes
+            self._clients = {
+                identity: client for identity, client in self._clients.items() if client.process in living
+            }
+
+    def stats(self) -> messages.StatsReply:
+        """Return the figures of this moment; of leases, those of the last look."""
+        store, arena, ages, rows = self._arena.store, self._arena.arena, self._arena.ages, self._arena.rows
+        counts = [Count(name, value, reason) for (name, reason), value in self._counts.items()]
+        if store is None or arena is None or ages is None or rows is None:
+            return messages.StatsReply(0, 0, 0, 0, 0, 0, 0, 0, counts, broadcasts=self._broadcasts)
+        counts += [
+            Count("evicted", store.num_evicted),
+            Count("evictions_refused", store.num_refused),
+            Count("recovered", store.num_recovered),
+            *(Count("dropped", value, reason) for reason, value in store.num_dropped.items()),
+        ]
+        return messages.StatsReply(
+            num_slots=arena.spec.num_slots,
+            num_unusable=store.num_unusable,
+            num_free=store.num_free,
+            num_writing=store.num_writing,
+            num_ready=store.num_ready,
+            num_draining=store.num_draining,
+            num_pinned=store.num_pinned,
+            slot_bytes=arena.spec.slot_bytes,
+            counts=counts,
+            num_leased=ages.num_leased,
+            oldest_lease_s=ages.oldest_s,
+            num_readers=len(rows.processes),
+            broadcasts=self._broadcasts,
+        )
+
+    def _answer(self, identity: bytes, request: Request, now_s: float) -> Answer:
+        if isinstance(request, messages.Attach):
+            return self._attach(identity, request, now_s)
+        if isinstance(request, messages.LeasePages | messages.ReleasePages):
+            return self.refuse("no_transfer", "this server has no transfer; it lends no pages to peers")
+        store = self._arena.store
+        if isinstance(request, messages.Stats):
+            return self.stats()
+        if isinstance(request, messages.ChangesSince):
+            return self._arena.log.resync(request.version, store.stored() if store is not None else ())
+        if store is None:  # nobody has attached: there is no page yet
+            return self._answer_without_pages(request)
+        if isinstance(request, messages.Detach | messages.GrantSlots | messages.Commit | messages.Abort):
+            client = self._clients.get(identity)
+            if client is None:
+                return self.refuse("not_attached", f"{type(request).__name__} before Attach; attach first")
+            return self._answer_client(identity, client, store, request)
+        return self._answer_anyone(store, request)
+
+    def _answer_client(
+        self,
+        identity: bytes,
+        client: _Client,
+        store: PageStore,
+        request: messages.Detach | messages.GrantSlots | messages.Commit | messages.Abort,
+    ) -> Answer:
+        group = client.row.group
+        match request:
+            case messages.GrantSlots():
+                return messages.Granted(store.grant(group, request.num_slots))
+            case messages.Commit():
+                results = store.commit(group, request.entries)
+                for result in results:
+                    self._counts["commits", result.status.name.lower()] += 1
+                return messages.Committed(results)
+            case messages.Abort():
+                return Done(store.abort(group, request.grants))
+            case messages.Detach():
+                assert self._arena.rows is not None
+                self._arena.rows.leave(client.process)
+                del self._clients[identity]
+                self.reclaim()
+                return Done()
+
+    def _answer_anyone(self, store: PageStore, request: Request) -> Answer:
+        match request:
+            case messages.Touch():
+                store.touch(request.keys)
+                return Done(len(request.keys))
+            case messages.ReportCorrupt():
+                num_dropped = store.drop(request.location, request.reason)
+                logger.warning(
+                    "a page's bytes did not match its checksum",
+                    extra={"slot": request.location.slot, "while": request.reason, "dropped": num_dropped},
+                )
+                return Done(num_dropped)
+            case messages.Lookup():
+                return messages.Found(store.lookup(request.keys))
+            case messages.Fetch():
+                return _unfetched(store.lookup([page.key for page in request.pages]))
+            case messages.Pin():
+                return self._pin(store, request)
+            case messages.Unpin():
+                return Done(sum(store.unpin(key) for key in request.keys))
+            case messages.Clear():
+                return Done(store.clear())
+            case messages.Check():
+                try:
+                    store.check()
+                except AssertionError as error:
+                    logger.error("the store's check failed", exc_info=True)
+                    return self.refuse("check_failed", str(error))
+                return Done(store.num_ready)
+        raise AssertionError(f"nobody answers {type(request).__name__}")
+
+    def _answer_without_pages(self, request: Request) -> Answer:
+        match request:
+            case messages.Detach() | messages.GrantSlots() | messages.Commit() | messages.Abort():
+                return self.refuse("not_attached", f"{type(request).__name__} before Attach; attach first")
+            case messages.Lookup():
+                return messages.Found([None] * len(request.keys))
+            case messages.Fetch():
+                return _unfetched([None] * len(request.pages))
+            case _:
+                return Done()
+
+    def _attach(self, identity: bytes, request: messages.Attach, now_s: float) -> Answer:
+        if request.protocol_version != messages.PROTOCOL_VERSION:
+            return self.refuse(
+                "protocol_version",
+                f"the client speaks protocol {request.protocol_version}, this server"
+                f" {messages.PROTOCOL_VERSION}; run the same release of eyrie in both",
+            )
+        if request.cluster_id != self._cluster_id:
+            return self.refuse(
+                "cluster", f"the client is of cluster {request.cluster_id}, this server of {self._cluster_id}"
+            )
+        try:
+            row = self._arena.attach(request, now_s)
+        except NoReaderRowError as error:
+            return self.refuse("no_reader_row", str(error))
+        except ArenaOwnedError as error:
+            return self.refuse("arena_owned", str(error))
+        except ArenaSizeError as error:
+            return self.refuse("arena_size", str(error))
+        except (ArenaLayoutError, ValueError) as error:
+            return self.refuse("layout", str(error))
+        arena, store = self._arena.arena, self._arena.store
+        assert arena is not None and store is not None
+        client = _Client(ProcessId(request.pid, request.start_ticks), row)
+        self._clients[identity] = client
+        logger.info("a process attached", extra={"pid": request.pid, "row": row.row, "group": row.group})
+        return messages.Attached(
+            str(arena.path),
+            arena.spec.num_slots,
+            arena.spec.num_readers,
+            row.row,
+            self._broadcasts,
+            store.grants_of(row.group),
+        )
+
+    def _pin(self, store: PageStore, request: messages.Pin) -> Answer:
+        """Pin all that are here, or over the budget none."""
+        pinned = []
+        try:
+            for key in request.keys:
+                if store.pin(key):
+                    pinned.append(key)
+        except PinBudgetError as error:
+            for key in pinned:
+                store.unpin(key)
+            return self.refuse("pin_budget", str(error))
+        return Done(len(pinned))
+
+
+def _unfetched(locations: list[Location | None]) -> messages.Fetched:
+    """Say of pages to be fetched that there is nothing to fetch them with."""
+    statuses = messages.FetchStatus
+    return messages.Fetched(
+        [
+            messages.FetchResult(statuses.FAILED if location is None else statuses.PRESENT, location)
+            for location in locations
+        ]
+    )

@@ -1,0 +1,79 @@
+"""CacheConfig: every option of the cache tier, validated once, frozen ever after."""
+
+from typing import Annotated, Self
+
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
+
+from cache_service.arena_format import ArenaSizeError
+from cache_service.eviction import EvictionPolicy
+from cache_service.host_memory import HostMemory
+from cache_service.page_store import PageStoreOptions
+
+_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+_GIB = 1 << 30
+
+FreeRatio = Annotated[float, Field(ge=0, lt=1)]
+
+
+@dataclass(frozen=True, config=_STRICT)
+class CacheConfig:
+    """Options of a node's CacheServer. Without a size there is none, and no page leaves the devices."""
+
+    host_cache_gb: Annotated[float, Field(gt=0)] | None = None
+    """Shared memory for KV pages on each node, GiB. Not given, nor a ratio: no host cache."""
+    host_cache_ratio: Annotated[float, Field(gt=0, le=0.9)] | None = None
+    """Instead: the part of each node's free memory (machine, container or /dev/shm, whichever is least)."""
+    eviction: EvictionPolicy = "s3fifo"
+    """Which pages make room in the host cache: those that one long prompt brought and nobody used again
+    (`s3fifo`), or those unused for longest (`lru`)."""
+    tenant_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Most of the host cache that one tenant's pages take."""
+    pinned_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """Most of the host cache that pinned pages take."""
+    min_free_ratio: FreeRatio = 0.02
+    """Part of the host cache that is kept free for new pages,"""
+    target_free_ratio: FreeRatio = 0.05
+    """and how much is made free once it is not."""
+    keep_arena: bool = False
+    """Leave the pages in shared memory at a clean stop, for the next run with the same secret file."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.host_cache_gb is not None and self.host_cache_ratio is not None:
+            raise ValueError("both host_cache_gb and host_cache_ratio are given; give one of them")
+        if self.min_free_ratio > self.target_free_ratio:
+            raise ValueError(
+                f"min_free_ratio {self.min_free_ratio:g} is above target_free_ratio"
+                f" {self.target_free_ratio:g}; lower the one or raise the other"
+            )
+        return self
+
+    @property
+    def is_on(self) -> bool:
+        """There is a host cache."""
+        return self.host_cache_gb is not None or self.host_cache_ratio is not None
+
+    @property
+    def store_options(self) -> PageStoreOptions:
+        """What the PageStore takes of these."""
+        return PageStoreOptions(
+            self.eviction, self.min_free_ratio, self.target_free_ratio, self.tenant_ratio, self.pinned_ratio
+        )
+
+    def arena_bytes(self, memory: HostMemory) -> int:
+        """Return how large an arena's file may be; raise ArenaSizeError without a size."""
+        if self.host_cache_gb is not None:
+            return int(self.host_cache_gb * _GIB)
+        if self.host_cache_ratio is None:
+            raise ArenaSizeError("the host cache has no size; give --host-cache-gb or --host-cache-ratio")
+        free = min(
+            limit
+            for limit in (
+                memory.available_bytes,
+                memory.cgroup_free_bytes,
+                memory.shared_memory_free_bytes,
+            )
+            if limit is not None
+        )
+        return int(free * self.host_cache_ratio)

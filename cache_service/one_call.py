@@ -1,0 +1,63 @@
+"""One call to a CacheServer from a process that has not attached: the command line, a health check."""
+
+import time
+
+import msgspec
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from cache_service.gate import open_client_socket
+from cache_service.messages import Answer, Call, Refused, Reply, Request
+
+_CALL_ID = 1
+_REFUSED_EVENTS = {
+    zmq.Event.CLOSED: "nobody listens there",
+    zmq.Event.DISCONNECTED: "whoever listens there broke off",
+    zmq.Event.HANDSHAKE_FAILED_AUTH: "the server does not know this secret",
+    zmq.Event.HANDSHAKE_FAILED_PROTOCOL: "whoever listens there is no cache server",
+    zmq.Event.HANDSHAKE_FAILED_NO_DETAIL: "the server does not know this secret",
+}
+
+
+class CallError(Exception):
+    """The server did not do it; the message says why."""
+
+
+def call_once(endpoint: str, cluster_secret: bytes, request: Request, timeout_s: float) -> Answer:
+    """Connect, ask, and return the answer; raise CallError for a refusal and where none comes in time."""
+    end_s = time.monotonic() + timeout_s
+    with zmq.Context() as context:
+        socket = open_client_socket(context, zmq.DEALER, cluster_secret)
+        monitor = socket.get_monitor_socket(zmq.Event.ALL)
+        poller = zmq.Poller()
+        poller.register(socket, zmq.POLLIN)
+        poller.register(monitor, zmq.POLLIN)
+        try:
+            socket.connect(endpoint)
+            socket.send(msgspec.msgpack.encode(Call(_CALL_ID, request)))
+            while (left_s := end_s - time.monotonic()) > 0:
+                ready = dict(poller.poll(max(1, int(left_s * 1000))))
+                if socket in ready:
+                    return _read(socket.recv(), endpoint)
+                why = monitor in ready and _REFUSED_EVENTS.get(
+                    zmq.Event(recv_monitor_message(monitor)["event"])
+                )
+                if why:
+                    raise CallError(f"no answer from the cache server at {endpoint}: {why}")
+            raise CallError(f"the cache server at {endpoint} did not answer within {timeout_s:g} s")
+        except zmq.ZMQError as error:
+            raise CallError(f"cannot connect to {endpoint!r}: {error.strerror}") from None
+        finally:
+            socket.disable_monitor()
+            monitor.close(linger=0)
+            socket.close(linger=0)
+
+
+def _read(payload: bytes, endpoint: str) -> Answer:
+    try:
+        answer = msgspec.msgpack.decode(payload, type=Reply).answer
+    except msgspec.MsgspecError as error:
+        raise CallError(f"the cache server at {endpoint} speaks another protocol: {error}") from None
+    if isinstance(answer, Refused):
+        raise CallError(f"the cache server refused: {answer.reason}")
+    return answer

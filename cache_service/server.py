@@ -1,0 +1,181 @@
+"""CacheServerCore: serves one node's arena: grants, commits, evicts, answers calls, broadcasts relocations.
+
+One thread runs it and alone allocates and frees slots (I7). Workers copy by themselves; no page passes
+through here. No Ray: `server_actor` gives it a process.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from cache_service.answers import Answers
+from cache_service.arena_files import SHARED_MEMORY, arena_path
+from cache_service.config import CacheConfig
+from cache_service.gate import Gate, bind
+from cache_service.host_memory import HostMemory
+from cache_service.identity import cluster_id_of
+from cache_service.messages import UNANSWERED, Answer, Call, Refused, Reply, StatsReply
+from cache_service.node_arena import PATIENCE_S, NodeArena
+from cache_service.publisher import Publisher
+
+logger = logging.getLogger(__name__)
+
+MAX_CALLS_PER_TURN = 256
+"""Then the changes go out, and the dead are looked for."""
+MAX_EVICTIONS_PER_TURN = 256
+IDLE_S = 0.1
+LOOK_S = 1.0
+"""Between two looks at the lease bytes."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a server binds and where its arena lies."""
+
+    host: str
+    """The node's address, the one that peers use."""
+    port: int | None = None
+    """None: any free one; a restarted server takes its former ports, so that clients find it again."""
+    broadcast_port: int | None = None
+    folder: Path = SHARED_MEMORY
+
+
+class CacheServerCore:
+    """Made in one thread, `run` in another (or the same); `stop`, `stats` and `turn_s` may be called by any.
+
+    `incarnation` has to differ from that of any former server of the node: nanoseconds of the clock do.
+    Raises BindError, ArenaOwnedError, ArenaSizeError.
+    """
+
+    def __init__(
+        self,
+        config: CacheConfig,
+        cluster_secret: bytes,
+        place: Place,
+        incarnation: int,
+        *,
+        read_memory: Callable[[Path], HostMemory] = HostMemory.read,
+        patience_s: float = PATIENCE_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._config = config
+        self._clock = clock
+        self._decoder = msgspec.msgpack.Decoder(Call)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._is_stopping = False
+        self._turned_s = self._next_look_s = clock()
+        cluster_id = cluster_id_of(cluster_secret)
+        self._arena = NodeArena(
+            config,
+            cluster_id,
+            arena_path(cluster_id, place.host, place.folder),
+            incarnation,
+            now_s=clock(),
+            read_memory=read_memory,
+            patience_s=patience_s,
+        )
+        self._gate = Gate(cluster_secret)
+        self._socket = self._gate.open_socket(zmq.ROUTER)
+        self._socket.router_mandatory = True  # a send to a client that left fails instead of vanishing
+        try:
+            self.endpoint = bind(self._socket, place.host, place.port)
+            self._publisher = Publisher(
+                self._gate, place.host, self._arena.log, now_s=clock(), port=place.broadcast_port
+            )
+        except BaseException:
+            self._socket.close()
+            self._gate.close()
+            self._arena.close(config.keep_arena)
+            raise
+        self._answers = Answers(self._arena, cluster_id, self.broadcasts)
+        self._stats = self._answers.stats()
+
+    @property
+    def broadcasts(self) -> str:
+        """The publisher's endpoint."""
+        return self._publisher.endpoint
+
+    def run(self) -> None:
+        """Serve until `stop`, then give everything back.
+
+        What it raises is a bug: the arena is left to the next server, as by one that was killed.
+        """
+        poller = zmq.Poller()
+        for source in (self._socket, self._gate.admissions):
+            poller.register(source, zmq.POLLIN)
+        has_more = False
+        try:
+            while not self._is_stopping:
+                poller.poll(0 if has_more else int(IDLE_S * 1000))
+                self._gate.admit()
+                has_more = self._serve_calls()
+                has_more |= self._keep_house()
+                self._publisher.flush(self._clock())
+        except BaseException:
+            self._arena.leave()
+            raise
+        else:
+            self._arena.close(self._config.keep_arena)
+        finally:
+            self._publisher.close()
+            self._socket.close(linger=0)
+            self._gate.close()
+
+    def stop(self) -> None:
+        """Make `run` return soon."""
+        self._is_stopping = True
+
+    def stats(self) -> StatsReply:
+        """Return figures at most `LOOK_S` old."""
+        return self._stats
+
+    def turn_s(self) -> float:
+        """Return how long ago the last turn began."""
+        return self._clock() - self._turned_s
+
+    def _serve_calls(self) -> bool:
+        """Answer what has arrived; tell whether more may be waiting."""
+        for _ in range(MAX_CALLS_PER_TURN):
+            try:
+                identity, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return False
+            try:
+                call = self._decoder.decode(b"".join(frames))
+            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+                # Its text names a field's path and types, never its value.
+                refusal = self._answers.refuse("undecodable", f"cannot decode the call: {error}")
+                self._reply(identity, UNANSWERED, refusal)
+                continue
+            answer = self._answers.answer(identity, call.request, self._clock())
+            if call.call_id != UNANSWERED or isinstance(answer, Refused):
+                self._reply(identity, call.call_id, answer)
+        return True
+
+    def _keep_house(self) -> bool:
+        """Do what no call asks for; tell whether there is more of it."""
+        now_s = self._turned_s = self._clock()
+        self._answers.reclaim()
+        store, ages = self._arena.store, self._arena.ages
+        num_evicted = store.maintain(MAX_EVICTIONS_PER_TURN) if store is not None else 0
+        if now_s >= self._next_look_s:
+            self._next_look_s = now_s + LOOK_S
+            if ages is not None:
+                ages.look(now_s)
+            self._stats = self._answers.stats()
+        return num_evicted == MAX_EVICTIONS_PER_TURN
+
+    def _reply(self, identity: bytes, call_id: int, answer: Answer) -> None:
+        reply = Reply(call_id, self._arena.log.version, answer)
+        try:
+            self._socket.send_multipart([identity, self._encoder.encode(reply)], zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+                raise
+            # It left, or does not read: it attaches again if it lives.
+            self._answers.forget(identity)
