@@ -20,12 +20,7 @@ from workers.protocol import (
     SubmitRequest,
     TokenLogprobs,
 )
-from workers.scheduler.admission import (
-    Admission,
-    QueueFullError,
-    RequestRefusedError,
-    WaitingQueue,
-)
+from workers.scheduler.admission import Admission, QueueFullError, RequestRefusedError, WaitingQueue
 from workers.scheduler.request import Request
 from workers.scheduler.stats import SchedulerStats
 from workers.scheduler.step import Step, assemble
