@@ -1,5 +1,6 @@
 """Set before any test module imports torch: the suites run on few, shared cores."""
 
+import logging
 import os
 
 import pytest
@@ -10,6 +11,17 @@ NUM_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if NUM_WORKERS > 1:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before():
+    """Take back what an actor built in a test's own process did to the process's loggers."""
+    loggers = [logging.getLogger(name) for name in ("", "cluster", "workers", "cache_service", "deploy")]
+    levels, handlers = [logger.level for logger in loggers], list(loggers[0].handlers)
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+    loggers[0].handlers[:] = handlers
 
 
 @pytest.hookimpl(optionalhook=True)
