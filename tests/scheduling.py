@@ -5,17 +5,17 @@ from pathlib import PurePosixPath
 from xdist.scheduler import LoadScopeScheduling
 
 SERVICE_FOLDERS = ("actors", "faults", "e2e")
+ORACLE = "test_greedy_oracle.py"
 
 
 class Scheduling(LoadScopeScheduling):
     """Keeps tests that start services together, so that they take turns, and else each file's.
 
-    Slow tests go one by one: they are few and long.
+    The slow ones of the greedy oracle go one by one: they are few and long.
     """
 
     def _split_scope(self, nodeid: str) -> str:
         path = PurePosixPath(nodeid.partition("::")[0])
-        if self.config.getoption("markexpr").startswith("slow"):
-            return nodeid
-        starts_services = path.parts[1] in SERVICE_FOLDERS and path.name != "test_greedy_oracle.py"
-        return "services" if starts_services else str(path)
+        if path.name == ORACLE:
+            return nodeid if self.config.getoption("markexpr").startswith("slow") else str(path)
+        return "services" if path.parts[1] in SERVICE_FOLDERS else str(path)

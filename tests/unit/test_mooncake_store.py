@@ -21,6 +21,8 @@ if not has_mooncake():
 from cache_service.mooncake_library import MooncakeError, MooncakeOptions, load_store
 from cache_service.mooncake_store import MooncakeStore
 
+pytestmark = pytest.mark.slow  # a master, hung peers and own deadlines: mostly waiting
+
 OPTIONS = MooncakeOptions("127.0.0.1")
 MEMORY_BYTES = 64 << 20
 

@@ -21,6 +21,8 @@ if not has_mooncake():
 from cache_service.mooncake_library import MooncakeOptions
 from cache_service.mooncake_transfer import MAX_PART_BYTES, MooncakeTransfer, _parts
 
+pytestmark = pytest.mark.slow  # a master, hung peers and own deadlines: mostly waiting
+
 OPTIONS = MooncakeOptions("127.0.0.1")
 OWNER = """
     import mmap, sys
