@@ -241,17 +241,17 @@ class CacheClient:
 
     # In the IO thread: see ConnectionListener.
 
-    def attached(self, answer: messages.Attached, version: Version) -> None:
+    def attached(self, answer: messages.Attached, version: Version) -> str | None:
         """Map the arena, or see that it is still the one that is mapped."""
-        self.stats.num_attaches += 1
         if self._arena is None:
             try:
                 self._map(answer, version)
             except (ArenaMismatchError, OSError) as error:
                 self._fail(f"cannot map the host cache's arena: {error}")
-                raise
+                return str(error)
         else:
             self._compare(self._arena, answer, version)
+        self.stats.num_attaches += 1
         if self._spec.is_decider and not self._is_replaced:
             self._grants.hold(answer.grants)
             if self._subscriber is None:
@@ -264,6 +264,7 @@ class CacheClient:
                 self._subscriber.saw(version)
         if not self._first_answer.done():
             self._first_answer.set_result(None)
+        return None
 
     def refused(self, refusal: messages.Refused) -> None:
         """Tell `start` of it; later the server may think better of it."""
@@ -308,10 +309,11 @@ class CacheClient:
             answer.num_readers,
         )
         arena = Arena.map(Path(answer.arena_path), spec)
-        if arena.incarnation != version.incarnation:
+        incarnation = arena.incarnation
+        if incarnation != version.incarnation:
             arena.close()
             raise ArenaMismatchError(
-                f"{answer.arena_path} is of incarnation {arena.incarnation}, the server's arena of"
+                f"{answer.arena_path} is of incarnation {incarnation}, the server's arena of"
                 f" {version.incarnation}: worker and server have to share /dev/shm"
             )
         self._arena, self._row = arena, answer.reader_row

@@ -82,8 +82,9 @@ class Patience:
 class ConnectionListener(Protocol):
     """Who uses a connection. Every method is called in the IO thread, one at a time."""
 
-    def attached(self, answer: Attached, version: Version) -> None:
-        """Take the server's answer to an Attach: the first, or one after a loss."""
+    def attached(self, answer: Attached, version: Version) -> str | None:
+        """Take the server's answer to an Attach; return why it is of no use, if so: it is asked again."""
+        ...
 
     def refused(self, refusal: Refused) -> None:
         """Take the server's refusal to attach; it is asked again."""
@@ -274,7 +275,9 @@ class ServerConnection:
                         self._listener.refused(answer)
                         return f"the server refused: {answer.reason}"
                     return f"the server answered {type(answer).__name__} to Attach"
-                self._listener.attached(answer, reply.version)
+                why = self._listener.attached(answer, reply.version)
+                if why is not None:
+                    return why
                 self.is_attached = True
                 self._send(socket, list(self._pending))
                 continue
