@@ -8,6 +8,7 @@ from typing import Self
 
 import torch
 
+from tests.arena_host import ArenaPlace
 from workers.card import load_card
 from workers.config import WorkerConfig
 from workers.engine.engine import Engine
@@ -44,12 +45,15 @@ class Followers:
             assert process.exitcode == 0, f"a follower ended with {process.exitcode}"
 
     @contextmanager
-    def group(self, config: WorkerConfig) -> Iterator[TPGroup]:
-        """Yield rank 0's membership of a group with all followers, who must see no error."""
+    def group(self, config: WorkerConfig, place: ArenaPlace | None = None) -> Iterator[TPGroup]:
+        """Yield rank 0's membership of a group with all followers, who must see no error.
+
+        At `place` is their arena, if they have one.
+        """
         listener = listen(HOST)
         port = listener.getsockname()[1]
         for rank, pipe in enumerate(self._pipes, start=1):
-            pipe.send((config, rank, port))
+            pipe.send((config, rank, port, place))
         group = TPGroup.connect(0, config.tp_size, HOST, port, timeout_s=TIMEOUT_S, listener=listener)
         try:
             yield group
@@ -64,7 +68,7 @@ def follow(pipe: Connection) -> None:
     """Be a rank of one group after the other; tell the parent what went wrong, None if nothing."""
     while True:
         try:
-            config, rank, port = pipe.recv()
+            config, rank, port, place = pipe.recv()
         except EOFError:
             return
         torch.set_num_threads(max(config.num_threads, 1))
@@ -72,7 +76,11 @@ def follow(pipe: Connection) -> None:
         failure: str | None = None
         try:
             engine = Engine(config, load_card(config.model), group)
+            arena, mover = place.attach(engine, group) if place is not None else (None, None)
             FollowerLoop(engine, group, silence_s=TIMEOUT_S).run()
+            if arena is not None and mover is not None:
+                mover.close()
+                arena.close()
             engine.close()
         except Exception as error:  # the process's top
             failure = f"{type(error).__name__}: {error}"

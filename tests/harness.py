@@ -21,13 +21,17 @@ import msgspec
 import torch
 from tokenizers import Tokenizer, models
 
+from tests.arena_host import ArenaHost
 from tests.followers import TIMEOUT_S, Followers
-from workers.card import load_card
+from workers.card import ModelCard, load_card
 from workers.config import WorkerConfig
 from workers.engine.engine import Engine
 from workers.engine.mechanisms import ALL_ON, Mechanisms
+from workers.kvcache.host_tier import WritePolicy
+from workers.kvcache.layout import target_only
 from workers.kvcache.manager import KVCacheManager
 from workers.kvcache.page_pool import Safety
+from workers.models.sharding import kv_shape
 from workers.parallel import TPGroup
 from workers.plan import BatchPlan, StepOutput
 from workers.protocol import (
@@ -39,6 +43,7 @@ from workers.protocol import (
     TokenLogprobs,
 )
 from workers.scheduler.scheduler import Scheduler
+from workers.step_loop import STALL_S
 
 TINY_CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -110,20 +115,24 @@ class Harness:
         mechanisms: Mechanisms = ALL_ON,
         safety: Safety | None = None,
         followers: Followers | None = None,
+        host: ArenaHost | None = None,
+        write_policy: WritePolicy = "write_through",
     ) -> None:
-        """`followers` are borrowed; without them a group of several ranks starts its own."""
+        """`followers` and `host` are borrowed; without the former a group of several ranks starts its own."""
         self.config = config
+        self.host = host
         self.answers: dict[str, Answer] = {}
         self.plans: list[BatchPlan] = []
         self._num_steps = 0
         with ExitStack() as stack:
             torch.set_num_threads(max(config.num_threads, 1))
+            card = load_card(config.model)
+            place = host.place(bundle_bytes(config, card), config.tp_size) if host is not None else None
             if config.tp_size == 1:
                 self._group = TPGroup.single()
             else:
                 followers = followers or stack.enter_context(Followers(config.tp_size - 1))
-                self._group = stack.enter_context(followers.group(config))
-            card = load_card(config.model)
+                self._group = stack.enter_context(followers.group(config, place))
             self.engine = Engine(config, card, self._group, mechanisms)
             stack.callback(self.engine.close)
             self.cache = KVCacheManager(
@@ -134,6 +143,11 @@ class Harness:
                 prefix_caching=config.prefix_caching,
                 safety=safety,
             )
+            if place is not None:
+                arena, mover = place.attach(self.engine, self._group)
+                stack.callback(arena.close)
+                stack.callback(mover.close)
+                self.tier = self.cache.attach_tier(host, self._group.moves, write_policy)
             self.scheduler = Scheduler(
                 config,
                 self.cache,
@@ -184,6 +198,7 @@ class Harness:
         self.scheduler.completed(self._group.board.minimum())
         plan = self.scheduler.plan(float(self._num_steps))
         if plan is None:
+            time.sleep(STALL_S)  # for moves under way, if anything
             return []
         self.plans.append(plan)
         output = self.run_plan(plan if lost is None else without(plan, lost))
@@ -216,7 +231,7 @@ class Harness:
         """Step until nothing quiesces and return pages by state."""
         assert not self.scheduler.has_requests
         deadline_s = time.monotonic() + TIMEOUT_S
-        while self.cache.stats().num_quiescing_pages and time.monotonic() < deadline_s:
+        while self._is_settling() and time.monotonic() < deadline_s:
             self.scheduler.completed(self._group.board.minimum())
             self.step()
         stats = self.cache.stats()
@@ -227,6 +242,9 @@ class Harness:
             "cached": stats.num_cached_pages,
         }
 
+    def _is_settling(self) -> bool:
+        return self.cache.stats().num_quiescing_pages > 0 or self.scheduler.has_moves
+
     def _take(self, outputs: Iterable[RequestOutput]) -> None:
         for output in outputs:
             answer = self.answers[output.request_id]
@@ -235,6 +253,13 @@ class Harness:
             answer.logprobs += output.logprobs
             answer.finish_reason = output.finish_reason
             answer.num_cached_tokens = output.num_cached_tokens
+
+
+def bundle_bytes(config: WorkerConfig, card: ModelCard) -> int:
+    """Count the bytes of a page on one rank, as the engine will lay it out."""
+    dtype = card.config.dtype if config.dtype == "auto" else config.dtype
+    num_layers, num_kv_heads, head_dim = kv_shape(card.config, config.tp_size)
+    return target_only(num_layers, config.page_size, num_kv_heads, head_dim, dtype).bundle_bytes
 
 
 def without(plan: BatchPlan, lost: type) -> BatchPlan:

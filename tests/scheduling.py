@@ -5,17 +5,18 @@ from pathlib import PurePosixPath
 from xdist.scheduler import LoadScopeScheduling
 
 SERVICE_FOLDERS = ("actors", "faults", "e2e")
-ORACLE = "test_greedy_oracle.py"
+GREEDY = "test_greedy_"
+"""Files in tests/e2e that need no service."""
 
 
 class Scheduling(LoadScopeScheduling):
     """Keeps tests that start services together, so that they take turns, and else each file's.
 
-    The slow ones of the greedy oracle go one by one: they are few and long.
+    Slow tests of greedy tokens go one by one: they are few and long.
     """
 
     def _split_scope(self, nodeid: str) -> str:
         path = PurePosixPath(nodeid.partition("::")[0])
-        if path.name == ORACLE:
+        if path.name.startswith(GREEDY):
             return nodeid if self.config.getoption("markexpr").startswith("slow") else str(path)
         return "services" if path.parts[1] in SERVICE_FOLDERS else str(path)
