@@ -3,17 +3,21 @@
 from collections.abc import Callable
 from random import Random
 
+import msgspec
+
+from cache_service.keys import NamespaceDigest, page_keys, salted
 from tests.property.fake_ranks import FakeRank, next_token
+from tests.property.fake_tier import FakeTier, TierOptions
 from workers.config import WorkerConfig
 from workers.kvcache.manager import KVCacheManager
 from workers.kvcache.page_pool import Safety
-from workers.plan import BatchPlan
+from workers.plan import BatchPlan, StepOutput
 from workers.protocol import FinishReason, RequestId, RequestOutput, SamplingParams, SubmitRequest
 from workers.scheduler.scheduler import Scheduler
 
 VOCAB_SIZE = 61
 END_TOKEN_IDS = [3, 4, 5, 6, 7]
-NAMESPACE = b"n" * 16
+NAMESPACE = NamespaceDigest(b"n" * 16)
 INCARNATION = 11
 _SEED = 5
 
@@ -28,7 +32,10 @@ def plain_rank(config: WorkerConfig, max_context_len: int, incarnation: int) -> 
 
 
 class FakeGroup:
-    """Drives plan -> run on all ranks -> commit, and runs every check after every step."""
+    """Drives plan -> run on all ranks -> commit, and runs every check after every step.
+
+    With a tier, moves and news go a little further between any two of these.
+    """
 
     def __init__(
         self,
@@ -45,6 +52,7 @@ class FakeGroup:
         safety: Safety | None = None,
         runs_checks: bool = True,
         make_rank: RankMaker = plain_rank,
+        tier: TierOptions | None = None,
     ) -> None:
         config = WorkerConfig(
             page_size=page_size,
@@ -67,6 +75,7 @@ class FakeGroup:
             safety=safety,
         )
         self.ranks = [make_rank(config, max_context_len, INCARNATION) for _ in range(num_ranks)]
+        self.tier = FakeTier(tier, self.cache, self.ranks) if tier is not None else None
         self.now_s = 0.0
         self.submits: dict[RequestId, SubmitRequest] = {}
         self.seeds: dict[RequestId, int] = {}
@@ -95,6 +104,12 @@ class FakeGroup:
         seed = submit.sampling.seed
         self.seeds[request_id] = self._seeds.getrandbits(63) if seed is None else seed
         self.streams[request_id] = []
+        if self.tier is not None:
+            self._expected[request_id] = self.expected(request_id)
+            text = token_ids + self._expected[request_id][0]
+            page_size = self.cache.page_size
+            for index, key in enumerate(page_keys(salted(NAMESPACE, tenant_salt), text, page_size)):
+                self.tier.arena.truth[key] = tuple(text[index * page_size : (index + 1) * page_size])
         return request_id
 
     def abort(self, request_id: RequestId) -> None:
@@ -113,25 +128,50 @@ class FakeGroup:
         """One step; rank i has then completed all but its last `lags[i]` steps."""
         self.is_midstep = True
         self.now_s += 1.0
+        self._move_on()
         plan = self.scheduler.plan(self.now_s)
         if plan is not None:
             num_spent = self._max_tokens_per_step - self.scheduler._budget
             assert sum(plan.lens) == num_spent, "a planned request lost its row"
-            outputs = [rank.run(plan) for rank in self.ranks]
-            assert all(output == outputs[0] for output in outputs), "ranks differ"
+            if self.tier is not None:
+                self.tier.note(plan)
+            output = self._run(plan)
+            self._move_on()
             if abort_in_flight is not None:
                 self.abort(abort_in_flight)
-            for request_output in self.scheduler.commit(outputs[0]):
+            for request_output in self.scheduler.commit(output):
                 self._take(request_output)
         lags = lags or (0,) * len(self.ranks)
         self.scheduler.completed(
             min(rank.finish(rank.last_step - lag) for rank, lag in zip(self.ranks, lags, strict=True))
         )
-        self._index_events()
+        removed = self._index_events()
+        if self.tier is not None:
+            self.tier.check_losses(removed)
         if self._runs_checks:
             self.check()
         self.is_midstep = False
         return plan
+
+    def _run(self, plan: BatchPlan) -> StepOutput:
+        """A row that was misled on one rank, by a page that was torn there, brings nonsense on all."""
+        outputs: list[StepOutput] = []
+        for rank in self.ranks:
+            self._move_on()
+            outputs.append(rank.run(plan))
+        token_ids = list(outputs[0].token_ids)
+        for place, row in enumerate(plan.sampled):
+            misled = [rank for rank in range(len(self.ranks)) if plan.slots[row] in self.ranks[rank].misled]
+            if misled:
+                token_ids[place] = outputs[misled[0]].token_ids[place]
+            else:
+                assert all(output.token_ids[place] == token_ids[place] for output in outputs), "ranks differ"
+        assert all(output.relocation_version == outputs[0].relocation_version for output in outputs)
+        return msgspec.structs.replace(outputs[0], token_ids=token_ids)
+
+    def _move_on(self) -> None:
+        if self.tier is not None:
+            self.tier.move_on()
 
     def run(self, max_steps: int = 1000) -> int:
         """Step until no request is left; return the number of steps."""
@@ -143,6 +183,13 @@ class FakeGroup:
 
     def settle(self) -> None:
         """Two idle steps bring all pages back: each is free, or cached and evictable."""
+        if self.tier is not None:
+            self.tier.speed_up()
+            for _ in range(100):
+                self.step()
+                if not self.scheduler.has_moves and self.tier.client.is_quiet:
+                    break
+            self.tier.check_idle()
         for _ in range(2):
             self.step()
         stats = self.cache.stats()
@@ -156,7 +203,9 @@ class FakeGroup:
         self.scheduler.check()
         for rank in self.ranks:
             rank.check()
-            assert rank.pages == self.ranks[0].pages, "ranks differ"
+            assert rank.pages.keys() == self.ranks[0].pages.keys(), "ranks differ"
+            for page in rank.pages.keys() - rank.unsure - self.ranks[0].unsure:
+                assert rank.pages[page] == self.ranks[0].pages[page], "ranks differ"
         for request_id in self.submits:
             self.check_stream(request_id)
 
@@ -194,7 +243,9 @@ class FakeGroup:
         if output.finish_reason is not None:
             self.reasons[request_id] = output.finish_reason
 
-    def _index_events(self) -> None:
+    def _index_events(self) -> list[bytes]:
+        """Follow the news of the device's pages; return those that left it."""
+        removed: list[bytes] = []
         batch = self.cache.take_events()
         for event in batch.events if batch is not None else ():
             if event.kind == "stored":
@@ -203,4 +254,6 @@ class FakeGroup:
             else:
                 assert self.indexed.issuperset(event.keys), "removed, never stored"
                 self.indexed.difference_update(event.keys)
+                removed += event.keys
         assert self.indexed == set(self.cache.snapshot()[1]), "the events tell another tree"
+        return removed

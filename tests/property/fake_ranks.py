@@ -7,15 +7,20 @@ Nothing here uses the code under test but the plan's records.
 import hashlib
 from collections.abc import Collection, Sequence
 
+from tests.property.fake_arena import Contents
+from tests.property.fake_mover import FakeMover
+from workers.move_board import MoveStatus
 from workers.plan import (
     BatchPlan,
     CloseSlot,
     CompletePages,
     FreePages,
+    LoadPages,
     OpenSlot,
     OwnPages,
     PlanOp,
     RelocationVersion,
+    SavePages,
     SetRow,
     StepOutput,
 )
@@ -32,8 +37,15 @@ def next_token(token_ids: Sequence[int], seed: int, vocab_size: int, banned: Col
             return token_id
 
 
+_NONSENSE = -1
+"""A token that no model knows: what a torn page holds, and what is computed from one."""
+
+
 class FakeRank:
-    """One rank's pages and page table. A step stays incomplete until `finish`: its copies are under way."""
+    """One rank's pages and page table. A step stays incomplete until `finish`: its copies are under way.
+
+    With a mover, pages come from an arena and go there, each when its copy runs.
+    """
 
     def __init__(self, num_pages: int, page_size: int, vocab_size: int, incarnation: int) -> None:
         self.page_size = page_size
@@ -46,27 +58,54 @@ class FakeRank:
         self.rows: dict[int, list[int]] = {}
         self.incomplete: dict[int, set[int]] = {}  # step -> pages it may still touch
         self.last_step = 0
+        self.mover: FakeMover | None = None
+        self.loads: dict[int, tuple[int, bytes]] = {}  # page -> its LOAD and key, until it is complete
+        self.unsure: set[int] = set()  # pages that may differ from other ranks': loading, torn, made of such
+        self.misled: set[int] = set()  # slots that read a torn page in this step
 
     def run(self, plan: BatchPlan) -> StepOutput:
         assert plan.step == self.last_step + 1, "log: a step is missing"
         self.last_step = plan.step
-        for op in plan.ops:
-            self.apply(op)
+        self.apply_all(plan.ops)
         self.check_version(plan)
+        self.misled.clear()
+        self.wait_for_loads(plan)
         assert len(set(plan.slots)) == len(plan.slots), "log: a slot runs twice"
+        token_ids = self.run_rows(plan)
+        self.incomplete[plan.step] = {page for slot in plan.slots for page in self.rows[slot]}
+        logprobs: list[TokenLogprobs | None] = [None] * len(token_ids)
+        return StepOutput(plan.step, self.version, token_ids, logprobs)
+
+    def apply_all(self, ops: Sequence[PlanOp]) -> None:
+        for op in ops:
+            self.apply(op)
+        for op in ops:
+            if isinstance(op, SavePages | LoadPages):
+                assert self.mover is not None, "move: there is no tier"
+                self.mover.start(op)
+
+    def wait_for_loads(self, plan: BatchPlan) -> None:
+        if self.mover is None:
+            return
+        for slot, start, length in zip(plan.slots, plan.starts, plan.lens, strict=True):
+            read = self.rows[slot][: -(-(start + length) // self.page_size)]
+            self.mover.wait_for(slot, read)
+            if any(_NONSENSE in self.pages[page] for page in read if page in self.unsure):
+                self.misled.add(slot)
+
+    def run_rows(self, plan: BatchPlan) -> list[int]:
         token_ids: list[int] = []
-        touched: set[int] = set()
         offset = 0
         for row, (slot, start, length) in enumerate(zip(plan.slots, plan.starts, plan.lens, strict=True)):
             self.write(slot, start, plan.token_ids[offset : offset + length])
-            touched.update(self.rows[slot])
             offset += length
             if row in plan.sampled:
                 token_ids.append(self.sample(slot, start + length))
         assert offset == len(plan.token_ids), "log: tokens without a row"
-        self.incomplete[plan.step] = touched
-        logprobs: list[TokenLogprobs | None] = [None] * len(token_ids)
-        return StepOutput(plan.step, self.version, token_ids, logprobs)
+        return token_ids
+
+    def attach(self, mover: FakeMover) -> None:
+        self.mover = mover
 
     def finish(self, step: int) -> int:
         """Let the steps up to `step` complete; return the last step up to which all are."""
@@ -93,6 +132,10 @@ class FakeRank:
                 self.set_row(op)
             case FreePages():
                 self.free(op)
+            case SavePages():
+                self.save(op)
+            case LoadPages():
+                self.load(op)
 
     def own(self, op: OwnPages) -> None:
         self.relocated()
@@ -105,8 +148,11 @@ class FakeRank:
 
     def complete(self, op: CompletePages) -> None:
         for page, key in zip(op.pages, op.keys, strict=True):
-            assert None not in self.pages[page], f"complete: page {page} has holes"
             assert page not in self.keys, f"complete: page {page} twice"
+            if page in self.loads:
+                self.complete_load(page, key)
+            else:
+                assert None not in self.pages[page], f"complete: page {page} has holes"
             self.keys[page] = key
 
     def set_row(self, op: SetRow) -> None:
@@ -116,9 +162,12 @@ class FakeRank:
             assert page in self.pages, f"row: page {page} is not owned"
             assert generation == self.generations[page], f"generation: page {page} is named by a stale one"
             if op.keys:
-                assert self.keys.get(page) == op.keys[index], f"row: page {page} holds other tokens"
+                key = self.loads[page][1] if page in self.loads else self.keys.get(page)
+                assert key == op.keys[index], f"row: page {page} holds other tokens"
             else:
-                assert page not in self.keys, f"row: page {page} is complete, yet to be written"
+                assert page not in self.keys and page not in self.loads, (
+                    f"row: page {page} is complete, yet to be written"
+                )
             row[op.first + index : op.first + index + 1] = [page]
 
     def free(self, op: FreePages) -> None:
@@ -128,8 +177,49 @@ class FakeRank:
             assert not holders, f"free: page {page} is in the row of slot {holders}"
             steps = [step for step, pages in self.incomplete.items() if page in pages]
             assert not steps, f"fence: page {page} is freed while step {steps} may touch it"
+            move = self.mover.move_of(page) if self.mover is not None else None
+            assert move is None, f"move: page {page} is freed while {move} may touch it"
             del self.pages[page]
             self.keys.pop(page, None)
+            self.loads.pop(page, None)
+            self.unsure.discard(page)
+
+    def save(self, op: SavePages) -> None:
+        for page, key in zip(op.pages, op.keys, strict=True):
+            assert self.keys.get(page) == key, f"save: page {page} holds other tokens"
+
+    def load(self, op: LoadPages) -> None:
+        for number, (page, key) in enumerate(zip(op.pages, op.keys, strict=True), op.first_move):
+            assert page not in self.keys and page not in self.loads, f"load: page {page} is another's"
+            holders = [slot for slot, row in self.rows.items() if page in row]
+            assert not holders, f"load: page {page} is slot {holders}'s to write"
+            self.check_untouched(page)
+            self.loads[page] = (number, key)
+            self.unsure.add(page)
+
+    def complete_load(self, page: int, key: bytes) -> None:
+        assert self.mover is not None
+        number, loaded_key = self.loads.pop(page)
+        status = self.mover.status(number)
+        assert status in (MoveStatus.ENQUEUED, MoveStatus.DONE, MoveStatus.FAILED_TORN), (
+            f"complete: page {page}, whose LOAD is {status.name}"
+        )
+        assert key == loaded_key, f"complete: page {page} is loaded with other tokens"
+
+    def check_untouched(self, page: int) -> None:
+        assert set(self.pages[page]) == {None}, f"load: page {page} was written before"
+
+    def copy_out(self, page: int) -> Contents:
+        return tuple(self.pages[page]), b""
+
+    def copy_in(self, page: int, contents: Contents) -> None:
+        self.check_untouched(page)
+        self.pages[page] = list(contents[0])
+        self.unsure.discard(page)
+
+    def copy_in_torn(self, page: int, contents: Contents) -> None:
+        self.copy_in(page, ((_NONSENSE,) * self.page_size, contents[1]))
+        self.unsure.add(page)
 
     def relocated(self) -> None:
         self.version = RelocationVersion(self.version.incarnation, self.version.counter + 1)
@@ -141,13 +231,19 @@ class FakeRank:
         for position, token_id in enumerate(token_ids, start):
             page = row[position // self.page_size]
             assert page not in self.keys, f"write: page {page} is complete and may be shared"
+            assert page not in self.loads, f"write: page {page} is being loaded"
+            if slot in self.misled:
+                self.unsure.add(page)
+                token_id = _NONSENSE
             self.pages[page][position % self.page_size] = token_id
 
     def sample(self, slot: int, context_len: int) -> int:
         op = self.slots[slot]
         token_ids = self.read(slot, context_len)
         known = min(context_len, len(op.token_ids))
-        assert token_ids[:known] == op.token_ids[:known], f"read: slot {slot} reads another's text"
+        assert token_ids[:known] == op.token_ids[:known] or slot in self.misled, (
+            f"read: slot {slot} reads another's text"
+        )
         is_banning = context_len - op.prompt_len < op.sampling.min_tokens
         banned = {*op.end_token_ids, *op.sampling.stop_token_ids} if is_banning else ()
         return next_token(token_ids, op.seed, self.vocab_size, banned)
@@ -167,7 +263,7 @@ class FakeRank:
             assert len(set(row)) == len(row), f"row: slot {slot} names a page twice"
             for page in row:
                 assert page in self.pages, f"row: slot {slot} names page {page}, which is not owned"
-                if page not in self.keys:
+                if page not in self.keys and page not in self.loads:
                     assert page not in writers, (
                         f"row: page {page} has two writers, {slot} and {writers[page]}"
                     )

@@ -4,9 +4,13 @@ Page table, staging, pool and sanitizer are the engine's own; only the model is 
 token into the K and V at its place and reads its whole context back through the staged page rows.
 """
 
+from collections.abc import Sequence
+
 import torch
 
+from tests.property.fake_arena import Contents
 from tests.property.fake_group import VOCAB_SIZE
+from tests.property.fake_mover import FakeMover
 from tests.property.fake_ranks import FakeRank
 from workers.config import WorkerConfig
 from workers.engine.forward_batch import ForwardBatch
@@ -16,7 +20,7 @@ from workers.kvcache.kv_pool import KVPool
 from workers.kvcache.layout import target_only
 from workers.kvcache.page_table import PageTable
 from workers.kvcache.sanitizer import KVSanitizer
-from workers.plan import BatchPlan, CloseSlot, SetRow, StepOutput
+from workers.plan import BatchPlan, CloseSlot, PlanOp, SetRow
 
 _CPU = torch.device("cpu")
 
@@ -39,20 +43,27 @@ class SanitizedRank(FakeRank):
         self.bucket = BucketInputs(max_slots, pages_per_row, _CPU, self.mechanisms)
         self.sanitizer = KVSanitizer(self.pool, max_slots, pages_per_row)
 
-    def run(self, plan: BatchPlan) -> StepOutput:
-        for op in plan.ops:
+    def attach(self, mover: FakeMover) -> None:
+        super().attach(mover)
+        self.sanitizer.watch(mover)
+
+    def apply_all(self, ops: Sequence[PlanOp]) -> None:
+        for op in ops:
             if isinstance(op, SetRow):
                 self.table.set_row(op)
             elif isinstance(op, CloseSlot):
                 self.table.close_slot(op)
-        self.sanitizer.apply(plan.ops)
-        contexts = self.run_rows(plan) if plan.slots else []
-        output = super().run(plan)
+        self.sanitizer.apply(list(ops))
+        super().apply_all(ops)
+
+    def run_rows(self, plan: BatchPlan) -> list[int]:
+        contexts = self.run_staged(plan) if plan.slots else []
+        token_ids = super().run_rows(plan)
         for slot, context in zip(plan.slots, contexts, strict=True):
             assert context == self.read(slot, len(context)), f"pool: slot {slot} reads another's text"
-        return output
+        return token_ids
 
-    def run_rows(self, plan: BatchPlan) -> list[list[int]]:
+    def run_staged(self, plan: BatchPlan) -> list[list[int]]:
         """Stage, check, write and read; return the tokens of each row's context."""
         if plan.mode == "decode":
             batch, slots = self.stager.stage_bucket(plan, self.bucket)
@@ -77,3 +88,13 @@ class SanitizedRank(FakeRank):
             keys[page_row].flatten()[:length] + 0 * values[page_row].flatten()[:length]
             for page_row, length in list(rows)[: batch.num_real_rows]
         ]
+
+    def copy_out(self, page: int) -> Contents:
+        return super().copy_out(page)[0], self.pool.data[page].numpy().tobytes()
+
+    def copy_in(self, page: int, contents: Contents) -> None:
+        super().copy_in(page, contents)
+        self.pool.data[page] = torch.frombuffer(bytearray(contents[1]), dtype=torch.uint8)
+
+    def copy_in_torn(self, page: int, contents: Contents) -> None:
+        self.copy_in(page, contents)  # foreign bytes, once read, are the sanitizer's error

@@ -48,7 +48,7 @@ def test_with_everything_on_no_check_fires(lags):
         # What check() finds at once, and what a rank finds when nobody checks.
         (
             "leases",
-            r"page \d+ has \d leases, \d holders|leases and is (un)?locked",
+            r"page \d+ (of the tree )?has \d leases, \d (holders|locks)",
             r"page \d+ is (FREE|QUIESCING), not OWNED",
         ),
         ("generations", None, r"generation: page \d+ is not told from before"),

@@ -25,7 +25,7 @@ from workers.kvcache.sanitizer import SanitizerError
 from workers.protocol import SamplingParams
 
 # Prompts are cut from three texts, so that they share prefixes; the last differs from the first at its end.
-_TEXTS = ([1] * 64, [2, 1] * 32, [1] * 5 + [8] * 59)
+TEXTS = ([1] * 64, [2, 1] * 32, [1] * 5 + [8] * 59)
 
 _sampling = st.builds(
     SamplingParams,
@@ -63,7 +63,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: len(self.group.unfinished) < 10)
     @rule(
-        text=st.sampled_from(_TEXTS),
+        text=st.sampled_from(TEXTS),
         prompt_len=st.integers(1, 29),
         num_copies=st.integers(1, 4),
         sampling=_sampling,

@@ -2,83 +2,10 @@
 
 import pytest
 
-from cache_service.keys import NamespaceDigest, page_keys, salted
-from tests.unit.tier_fakes import FakeHost, FakeMoves, moves_of
-from workers.kvcache.manager import KVCacheManager
+from cache_service.keys import page_keys, salted
+from tests.unit.tier_fakes import KEYS, NAMESPACE, PAGE_SIZE, Bench, tokens
 from workers.move_board import MoveStatus
-from workers.plan import CompletePages, LoadPages, OpenSlot, OwnPages, SavePages
-from workers.protocol import SamplingParams
-
-NAMESPACE = NamespaceDigest(b"n" * 16)
-PAGE_SIZE = 4
-
-
-class Bench:
-    """A manager with a tier; ops of a step are taken by `ops`."""
-
-    def __init__(self, num_pages=16, policy="write_through", num_slots=64, capacity=64):
-        self.host = FakeHost(num_slots)
-        self.moves = FakeMoves(capacity)
-        self.cache = KVCacheManager(num_pages, PAGE_SIZE, NAMESPACE, incarnation=3)
-        self.tier = self.cache.attach_tier(self.host, self.moves, policy)
-        self.num_steps = 0
-        self.log = []
-
-    def ops(self):
-        self.cache.check()
-        taken = self.cache.take_ops()
-        self.log += taken
-        return taken
-
-    def open(self, slot, token_ids, salt=b""):
-        op = OpenSlot(slot, SamplingParams(), 0, len(token_ids), list(token_ids))
-        return self.cache.open(op, self.cache.keyed(token_ids, salt))
-
-    def run(self, slot, token_ids, salt=b""):
-        """Open, compute and close a request; return how many tokens it found."""
-        num_cached = self.open(slot, token_ids, salt)
-        assert self.cache.is_readable(slot)
-        assert self.cache.reserve(slot, len(token_ids))
-        self.num_steps += 1
-        self.cache.planned(self.num_steps)
-        self.cache.commit(slot, len(token_ids))
-        self.cache.completed(self.num_steps)
-        self.cache.close(slot)
-        return num_cached
-
-    def saves(self):
-        return moves_of(self.log, SavePages)
-
-    def loads(self):
-        return moves_of(self.log, LoadPages)
-
-    def finish(self, status=MoveStatus.DONE):
-        """All moves in the log come to this, unless told otherwise before."""
-        self.ops()
-        for move, *_ in self.saves() + self.loads():
-            self.moves.at.setdefault(move, status)
-        slots = self.cache.settle()
-        for slot in slots:
-            self.cache.close(slot)
-        self.cache.drop_failed()
-        self.cache.check()
-        return slots
-
-    def forget_device(self):
-        """Evict every cached page from the device."""
-        num_pages = self.cache.num_pages
-        self.open(99, [7])
-        assert self.cache.reserve(99, num_pages * PAGE_SIZE)
-        self.cache.close(99)
-        assert self.cache.stats().num_cached_pages == 0
-        self.ops()
-
-
-def tokens(num_tokens, first=0):
-    return list(range(first, first + num_tokens))
-
-
-KEYS = page_keys(NAMESPACE, tokens(12), PAGE_SIZE)
+from workers.plan import CompletePages, LoadPages, OwnPages
 
 
 def test_complete_pages_are_saved_and_committed_parents_first():
@@ -249,13 +176,21 @@ def test_a_failed_save_gives_its_slot_back_and_takes_its_children_along():
     bench.ops()
     bench.moves.at[1] = MoveStatus.FAILED_IO
     num_free = len(bench.host.free)
-    bench.host.commit = lambda entries: bench.host.lost.extend(entry.key for entry in entries)  # no parent
     bench.finish()
-    assert bench.tier.stats.failed_saves == {"io": 1}
-    assert len(bench.host.free) == num_free + 1
+    assert bench.tier.stats.failed_saves == {"io": 1, "no_parent": 2}
+    assert len(bench.host.free) == num_free + 3
+    bench.forget_device()
+    assert bench.tier.stats.num_lost_pages == 3
+
+
+def test_a_page_that_the_arena_refused_is_not_taken_for_saved():
+    bench = Bench()
+    bench.run(0, tokens(13))
+    bench.host.commit = lambda entries: bench.host.lost.extend(entry.key for entry in entries)
+    bench.finish()
     bench.cache.settle()
     bench.forget_device()
-    assert bench.tier.stats.num_lost_pages == 3, "a page the arena refused is not taken for saved"
+    assert bench.tier.stats.num_lost_pages == 3
 
 
 def test_selective_write_through_saves_what_is_used_again():

@@ -1,7 +1,14 @@
 """A node's arena and a group's moves as HostTier sees them: tests decide what comes of each move."""
 
+from cache_service.keys import NamespaceDigest, page_keys
 from cache_service.page_records import Grant, Location
+from workers.kvcache.manager import KVCacheManager
 from workers.move_board import MoveStatus
+from workers.plan import LoadPages, OpenSlot, SavePages
+from workers.protocol import SamplingParams
+
+NAMESPACE = NamespaceDigest(b"n" * 16)
+PAGE_SIZE = 4
 
 
 class FakeHost:
@@ -94,3 +101,71 @@ def moves_of(ops, kind):
         if isinstance(op, kind)
         for index, one in enumerate(zip(op.pages, op.slots, op.epochs, op.keys, strict=True))
     ]
+
+
+class Bench:
+    """A manager with a tier; ops of a step are taken by `ops`."""
+
+    def __init__(self, num_pages=16, policy="write_through", num_slots=64, capacity=64):
+        self.host = FakeHost(num_slots)
+        self.moves = FakeMoves(capacity)
+        self.cache = KVCacheManager(num_pages, PAGE_SIZE, NAMESPACE, incarnation=3)
+        self.tier = self.cache.attach_tier(self.host, self.moves, policy)
+        self.num_steps = 0
+        self.log = []
+
+    def ops(self):
+        self.cache.check()
+        taken = self.cache.take_ops()
+        self.log += taken
+        return taken
+
+    def open(self, slot, token_ids, salt=b""):
+        op = OpenSlot(slot, SamplingParams(), 0, len(token_ids), list(token_ids))
+        return self.cache.open(op, self.cache.keyed(token_ids, salt))
+
+    def run(self, slot, token_ids, salt=b""):
+        """Open, compute and close a request; return how many tokens it found."""
+        num_cached = self.open(slot, token_ids, salt)
+        assert self.cache.is_readable(slot)
+        assert self.cache.reserve(slot, len(token_ids))
+        self.num_steps += 1
+        self.cache.planned(self.num_steps)
+        self.cache.commit(slot, len(token_ids))
+        self.cache.completed(self.num_steps)
+        self.cache.close(slot)
+        return num_cached
+
+    def saves(self):
+        return moves_of(self.log, SavePages)
+
+    def loads(self):
+        return moves_of(self.log, LoadPages)
+
+    def finish(self, status=MoveStatus.DONE):
+        """All moves in the log come to this, unless told otherwise before."""
+        self.ops()
+        for move, *_ in self.saves() + self.loads():
+            self.moves.at.setdefault(move, status)
+        slots = self.cache.settle()
+        for slot in slots:
+            self.cache.close(slot)
+        self.cache.drop_failed()
+        self.cache.check()
+        return slots
+
+    def forget_device(self):
+        """Evict every cached page from the device."""
+        num_pages = self.cache.num_pages
+        self.open(99, [7])
+        assert self.cache.reserve(99, num_pages * PAGE_SIZE)
+        self.cache.close(99)
+        assert self.cache.stats().num_cached_pages == 0
+        self.ops()
+
+
+def tokens(num_tokens, first=0):
+    return list(range(first, first + num_tokens))
+
+
+KEYS = page_keys(NAMESPACE, tokens(12), PAGE_SIZE)

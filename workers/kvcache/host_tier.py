@@ -160,8 +160,8 @@ class HostTier:
         """Return the leading keys whose pages are thought to be in the arena, and where."""
         found: tuple[list[PageKey], list[Location]] = ([], [])
         for key in keys:
-            location = self._host.locate(key)
-            if location is None or location in self._distrusted:
+            location = self._locate(key)
+            if location is None:
                 break
             found[0].append(key)
             found[1].append(location)
@@ -199,15 +199,17 @@ class HostTier:
         """Note that a request goes on from pages that were there."""
         if self._policy == "write_through_selective":
             self._save([node for node in path if node.is_readable])
-        if path and self._host.locate(path[-1].key) is not None:
+        if path and self._is_there(path[-1]):
             self._host.touch([node.key for node in path])
 
     def may_go(self, node: Node) -> bool:
         """Tell whether the device may evict an idle leaf; under `write_back` its page is saved first."""
-        if node.is_saved or self._host.locate(node.key) is not None:
+        if self._is_there(node):
             return True
-        if self._policy == "write_back" and self._save(_chain(node)):
-            return False
+        if self._policy == "write_back":
+            self._save(_chain(node))
+            if node.is_busy:  # its own SAVE is under way: waiting for those above it might never end
+                return False
         self.stats.num_lost_pages += 1
         return True
 
@@ -228,7 +230,7 @@ class HostTier:
         )
         return self._moves.capacity - (self._num_moves + 1 - oldest)
 
-    def _save(self, nodes: Iterable[Node]) -> bool:
+    def _save(self, nodes: Iterable[Node]) -> None:
         """Begin to save pages, parents first, unless they are saved, on their way, or cannot be."""
         first = self._num_moves + 1
         begun = [save for node in nodes if (save := self._begin_save(node)) is not None]
@@ -242,15 +244,14 @@ class HostTier:
                     [save.node.key for save in begun],
                 )
             )
-        return bool(begun)
 
     def _begin_save(self, node: Node) -> _Save | None:
-        if node.is_saved or node.is_busy:
+        if node.is_saved or node.is_busy or node.was_tried:
             return None
-        if self._host.locate(node.key) is not None:
+        if self._is_there(node):
             node.is_saved = True  # another replica saved it, or this one before it was evicted
             return None
-        if not self._is_chained(node.parent):
+        if node.parent is not None and not (node.parent.is_busy or self._is_there(node.parent)):
             self.stats.skipped_saves["no_parent"] += 1
             return None
         if self._room() <= 0:
@@ -262,14 +263,18 @@ class HostTier:
             return None
         self._num_moves += 1
         self._pool.lease(node.page)
-        node.is_busy = True
+        node.is_busy = node.was_tried = True
         save = _Save(self._num_moves, node, grant)
         self._saves.append(save)
         return save
 
-    def _is_chained(self, parent: Node | None) -> bool:
-        """Tell whether the arena has the page's parent, or will have it before: it takes no orphans."""
-        return parent is None or parent.is_saved or parent.is_busy
+    def _is_there(self, node: Node) -> bool:
+        """Tell whether, as far as is known, the arena has a node's page. It takes none without its parent."""
+        return node.is_saved or self._locate(node.key) is not None
+
+    def _locate(self, key: PageKey) -> Location | None:
+        location = self._host.locate(key)
+        return None if location in self._distrusted else location
 
     def _settle_saves(self) -> None:
         entries: list[Entry] = []
@@ -277,16 +282,18 @@ class HostTier:
         while self._saves and self._moves.is_over(self._saves[0].move):
             save = self._saves.popleft()
             node, status = save.node, self._moves.status(save.move)
+            parent = node.parent
             self._let_go(node)
-            if status.is_failed:
+            is_orphan = parent is not None and not self._is_there(parent)
+            if status.is_failed or is_orphan:
                 failed.append(save.grant)
-                self.stats.failed_saves[reason_of(status)] += 1
+                self.stats.failed_saves[reason_of(status) if status.is_failed else "no_parent"] += 1
                 continue
             node.is_saved = True
             self.stats.num_saved_pages += 1
-            parent = None if node.parent is None else node.parent.key
+            parent_key = None if parent is None else parent.key
             entries.append(
-                Entry(save.grant.slot, save.grant.epoch, node.key, parent, self._page_size, node.tenant)
+                Entry(save.grant.slot, save.grant.epoch, node.key, parent_key, self._page_size, node.tenant)
             )
         if entries:
             self._host.commit(entries)

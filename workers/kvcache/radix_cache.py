@@ -26,6 +26,7 @@ class Node:
         "page",
         "parent",
         "tenant",
+        "was_tried",
     )
 
     def __init__(
@@ -44,6 +45,8 @@ class Node:
         """A SAVE or LOAD of its page is under way: it is not evicted before that is over (I6, I11)."""
         self.is_saved = False
         """As far as is known its page is in the node's arena too."""
+        self.was_tried = False
+        """A SAVE of its page began since a request last went on it: one is enough, else it might never go."""
 
 
 class RadixCache:
@@ -103,6 +106,7 @@ class RadixCache:
         for node in path:
             self._pool.lease(node.page)
             node.num_locks += 1
+            node.was_tried = False
             self._unlocked.pop(node.key, None)
 
     def unlock(self, path: Sequence[Node], last_step: int) -> None:
@@ -134,10 +138,12 @@ class RadixCache:
         `only_idle`: only if the first in line becomes FREE at once.
         """
         for node in self._unlocked.values():
-            if node.is_busy or node.num_children or (may_go is not None and not may_go(node)):
+            if node.is_busy or node.num_children:
                 continue
             if only_idle and not self._pool.is_idle(node.page):
                 return False
+            if may_go is not None and not may_go(node):
+                continue
             self._remove(node)
             self.num_evictions += 1
             return True

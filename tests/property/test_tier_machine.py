@@ -1,0 +1,83 @@
+"""The machine of test_scheduler_machine.py over a group whose pages also live in an arena, with bad luck.
+
+Moves end late, in any order, apart on each rank, and fail; news of the arena comes late; it evicts, corrupts
+and restarts. Still each request gets its own text, and nothing is held in the end.
+"""
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import initialize, precondition, rule
+
+from tests.property.fake_group import FakeGroup, plain_rank
+from tests.property.fake_mover import Faults
+from tests.property.fake_tier import TierOptions
+from tests.property.sanitized_rank import SanitizedRank
+from tests.property.test_scheduler_machine import TEXTS, SchedulerMachine
+from workers.protocol import SamplingParams
+
+_ratio = st.sampled_from([0.0, 0.0, 0.1, 0.3])
+_speed = st.sampled_from([0.2, 0.5, 1.0])
+_faults = st.builds(
+    Faults, io_ratio=st.sampled_from([0.0, 0.0, 0.0, 0.2, 1.0]), stale_ratio=_ratio, torn_ratio=_ratio
+)
+_tiers = st.builds(
+    TierOptions,
+    num_slots=st.sampled_from([1, 4, 12, 20, 30]),
+    policy=st.sampled_from(["write_through", "write_through_selective", "write_back"]),
+    capacity=st.sampled_from([64, 8, 2]),
+    speeds=st.tuples(_speed, _speed),
+    news_ratio=st.sampled_from([1.0, 0.5, 0.2]),
+    upset_ratio=st.sampled_from([0.0, 0.1]),
+    faults=_faults,
+    seed=st.integers(0, 1 << 16),
+)
+
+
+class TierMachine(SchedulerMachine):
+    """Half of the time pages are real bytes under the sanitizer; else a torn page holds foreign tokens."""
+
+    @initialize(
+        page_size=st.sampled_from([1, 2, 4]),
+        num_pages=st.integers(3, 14),
+        num_ranks=st.integers(1, 2),
+        max_running=st.integers(1, 5),
+        max_tokens_per_step=st.integers(1, 24),
+        lookahead=st.integers(0, 2),
+        tier=_tiers,
+        is_sanitized=st.booleans(),
+    )
+    def start(self, is_sanitized: bool, **options: int) -> None:
+        self.group = FakeGroup(
+            **options,
+            max_context_len=24,
+            safety=self.safety,
+            runs_checks=self.runs_checks,
+            make_rank=SanitizedRank if is_sanitized else plain_rank,
+        )
+
+    @precondition(lambda self: len(self.group.unfinished) < 6)
+    @rule(first=st.sampled_from(TEXTS), second=st.sampled_from(TEXTS), prompt_len=st.integers(8, 23))
+    def take_turns(self, first: list[int], second: list[int], prompt_len: int) -> None:
+        """Two texts push each other out of the device, and come back."""
+        for text in (first, second, first):
+            token_ids = text[: min(prompt_len, self.group.scheduler.max_context_len - 1)]
+            self.group.submit(token_ids, SamplingParams(max_tokens=2))
+            for _ in range(8):
+                self.group.step()
+
+    @rule()
+    def upset(self) -> None:
+        self.group.tier.upset()
+
+    def teardown(self) -> None:
+        if not hasattr(self, "group") or self.group.is_midstep:
+            return
+        self.group.tier.speed_up()
+        num_left = sum(self.group.scheduler.max_context_len for _ in self.group.unfinished)
+        self.group.run(max_steps=3 * num_left + 20)
+        assert self.group.reasons.keys() == self.group.submits.keys(), "a request has no finish reason"
+        self.group.settle()
+
+
+TestTierMachine = TierMachine.TestCase
+TestTierMachine.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)

@@ -1,0 +1,66 @@
+"""Nothing waits for ever for a page's copy in the arena, and what is lost is counted once."""
+
+from tests.unit.tier_fakes import KEYS, PAGE_SIZE, Bench, tokens
+from workers.move_board import MoveStatus
+
+
+def test_pages_whose_saves_fail_go_all_the_same_and_count_as_lost():
+    bench = Bench(num_pages=3, policy="write_back")
+    bench.run(0, tokens(12))
+    bench.open(1, [50])
+    for _ in range(3):
+        bench.cache.reserve(1, 3 * PAGE_SIZE)
+        bench.finish(MoveStatus.FAILED_IO)
+    assert bench.cache.reserve(1, 3 * PAGE_SIZE)
+    assert len(bench.saves()) == bench.tier.stats.num_lost_pages == 3
+
+
+def test_a_page_for_which_there_is_no_grant_does_not_wait_for_those_above_it():
+    bench = Bench(num_pages=3, policy="write_back", num_slots=2)
+    bench.run(0, tokens(12))
+    bench.open(1, [50])
+    assert bench.cache.reserve(1, PAGE_SIZE), "the leaf cannot be saved: it goes"
+    bench.ops()
+    assert [key for *_, key in bench.saves()] == KEYS[:2]
+    assert bench.tier.stats.num_lost_pages == 1
+
+
+def test_a_page_that_the_arena_loses_at_once_is_not_saved_for_ever():
+    bench = Bench(num_pages=1, policy="write_back")
+    bench.run(0, tokens(4))
+    bench.open(1, [50])
+    assert not bench.cache.reserve(1, PAGE_SIZE)
+    bench.finish()
+    bench.host.evict(KEYS[0])
+    bench.cache.settle()
+    assert bench.cache.reserve(1, PAGE_SIZE)
+    bench.ops()
+    assert len(bench.saves()) == bench.tier.stats.num_lost_pages == 1
+
+
+def test_a_page_that_does_not_go_yet_is_not_lost():
+    bench = Bench(num_pages=2, num_slots=0)
+    for slot in range(2):
+        bench.open(slot, tokens(4, first=10 * slot))
+        assert bench.cache.reserve(slot, PAGE_SIZE)
+        bench.cache.planned(slot + 1)
+        bench.cache.commit(slot, PAGE_SIZE)
+    bench.cache.close(0)
+    bench.cache.close(1)
+    bench.open(2, [50])
+    for _ in range(3):
+        bench.cache.reserve(2, PAGE_SIZE)
+    assert bench.cache.stats().num_evictions == bench.tier.stats.num_lost_pages == 1
+
+
+def test_a_page_whose_copy_is_bad_is_saved_again_once_it_is_computed():
+    bench = Bench()
+    bench.run(0, tokens(5))
+    bench.finish()
+    bench.forget_device()
+    bench.open(0, tokens(5))
+    bench.host.report_corrupt = bench.host.corrupt.append  # the arena's news of it is late
+    assert bench.finish(MoveStatus.FAILED_CORRUPT) == [0]
+    assert bench.run(0, tokens(5)) == 0
+    bench.ops()
+    assert [key for *_, key in bench.saves()] == [KEYS[0], KEYS[0]]
