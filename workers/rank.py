@@ -18,6 +18,7 @@ from cache_service.keys import NamespaceDigest
 from workers.card import ModelCard, load_card
 from workers.config import WorkerConfig
 from workers.engine.engine import Engine
+from workers.host_pages import CachePlace, HostPages
 from workers.inbox import Inbox
 from workers.kvcache.manager import KVCacheManager
 from workers.metrics import LeaderMetrics, LeaderSources, RankLabels, count_steps
@@ -43,6 +44,8 @@ class RankSpec:
     group_port: int
     num_threads: int
     """Compute threads on CPU."""
+    cache_endpoint: str | None = None
+    """Of the node's CacheServer; None: no page leaves the device."""
 
 
 class Rank:
@@ -79,6 +82,10 @@ class Rank:
         labels = RankLabels(card.name, spec.replica_id, spec.rank, spec.node)
         count_steps(self.registry, labels, self._engine.graph_steps, self._engine.eager_steps)
         self._clock = clock
+        self._host_pages: HostPages | None = None
+        if spec.cache_endpoint is not None:
+            place = CachePlace(spec.cache_endpoint, cluster_secret)
+            self._host_pages = HostPages(place, config, self._engine, self._group, spec.incarnation)
         self._loop: StepLoop | FollowerLoop
         if spec.rank == 0:
             self._loop = self._lead(spec, card, cluster_secret, labels, clock)
@@ -94,6 +101,8 @@ class Rank:
         finally:
             if self.inbox is not None:
                 self.inbox.close()
+            if self._host_pages is not None:
+                self._host_pages.close()
             self._group.close()
 
     def stop(self) -> None:
@@ -122,6 +131,8 @@ class Rank:
             spec.incarnation,
             prefix_caching=config.prefix_caching,
         )
+        if self._host_pages is not None:
+            self._host_pages.lead(cache)
         scheduler = Scheduler(
             config,
             cache,

@@ -87,8 +87,13 @@ class Worker:
         self._listener = listen(self._node)
         return self._node, self._listener.getsockname()[1]
 
-    def start(self, group_host: str, group_port: int, timeout_s: float) -> WorkerStarted:
-        """Load, join the group and begin to step; blocks until the rank steps. Raise WorkerStartError."""
+    def start(
+        self, group_host: str, group_port: int, timeout_s: float, cache_endpoint: str | None = None
+    ) -> WorkerStarted:
+        """Load, join the group and begin to step; blocks until the rank steps. Raise WorkerStartError.
+
+        `cache_endpoint` is where the node's CacheServer listens, if there is one.
+        """
         from workers.rank import RankSpec
 
         spec = RankSpec(
@@ -100,6 +105,7 @@ class Worker:
             group_host=group_host,
             group_port=group_port,
             num_threads=self._num_threads,
+            cache_endpoint=cache_endpoint,
         )
         self._thread = threading.Thread(target=self._live, args=(spec,), name="step-loop", daemon=True)
         self._thread.start()

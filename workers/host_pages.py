@@ -1,0 +1,77 @@
+"""HostPages: one rank's part in its node's host cache: the client, the mapped arena, the mover of pages.
+
+Made and closed by Rank, in the step loop's thread.
+"""
+
+import logging
+from dataclasses import dataclass
+
+from cache_service.client import CacheAttachError, CacheClient, ClientSpec, group_of
+from workers.config import WorkerConfig
+from workers.engine.engine import Engine
+from workers.kvcache.host_tier import HostTier
+from workers.kvcache.manager import KVCacheManager
+from workers.kvcache.page_mover import PageMover
+from workers.parallel import TPGroup
+
+logger = logging.getLogger(__name__)
+
+ATTACH_TIMEOUT_S = 30.0
+"""A server that begins at once to adopt a full arena takes seconds."""
+
+
+@dataclass(frozen=True)
+class CachePlace:
+    """Where a rank's node has its CacheServer."""
+
+    endpoint: str
+    cluster_secret: bytes
+
+
+class HostPages:
+    """Attaches a rank to its node's arena; raises CacheAttachError when that cannot be used.
+
+    A server that is lost later is a miss, counted, until it is back.
+    """
+
+    def __init__(
+        self, place: CachePlace, config: WorkerConfig, engine: Engine, group: TPGroup, incarnation: int
+    ) -> None:
+        self.client = CacheClient(
+            place.endpoint,
+            place.cluster_secret,
+            ClientSpec(
+                fingerprint=bytes.fromhex(engine.layout.fingerprint()),
+                bundle_bytes=engine.layout.bundle_bytes,
+                num_ranks=group.size,
+                group=group_of(incarnation),
+                is_decider=group.rank == 0,
+            ),
+        )
+        self._policy = config.write_policy
+        self.tier: HostTier | None = None
+        """Rank 0's, once it leads."""
+        try:
+            self.client.start(ATTACH_TIMEOUT_S)
+            self.mover = PageMover(
+                engine.pool,
+                self.client.arena,
+                self.client.leases,
+                group.rank,
+                group.moves,
+                verify=config.verify_pages,
+            )
+        except CacheAttachError:
+            self.client.close()
+            raise
+        engine.attach(self.mover)
+        self._group = group
+
+    def lead(self, cache: KVCacheManager) -> None:
+        """Rank 0: have the cache manager save and load pages."""
+        self.tier = cache.attach_tier(self.client, self._group.moves, self._policy)
+
+    def close(self) -> None:
+        """End all copies, then leave the arena."""
+        self.mover.close()
+        self.client.close()
