@@ -34,7 +34,7 @@ _IDENTITY = struct.Struct(f"<8sII{MAX_CLUSTER_ID_BYTES}s{FINGERPRINT_BYTES}sQQQ"
 assert _IDENTITY.size == 120
 
 # Words of 8 bytes in the arena header that follow the identity, each with one writer: the owner.
-OWNER_PID_WORD, OWNER_START_WORD, INCARNATION_WORD, USABLE_WORD, KEPT_WORD = 16, 17, 18, 19, 20
+OWNER_PID_WORD, OWNER_START_WORD, INCARNATION_WORD, USABLE_WORD, KEPT_WORD, PORT_WORD = 16, 17, 18, 19, 20, 21
 
 # A slot header begins with its stamp, epoch << STATE_BITS | state: one word, so that a reader sees both at
 # one moment. The key follows within the same cache line.

@@ -30,6 +30,8 @@ from cache_service.subscriber import Subscriber
 logger = logging.getLogger(__name__)
 
 MAX_GROUP = (1 << 32) - 1
+_MAX_SHARE_OF_GRANTS = 8
+"""Of the arena's slots, one in so many: granted slots hold no page for anybody."""
 
 
 class CacheAttachError(Exception):
@@ -49,7 +51,8 @@ class ClientSpec:
     is_decider: bool = True
     """Rank 0: finds pages, holds grants, commits. The others only lease and write what they are told."""
     num_grants: int = 256
-    """Held in advance; a long prompt's pages are saved all at once."""
+    """Held in advance, or an eighth of the arena if that is less; a long prompt's pages are saved all at
+    once."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ class CacheClient:
         self._spec = spec
         self._deadlines = deadlines or Deadlines()
         self._clock = clock
-        self._grants = HeldGrants(spec.num_grants if spec.is_decider else 0)
+        self._grants = HeldGrants()
         self._pages = PageReplica()
         self._arena: Arena | None = None
         self._leases: LeaseRow | None = None
@@ -253,6 +256,8 @@ class CacheClient:
             self._compare(self._arena, answer, version)
         self.stats.num_attaches += 1
         if self._spec.is_decider and not self._is_replaced:
+            share = max(1, answer.num_slots // _MAX_SHARE_OF_GRANTS)
+            self._grants.num_wanted = min(self._spec.num_grants, share)
             self._grants.hold(answer.grants)
             if self._subscriber is None:
                 self._subscriber = Subscriber(

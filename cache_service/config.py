@@ -21,22 +21,24 @@ class CacheConfig:
     """Options of a node's CacheServer. Without a size there is none, and no page leaves the devices."""
 
     host_cache_gb: Annotated[float, Field(gt=0)] | None = None
-    """Shared memory for KV pages on each node, GiB. Not given, nor a ratio: no host cache."""
+    """Shared memory on each node for KV pages that leave the devices, GiB. Not given: as `host_cache_ratio`
+    says."""
     host_cache_ratio: Annotated[float, Field(gt=0, le=0.9)] | None = None
-    """Instead: the part of each node's free memory (machine, container or /dev/shm, whichever is least)."""
+    """The same, as a part of each node's free memory: of machine, container or /dev/shm, whichever has least.
+    Not given: no host cache, unless `host_cache_gb` is given."""
     eviction: EvictionPolicy = "s3fifo"
-    """Which pages make room in the host cache: those that one long prompt brought and nobody used again
-    (`s3fifo`), or those unused for longest (`lru`)."""
+    """Which pages make room in the host cache: first those that were never used again (`s3fifo`), or those
+    unused for longest (`lru`)."""
     tenant_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Most of the host cache that one tenant's pages take."""
     pinned_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """Most of the host cache that pinned pages take."""
     min_free_ratio: FreeRatio = 0.02
-    """Part of the host cache that is kept free for new pages,"""
+    """Part of the host cache that is kept free for new pages."""
     target_free_ratio: FreeRatio = 0.05
-    """and how much is made free once it is not."""
+    """Part of the host cache that is made free once less than `min_free_ratio` is."""
     keep_arena: bool = False
-    """Leave the pages in shared memory at a clean stop, for the next run with the same secret file."""
+    """Leave the pages in shared memory when the service stops, for its next run; wants a `secret_file`."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

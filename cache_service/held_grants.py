@@ -16,8 +16,9 @@ class HeldGrants:
     knows is held: an answer was lost.
     """
 
-    def __init__(self, num_wanted: int) -> None:
-        self._num_wanted = num_wanted
+    def __init__(self) -> None:
+        self.num_wanted = 0
+        """Slots to hold; set by the IO thread."""
         self._held: deque[Grant] = deque()
         self._unused: deque[Grant] = deque()
         self._known: set[Grant] = set()
@@ -30,7 +31,7 @@ class HeldGrants:
     @property
     def is_low(self) -> bool:
         """Tell whether more should be asked for."""
-        return 2 * len(self._held) <= self._num_wanted and self._num_wanted > 0
+        return 2 * len(self._held) <= self.num_wanted and self.num_wanted > 0
 
     def take(self) -> Grant | None:
         """Return a slot to write; None: there is none now."""
@@ -48,7 +49,7 @@ class HeldGrants:
         if self._is_asked or not self.is_low or now_s < self._next_s:
             return 0
         self._is_asked = True
-        return self._num_wanted - len(self._held)
+        return self.num_wanted - len(self._held)
 
     def answered(self, grants: Sequence[Grant] | None, num_asked: int, now_s: float) -> None:
         """Take the answer; None: there was none."""

@@ -61,6 +61,7 @@ class NodeArena:
         self.store: PageStore | None = None
         self.rows: ReaderRows | None = None
         self.ages: LeaseAges | None = None
+        self._port = 0
         self.log = RelocationLog(incarnation)
         sweep_dead_clusters(cluster_id, path.parent)
         orphan = self._orphan()
@@ -81,6 +82,12 @@ class NodeArena:
     def arena(self) -> Arena | None:
         """The arena, once there is one."""
         return None if self._owned is None else self._owned.arena
+
+    def announce(self, port: int) -> None:
+        """Write where the server listens into its arena, for those on this node that look for it."""
+        self._port = port
+        if self._owned is not None:
+            self._owned.arena.set_word(arena_format.PORT_WORD, port)
 
     def attach(self, attach: Attach, now_s: float) -> ReaderRow:
         """Give a process its row, after making an arena of its layout where nobody uses one of another.
@@ -165,6 +172,7 @@ class NodeArena:
         arena = owned.arena
         # What an arena taken over late says of itself may be newer than the log, which subscribers follow.
         arena.set_word(arena_format.INCARNATION_WORD, self.log.version.incarnation)
+        arena.set_word(arena_format.PORT_WORD, self._port)
         self._owned = owned
         self.rows = ReaderRows(arena, self._watch)
         self.store = PageStore(arena, self.log, self._config.store_options, self.rows.groups)

@@ -92,6 +92,7 @@ class CacheServerCore:
             self._gate.close()
             self._arena.close(config.keep_arena)
             raise
+        self._arena.announce(int(self.endpoint.rpartition(":")[2]))
         self._answers = Answers(self._arena, cluster_id, self.broadcasts)
         self._stats = self._answers.stats()
 

@@ -1,4 +1,4 @@
-"""The `eyrie` command: serve a model, print the configuration's schema.
+"""The `eyrie` command: serve a model, look after its host cache, print the configuration's schema.
 
 Everything that starts says so on stderr; stdout carries one line, `ready http://HOST:PORT`.
 """
@@ -18,6 +18,7 @@ from rich.console import Console
 from typer.core import TyperCommand
 
 from cache_service.log_format import without_colours
+from cluster.cache_command import cache_app
 from cluster.config import ConfigError, Flag, flags, json_schema, load_config
 
 # Plain help: rich's table cuts the names of options at 80 columns.
@@ -26,10 +27,13 @@ app = typer.Typer(
 )
 config_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The configuration file.")
 app.add_typer(config_app, name="config")
+app.add_typer(cache_app, name="cache")
 
 CONFIG_EXIT_CODE = 2
 FAILURE_EXIT_CODE = 1
 MODEL = ("worker", "model")
+_GROUPS = {"": "Service", "worker": "Workers", "cache": "Host cache"}
+"""Headings of the help, by where an option stands in the file."""
 
 
 def _show_version(is_given: bool) -> None:
@@ -142,6 +146,10 @@ def _parameter(flag: Flag) -> str:
     return flag.path[-1]
 
 
+def _group(flag: Flag) -> str:
+    return flag.path[0] if len(flag.path) > 1 else ""
+
+
 def _signature() -> inspect.Signature:
     """Return `serve`'s parameters for typer: MODEL, --config and a flag for each option of ClusterConfig."""
     file_help = "YAML file with the same options (`eyrie config schema`); flags win over it."
@@ -150,7 +158,7 @@ def _signature() -> inspect.Signature:
         _option("model", str | None, typer.Argument(help=model.help, metavar="MODEL")),
         _option("config", Path | None, typer.Option("--config", help=file_help, metavar="FILE")),
     ]
-    for flag in sorted(flags(), key=lambda flag: flag.path[0] == "worker"):
+    for flag in sorted(flags(), key=lambda flag: list(_GROUPS).index(_group(flag))):
         if flag.path == MODEL:
             continue
         names = f"--{flag.name}/--no-{flag.name}" if flag.is_switch else f"--{flag.name}"
@@ -159,7 +167,7 @@ def _signature() -> inspect.Signature:
             help=flag.help,
             show_default=False,
             metavar=flag.value or None,
-            rich_help_panel="Workers" if flag.path[0] == "worker" else "Service",
+            rich_help_panel=_GROUPS[_group(flag)],
         )
         parameters.append(_option(_parameter(flag), bool | None if flag.is_switch else str | None, option))
     return inspect.Signature(parameters)

@@ -10,12 +10,13 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
+from cache_service.config import CacheConfig
 from workers.config import WorkerConfig
 
 API_KEYS_VARIABLE = "EYRIE_API_KEYS"
@@ -40,6 +41,8 @@ class ClusterConfig:
     """Version of this format."""
     worker: WorkerConfig = field(default_factory=WorkerConfig)
     """Options of each replica's workers."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    """Options of each node's host cache."""
     host: str = "127.0.0.1"
     """Address the HTTP server binds; wider than loopback wants API keys."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
@@ -65,6 +68,15 @@ class ClusterConfig:
     service."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Lowest level of the service's own log lines, on stderr and in Ray's log folder."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.cache.keep_arena and self.secret_file is None:
+            raise ValueError(
+                "`cache.keep_arena` is on without `secret_file`: the next run finds the pages by the secret;"
+                " give one"
+            )
+        return self
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,4 +256,6 @@ def _admits_text(expected: Any) -> bool:
 
 def _explain(fault: Any) -> str:
     name = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "value_error":  # of several options together
+        return f"`{name}`: {fault['ctx']['error']}" if name else str(fault["ctx"]["error"])
     return f"`{name}` is {fault['input']!r}: {fault['msg'][:1].lower()}{fault['msg'][1:]}"

@@ -18,7 +18,9 @@ from tests.unit.arenas import FINGERPRINT, PLENTY, key
 
 SECRET = b"s" * 32
 BUNDLE_BYTES = 4096
-CONFIG = CacheConfig(host_cache_gb=64 * BUNDLE_BYTES / 2**30)
+NUM_SLOTS = 64
+CONFIG = CacheConfig(host_cache_gb=72 * BUNDLE_BYTES / 2**30)
+"""So many slots, with their headers."""
 QUICK = Patience(
     attach_s=2.0,
     reconnect_s=0.02,
@@ -45,12 +47,12 @@ def port_of(endpoint):
     return int(endpoint.rpartition(":")[2])
 
 
-def make_core(folder, config=CONFIG, *, port=None, broadcast_port=None, incarnation=None, patience_s=5.0):
+def make_core(folder, config=CONFIG, *, port=None, broadcast_port=None, secret=SECRET, patience_s=5.0):
     return CacheServerCore(
         config,
-        SECRET,
+        secret,
         Place("127.0.0.1", port, broadcast_port, folder),
-        incarnation or time.time_ns(),
+        time.time_ns(),
         read_memory=lambda folder: PLENTY,
         patience_s=patience_s,
     )

@@ -12,6 +12,7 @@ from cache_service.processes import ProcessId
 from tests.unit.arenas import key
 from tests.unit.cache_nodes import (
     CONFIG,
+    NUM_SLOTS,
     SOON,
     TIMEOUT_S,
     ServerThread,
@@ -110,7 +111,7 @@ def test_without_a_free_slot_there_is_no_grant_until_there_is_one(server, client
     def take_all():
         while (grant := client.take_grant()) is not None:
             taken.append(grant)
-        return num_writing(server) == 56 and client.num_grants == 0
+        return num_writing(server) == NUM_SLOTS and client.num_grants == 0
 
     eventually(take_all)
     assert client.take_grant() is None and client.stats.misses["no_grant"] >= 1

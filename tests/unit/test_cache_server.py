@@ -19,6 +19,7 @@ from cache_service.relocation import Changes, Snapshot, Version
 from tests.unit.arenas import key
 from tests.unit.cache_nodes import (
     CONFIG,
+    NUM_SLOTS,
     SECRET,
     eventually,
     serving,
@@ -142,7 +143,7 @@ def test_a_corrupt_page_goes_with_all_that_continue_it(server):
 
 
 def test_pins_over_the_budget_pin_nothing(tmp_path):
-    config = CacheConfig(host_cache_gb=CONFIG.host_cache_gb, pinned_ratio=3 / 56)
+    config = CacheConfig(host_cache_gb=CONFIG.host_cache_gb, pinned_ratio=3 / NUM_SLOTS)
     with serving(tmp_path, config) as server, RawClient(server) as raw:
         raw.attach()
         commit_chain(server, raw, "abcde")
@@ -213,9 +214,9 @@ def test_free_slots_are_kept_by_evicting_when_idle(tmp_path):
     config = CacheConfig(host_cache_gb=CONFIG.host_cache_gb, min_free_ratio=0.2, target_free_ratio=0.4)
     with serving(tmp_path, config) as server, RawClient(server) as raw:
         raw.attach()
-        for start in range(0, 50, 10):
+        for start in range(0, 60, 10):
             commit_chain(server, raw, range(start, start + 10))
-        eventually(lambda: raw.ask(messages.Stats()).num_free >= 0.4 * 56)
+        eventually(lambda: raw.ask(messages.Stats()).num_free >= 0.4 * NUM_SLOTS)
         raw.ask(messages.Check())
 
 

@@ -21,6 +21,7 @@ from tests.unit.arenas import PLENTY, key, kill, open_arena, spec
 from tests.unit.cache_nodes import (
     BUNDLE_BYTES,
     CONFIG,
+    NUM_SLOTS,
     SECRET,
     TIMEOUT_S,
     make_core,
@@ -48,7 +49,7 @@ def sleeper():
 
 def test_pages_larger_than_the_cache_are_refused(server):
     with RawClient(server) as raw:
-        answer = raw.attach(bundle_bytes=64 * BUNDLE_BYTES)
+        answer = raw.attach(bundle_bytes=128 * BUNDLE_BYTES)
         assert answer.code == "arena_size" and "raise --host-cache-gb" in answer.reason
 
 
@@ -61,7 +62,7 @@ def test_another_layout_replaces_an_arena_that_nobody_uses(server, sleeper):
         sleeper.kill()
         sleeper.wait()
         attached = second.attach(bundle_bytes=2 * BUNDLE_BYTES)
-        assert attached.num_slots == 28
+        assert attached.num_slots == NUM_SLOTS // 2
         assert second.ask(messages.Lookup([key("a"), key("b")])).locations == [None, None]
         changes = second.ask(messages.ChangesSince(version))
         assert {change.key for change in changes.changes} == {key("a"), key("b")}, "subscribers hear of it"
@@ -148,7 +149,7 @@ def test_a_ratio_is_of_what_is_free_and_keeps_an_orphan_as_it_is(tmp_path):
         raw.attach()
         commit_chain(server, raw, "a")
     with serving(tmp_path, config) as server, RawClient(server) as raw:
-        assert raw.attach().num_slots == 56
+        assert raw.attach().num_slots == NUM_SLOTS
         assert raw.ask(messages.Lookup([key("a")])).locations != [None]
 
 

@@ -8,6 +8,7 @@ from typing import Literal, get_args, get_origin
 import pytest
 from typer.testing import CliRunner
 
+from cache_service.config import CacheConfig
 from cluster.__main__ import app
 from cluster.config import ClusterConfig, flags, json_schema
 from workers.config import WorkerConfig
@@ -17,7 +18,7 @@ PYTHON_WORDS = re.compile(r"\b(None|True|False)\b")
 
 
 def option_of(flag):
-    record = WorkerConfig if flag.path[0] == "worker" else ClusterConfig
+    record = {"worker": WorkerConfig, "cache": CacheConfig}.get(flag.path[0], ClusterConfig)
     return record.__dataclass_fields__[flag.path[-1]]
 
 
@@ -55,7 +56,9 @@ def test_every_name_is_whole_in_80_columns(text):
 
 def test_the_schema_speaks_of_no_python():
     assert not PYTHON_WORDS.search(json.dumps(json_schema()))
-    for properties in (json_schema()["properties"], json_schema()["$defs"]["WorkerConfig"]["properties"]):
+    records = [json_schema(), *json_schema()["$defs"].values()]
+    assert len(records) == 3
+    for properties in (record["properties"] for record in records):
         for name, option in properties.items():
             assert option.get("description"), name
 

@@ -70,6 +70,12 @@ def test_flags_speak_the_types_of_their_options():
         ("port: 70000", ["`port`", "70000", "65535"]),
         ("port: http", ["`port`", "http", "integer"]),
         ("schema: 2", ["`schema`", "2"]),
+        ("host_cache_gb: 4", ["`host_cache_gb`", "belongs at `cache.host_cache_gb`"]),
+        ("cache: {host_cache_gb: 0}", ["`cache.host_cache_gb` is 0", "greater than 0"]),
+        ("cache: {eviction: fifo}", ["`cache.eviction` is 'fifo'", "'s3fifo' or 'lru'"]),
+        ("cache: {host_cache_gb: 1, host_cache_ratio: 0.1}", ["`cache`: both host_cache_gb and host_"]),
+        ("cache: {min_free_ratio: 0.5}", ["`cache`: min_free_ratio 0.5 is above target_free_ratio 0.05"]),
+        ("cache: {keep_arena: true}", ["`cache.keep_arena` is on without `secret_file`"]),
         ("- port", ["list"]),
         ("a: [", ["not YAML", "line 1"]),
     ],
@@ -99,9 +105,10 @@ def test_every_option_is_a_flag_once_and_in_the_json_schema():
     names = [flag.name for flag in flags()]
     assert len(names) == len(set(names))
     schema = json_schema()
-    worker = schema["$defs"]["WorkerConfig"]["properties"]
+    nested = {"worker": schema["$defs"]["WorkerConfig"], "cache": schema["$defs"]["CacheConfig"]}
     for flag in flags():
-        assert flag.path[-1] in (worker if flag.path[0] == "worker" else schema["properties"])
+        record = nested[flag.path[0]] if len(flag.path) > 1 else schema
+        assert flag.path[-1] in record["properties"]
     assert schema["additionalProperties"] is False
     json.dumps(schema)
 

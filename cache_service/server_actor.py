@@ -1,0 +1,123 @@
+"""CacheServer: the Ray actor of one node's cache. Placement and control only; clients call its core by ZMQ.
+
+The core lives in a thread of its own. `cluster.launcher` imports this module.
+"""
+
+import logging
+import os
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import prometheus_client
+import ray
+from prometheus_client import CollectorRegistry
+
+from cache_service.arena_files import ArenaOwnedError
+from cache_service.arena_format import ArenaSizeError
+from cache_service.config import CacheConfig
+from cache_service.curve import SecretFileError, read_cluster_secret
+from cache_service.gate import BindError
+from cache_service.log_format import set_up_logging
+from cache_service.messages import StatsReply
+from cache_service.metrics import CacheServerCollector
+from cache_service.server import CacheServerCore, Place
+
+logger = logging.getLogger(__name__)
+
+FAILED_EXIT_CODE = 1
+MAX_TURN_S = 60.0
+"""A server that makes no turn for so long hangs."""
+
+
+class CacheStartError(Exception):
+    """A CacheServer could not start; the message is fit for the user."""
+
+
+@dataclass(frozen=True)
+class CacheServerStarted:
+    """A server that serves."""
+
+    endpoint: str
+    """What workers and `eyrie cache` connect to."""
+    broadcasts: str
+    """Where its relocations are published."""
+    metrics_address: str
+    """host:port"""
+    node: str
+    pid: int
+
+
+class CacheServer:
+    """One node's server. `start` once.
+
+    `node_address` is where its sockets bind; None: the node's address as Ray knows it. The ports are those of
+    a former server of the node whose clients shall find this one; None: any free ones.
+    """
+
+    def __init__(
+        self,
+        config: CacheConfig,
+        node_address: str | None,
+        port: int | None,
+        broadcast_port: int | None,
+        secret_file: Path,
+        log_level: str,
+    ) -> None:
+        set_up_logging(log_level)
+        self._config = config
+        self._secret_file = secret_file
+        node: str = node_address or ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        self._place = Place(node, port, broadcast_port)
+        self._core: CacheServerCore | None = None
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> CacheServerStarted:
+        """Take the arena, bind and serve. Raise CacheStartError."""
+        try:
+            core = CacheServerCore(
+                self._config, read_cluster_secret(self._secret_file), self._place, time.time_ns()
+            )
+        except (ArenaOwnedError, ArenaSizeError, BindError, SecretFileError) as error:
+            raise CacheStartError(f"the host cache of {self._place.host} cannot start: {error}") from None
+        registry = CollectorRegistry()
+        registry.register(CacheServerCollector(self._place.host, core.stats))
+        server, _ = prometheus_client.start_http_server(0, addr=self._place.host, registry=registry)
+        self._core = core
+        self._thread = threading.Thread(target=self._live, args=(core,), name="cache-server", daemon=True)
+        self._thread.start()
+        return CacheServerStarted(
+            endpoint=core.endpoint,
+            broadcasts=core.broadcasts,
+            metrics_address=f"{self._place.host}:{server.server_port}",
+            node=self._place.host,
+            pid=os.getpid(),
+        )
+
+    def ping(self) -> bool:
+        """Tell that the process and its core live, and that the core turns."""
+        if self._core is None or self._thread is None:
+            return True  # not started yet
+        return self._thread.is_alive() and self._core.turn_s() < MAX_TURN_S
+
+    def stats(self) -> StatsReply | None:
+        """Return the figures of a moment ago; None before `start`."""
+        return self._core.stats() if self._core is not None else None
+
+    def stop(self, timeout_s: float) -> bool:
+        """End, give ports and memory back; tell whether that was in time. Workers are stopped before."""
+        if self._core is None or self._thread is None:
+            return True
+        self._core.stop()
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _live(self, core: CacheServerCore) -> None:
+        """The core's thread, from its start to its end."""
+        try:
+            core.run()
+        except Exception:  # the thread's top: the process must not outlive its core; the arena stays
+            logger.exception("the cache server failed", extra={"node": self._place.host})
+            logging.shutdown()
+            os._exit(FAILED_EXIT_CODE)

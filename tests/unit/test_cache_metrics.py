@@ -1,0 +1,55 @@
+"""Metrics of the cache tier: what is counted is what happened; labels are bounded."""
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from cache_service import messages
+from cache_service.metrics import CacheClientCollector, CacheServerCollector, MetricLabels
+from tests.unit.cache_nodes import BUNDLE_BYTES, NUM_SLOTS, eventually, new_client, serving, store_chain
+
+ALLOWED_LABELS = {"node", "rank", "state", "reason", "status", "outcome", "call"}
+
+
+def exposed(collector):
+    registry = CollectorRegistry()
+    registry.register(collector)
+    families = list(text_string_to_metric_families(generate_latest(registry).decode()))
+    samples = {}
+    for family in families:
+        assert family.name.startswith("eyrie_cache_") and family.documentation.endswith(".")
+        for sample in family.samples:
+            assert set(sample.labels) <= ALLOWED_LABELS
+            own = tuple(value for name, value in sample.labels.items() if name not in ("node", "rank"))
+            samples[(sample.name.removeprefix("eyrie_cache_"), *own)] = sample.value
+    return samples
+
+
+def test_server_and_client_tell_what_they_have_and_did(tmp_path):
+    with serving(tmp_path) as server:
+        client = new_client(server.core.endpoint)
+        keys, locations = store_chain(client, "abc")
+        assert client.acquire(keys, locations) == 3
+        client.release([location.slot for location in locations[1:]])
+        client.report_corrupt(locations[2])
+        eventually(lambda: client.locate(keys[2]) is None)
+        assert client.acquire([keys[2]], [locations[2]]) == 0
+        eventually(lambda: client.num_grants == 8)
+        eventually(lambda: server.core.stats().num_leased == 1)
+        server.ask(messages.Stats())
+        seen = exposed(CacheServerCollector("127.0.0.1", server.core.stats))
+        assert seen["slots", "ready"] == 2 and seen["slots", "writing"] == 8
+        assert sum(value for name, value in seen.items() if name[0] == "slots") == NUM_SLOTS
+        assert seen[("slot_bytes",)] == BUNDLE_BYTES and seen[("readers",)] == 1
+        assert seen["commits_total", "committed"] == 3 and seen["dropped_pages_total", "load"] == 1
+        assert seen["calls_total", "attach"] == 1 and seen[("evictions_total",)] == 0
+        assert seen[("leased_slots",)] == 1 and seen[("oldest_lease_seconds",)] >= 0
+        mine = exposed(CacheClientCollector(MetricLabels(("node", "rank"), ("127.0.0.1", "0")), client))
+        assert mine[("hits_total",)] == 3 and mine["misses_total", "stale"] == 1
+        assert mine["offered_pages_total", "committed"] == 3
+        assert mine["client_calls_total", "commit", "answered"] == 1
+        assert (mine["breaker", "closed"], mine["breaker", "open"]) == (1, 0)
+        assert mine[("attached",)] == 1 and mine[("grants",)] == 8 and mine[("known_pages",)] == 2
+        assert mine[("relocations",)] == 4 and mine[("relocation_lag",)] == 0
+        assert mine["resyncs_total", "snapshot"] >= 1
+        client.release([locations[0].slot])
+        client.close()
