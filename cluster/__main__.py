@@ -67,10 +67,18 @@ class ServeCommand(TyperCommand):
                 formatter.write_dl(records)
 
 
+class StderrConsole(Console):
+    """Its reader may go, as in `eyrie serve 2>&1 | tee log`: the service has to end well all the same."""
+
+    def on_broken_pipe(self) -> None:
+        """Say nothing more, instead of ending the process."""
+        self.quiet = True
+
+
 def _serve(model: str | None, config: Path | None, **given: str | bool | None) -> None:
     overrides = {flag.path: given[_parameter(flag)] for flag in flags() if flag.path != MODEL}
     overrides[MODEL] = model
-    console = Console(stderr=True)
+    console = StderrConsole(stderr=True)
     try:
         resolved = load_config(config, overrides)
     except ConfigError as error:
@@ -128,7 +136,8 @@ def _progress(console: Console) -> Iterator[Callable[[str | None], None]]:
 
 def _announce_stop(is_terminal: bool) -> None:
     """Say so at once. In a signal handler: past Python's buffers, which may be in use right now."""
-    os.write(sys.stderr.fileno(), b"\r\x1b[Kstopping...\n" if is_terminal else b"stopping...\n")
+    with contextlib.suppress(OSError):  # whoever read it may have had the same signal
+        os.write(sys.stderr.fileno(), b"\r\x1b[Kstopping...\n" if is_terminal else b"stopping...\n")
 
 
 def _fail(console: Console, message: str, exit_code: int) -> NoReturn:

@@ -78,7 +78,7 @@ class Launcher:
         *,
         incarnations: Callable[[], int],
         progress: Callable[[str], None],
-        cancelled: threading.Event,
+        is_cancelled: Callable[[], bool],
     ) -> None:
         self._config = config
         self._secret_file = secret_file
@@ -86,7 +86,7 @@ class Launcher:
         self._placement = placement
         self._incarnations = incarnations
         self._progress = progress
-        self._cancelled = cancelled
+        self._is_cancelled = is_cancelled
         self._deadline_s = time.monotonic() + config.start_timeout_s
         self._groups: list[PlacementGroup] = []
         self._workers: list[Member] = []
@@ -97,7 +97,7 @@ class Launcher:
     def start(self) -> str:
         """Place everything and return the service's URL once every actor answers.
 
-        Raise LaunchError, or LaunchCancelledError when `cancelled` is set meanwhile.
+        Raise LaunchError, or LaunchCancelledError when `is_cancelled` meanwhile.
         """
         config = self._config
         self._progress("starting the HTTP server")
@@ -242,7 +242,7 @@ class Launcher:
         """Return the results; raise LaunchError for the first failure or at the start's deadline."""
         waiting = list(refs)
         while waiting:
-            if self._cancelled.is_set():
+            if self._is_cancelled():
                 raise LaunchCancelledError
             done, waiting = ray.wait(waiting, num_returns=1, timeout=POLL_S)
             for ref in done:

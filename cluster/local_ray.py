@@ -10,13 +10,9 @@ import socket
 
 from cluster.run_folder import RunFolder
 
-logger = logging.getLogger(__name__)
-
 OBJECT_STORE_BYTES = 80 << 20
 """Ray's least: nothing big travels as Ray objects."""
 PROBE_S = 5.0
-MAX_STARTS = 2
-"""The first start reads some 100 MB of programs from disk: the second finds them in memory."""
 SYSTEM_ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",  # Ray's ports listen on all interfaces: others shall not submit work
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -44,28 +40,25 @@ def start_local_ray(folder: RunFolder, num_cpus: int, num_gpus: int) -> None:
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
     import ray  # after the environment is set
 
-    for attempt in range(MAX_STARTS):
-        try:
-            ray.init(
-                address="local",
-                _temp_dir=str(folder.ray_path),
-                include_dashboard=False,
-                num_cpus=num_cpus,
-                num_gpus=num_gpus,
-                object_store_memory=OBJECT_STORE_BYTES,
-                logging_level=logging.WARNING,
-                log_to_driver=True,
-            )
-        except (ConnectionError, RuntimeError, ValueError):
-            raise
-        except Exception as error:  # Ray raises a bare Exception where its node takes over 30 s to start
-            ray.shutdown()
-            reason = str(error).strip().partition("\n")[0]
-            if attempt + 1 == MAX_STARTS:
-                raise ConnectionError(f"{reason} Try again when the machine is less busy.") from None
-            logger.warning("Ray did not start in time; starting it again", extra={"reason": reason})
-        else:
-            return
+    try:
+        ray.init(
+            address="local",
+            _temp_dir=str(folder.ray_path),
+            include_dashboard=False,
+            num_cpus=num_cpus,
+            num_gpus=num_gpus,
+            object_store_memory=OBJECT_STORE_BYTES,
+            logging_level=logging.WARNING,
+            log_to_driver=True,
+        )
+    except (ConnectionError, RuntimeError, ValueError):
+        raise
+    except Exception as error:
+        if type(error) is not Exception:
+            raise ConnectionError(f"{type(error).__name__}: {error}") from None
+        # Ray's node took over 30 s to start; what of it has begun ends with this process.
+        reason = str(error).strip().partition("\n")[0]
+        raise ConnectionError(f"{reason} Try again when the machine is less busy.") from None
 
 
 def join_ray(address: str) -> None:

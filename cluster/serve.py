@@ -9,7 +9,7 @@ import os
 import secrets
 import signal
 import socket
-import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from ipaddress import ip_address
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 WATCH_S = 1.0
+SIGNAL_POLL_S = 0.1
 LOOPBACK = "127.0.0.1"
 INCARNATION_BITS = 62
 
@@ -41,13 +42,21 @@ class ServeError(Exception):
 class StopSignals:
     """SIGTERM and SIGINT: the first asks for a drain, the second cuts it short.
 
-    `announce` is called inside the signal handler at the first, whatever the main thread does meanwhile.
+    `announce` is called inside the signal handler at the first, whatever the main thread does meanwhile. A
+    count and no threading.Event: its lock may be the main thread's own when the handler comes.
     """
 
     def __init__(self, announce: Callable[[], None]) -> None:
         self._announce = announce
-        self.first = threading.Event()
-        self.second = threading.Event()
+        self._num_received = 0
+
+    def has_first(self) -> bool:
+        """Tell whether the service is asked to end."""
+        return self._num_received > 0
+
+    def has_second(self) -> bool:
+        """Tell whether it is asked to end at once."""
+        return self._num_received > 1
 
     def install(self) -> None:
         """Take the signals over; again after a library did."""
@@ -55,10 +64,8 @@ class StopSignals:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.first.is_set():
-            self.second.set()
-        else:
-            self.first.set()
+        self._num_received += 1
+        if self._num_received == 1:
             self._announce()
 
 
@@ -92,7 +99,7 @@ def serve(
         secret_file, keys_file = folder.place_secrets(config, api_keys)
         with _ray(config, folder, progress):
             signals.install()  # Ray has taken SIGTERM
-            if signals.first.is_set():
+            if signals.has_first():
                 logger.info("start given up")
                 return
             from cluster.launcher import LaunchCancelledError, Launcher, LaunchError
@@ -104,7 +111,7 @@ def serve(
                 _placement(config),
                 incarnations=lambda: secrets.randbits(INCARNATION_BITS),
                 progress=progress,
-                cancelled=signals.first,
+                is_cancelled=signals.has_first,
             )
             try:
                 url = launcher.start()
@@ -113,16 +120,18 @@ def serve(
                 ready(url)
                 _watch(launcher, signals)
                 progress("draining: running requests finish; a second signal cuts this short")
-                launcher.drain(signals.second.is_set)
-                if signals.second.is_set():
+                launcher.drain(signals.has_second)
+                if signals.has_second():
                     progress("second signal: ending the requests that still run")
             except LaunchError as error:
                 raise ServeError(str(error)) from None
             except LaunchCancelledError:
                 logger.info("start given up")
             finally:
-                progress("stopping")
-                launcher.stop()
+                try:
+                    progress("stopping")
+                finally:
+                    launcher.stop()
     finally:
         folder.remove()
         progress(None)
@@ -200,7 +209,12 @@ def _placement(config: ClusterConfig) -> "Placement":
 
 def _watch(launcher: "Launcher", signals: StopSignals) -> None:
     """Return at the first signal; raise ServeError when the service fails before it."""
-    while not signals.first.wait(WATCH_S):
+    looked_s = time.monotonic()
+    while not signals.has_first():
+        time.sleep(SIGNAL_POLL_S)
+        if time.monotonic() - looked_s < WATCH_S:
+            continue
+        looked_s = time.monotonic()
         failure = launcher.failure()
         if failure is not None:
             raise ServeError(failure)

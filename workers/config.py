@@ -49,12 +49,12 @@ class WorkerConfig:
     graph_batch_sizes: tuple[PositiveInt, ...] | None = None
     """Batch sizes with a prepared decode step. Not given: chosen from `max_running_requests`."""
     prefix_caching: bool = True
+    """Keep the KV pages of finished requests for later ones that begin alike."""
     write_policy: Literal["write_through", "write_through_selective", "write_back"] = "write_through"
     """When a page is saved to the host cache: once it is complete, once it is used again, or once it would be
     evicted from the device."""
     verify_pages: Literal["always", "once"] = "once"
     """Checksum pages on every load from the host cache, or once after each was written."""
-    """Keep the KV pages of finished requests for later ones that begin alike."""
     kv_sanitizer: bool = False
     """Poison freed pages and prove, each step, that every page read is the right one."""
     checked: bool = False

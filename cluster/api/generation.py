@@ -221,8 +221,6 @@ def _rejection(output: RequestOutput) -> ApiError:
     match output.error_code:
         case "queue_full":
             return _overloaded(reason, RETRY_AFTER_S)
-        case "draining":
-            return draining()
         case "prompt_too_long":
             return ApiError(400, reason, param="messages", code="context_length_exceeded")
         case _:

@@ -12,7 +12,7 @@ from workers.protocol import FinishReason, RequestOutput, SubmitRequest
 
 
 class NoReplicaError(Exception):
-    """No replica can take a request now (none ready, all draining). The API answers 503 with the reason."""
+    """No replica can take a request now (none is ready). The API answers 503 with the reason."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)

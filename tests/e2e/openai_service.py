@@ -2,6 +2,7 @@
 
 import os
 import re
+import tempfile
 import time
 from pathlib import Path
 
@@ -29,12 +30,20 @@ class OpenAIService:
 
     def all_logs(self):
         """Return stderr and every text file of the run's folder, Ray's own logs included."""
-        texts = [self.log()]
-        for folder in Path("/tmp").glob(f"eyrie-{os.getuid()}-{self.eyrie.process.pid}-*"):
-            for file in folder.rglob("*"):
-                if file.is_file() and file.suffix in (".log", ".out", ".err", ".txt", ".json"):
-                    texts.append(file.read_text(errors="replace"))
-        return texts
+        roots = {Path("/tmp"), Path(tempfile.gettempdir())}
+        folders = [
+            folder
+            for root in roots
+            for folder in root.glob(f"eyrie-{os.getuid()}-{self.eyrie.process.pid}-*")
+        ]
+        texts = [
+            file.read_text(errors="replace")
+            for folder in folders
+            for file in folder.rglob("*")
+            if file.is_file() and file.suffix in (".log", ".out", ".err", ".txt", ".json")
+        ]
+        assert texts, "Ray's logs are elsewhere"
+        return [self.log(), *texts]
 
     def metrics(self):
         """Return rank 0's samples, summed over all labels but those kept: name{state=free} -> value."""

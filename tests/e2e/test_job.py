@@ -167,7 +167,7 @@ def test_a_submitted_job_serves_and_leaves_nothing_when_stopped(head, tmp_path):
         address, _, target_port = target.rpartition(":")
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"http://{address}:{target_port}/metrics", timeout=2)
-    assert shared_memory() <= before
+    head.until(lambda: shared_memory() <= before, 15)  # other tests' files are there for moments
 
 
 def _alive(head):
