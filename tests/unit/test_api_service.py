@@ -91,7 +91,6 @@ async def test_a_router_without_room_is_told_with_retry_after(error, status, cod
     ("error_code", "status", "code"),
     [
         ("queue_full", 429, "overloaded"),
-        ("draining", 503, "draining"),
         ("prompt_too_long", 400, "context_length_exceeded"),
         ("bad_request", 400, "bad_request"),
     ],
