@@ -26,4 +26,5 @@ class LeaseAges:
         is_new = is_leased & numpy.isnan(self._since_s)
         self._since_s[is_new] = elapsed_s
         self._since_s[~is_leased] = numpy.nan
-        self.oldest_s = elapsed_s - float(self._since_s[is_leased].min()) if self.num_leased else 0.0
+        oldest_s = elapsed_s - float(self._since_s[is_leased].min()) if self.num_leased else 0.0
+        self.oldest_s = max(oldest_s, 0.0)  # rounded to 32 bits, the past may lie ahead

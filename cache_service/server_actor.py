@@ -36,6 +36,15 @@ class CacheStartError(Exception):
 
 
 @dataclass(frozen=True)
+class Ports:
+    """Where a server is reached. One that is started in a dead one's place takes over its ports."""
+
+    calls: int
+    broadcasts: int
+    metrics: int
+
+
+@dataclass(frozen=True)
 class CacheServerStarted:
     """A server that serves."""
 
@@ -45,6 +54,7 @@ class CacheServerStarted:
     """Where its relocations are published."""
     metrics_address: str
     """host:port"""
+    ports: Ports
     node: str
     pid: int
 
@@ -52,16 +62,14 @@ class CacheServerStarted:
 class CacheServer:
     """One node's server. `start` once.
 
-    `node_address` is where its sockets bind; None: the node's address as Ray knows it. The ports are those of
-    a former server of the node whose clients shall find this one; None: any free ones.
+    `node_address` is where its sockets bind; None: the node's address as Ray knows it. `ports` None: any.
     """
 
     def __init__(
         self,
         config: CacheConfig,
         node_address: str | None,
-        port: int | None,
-        broadcast_port: int | None,
+        ports: Ports | None,
         secret_file: Path,
         log_level: str,
     ) -> None:
@@ -69,7 +77,8 @@ class CacheServer:
         self._config = config
         self._secret_file = secret_file
         node: str = node_address or ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-        self._place = Place(node, port, broadcast_port)
+        self._metrics_port = ports.metrics if ports else 0
+        self._place = Place(node, ports.calls if ports else None, ports.broadcasts if ports else None)
         self._core: CacheServerCore | None = None
         self._thread: threading.Thread | None = None
 
@@ -81,16 +90,15 @@ class CacheServer:
             )
         except (ArenaOwnedError, ArenaSizeError, BindError, SecretFileError) as error:
             raise CacheStartError(f"the host cache of {self._place.host} cannot start: {error}") from None
-        registry = CollectorRegistry()
-        registry.register(CacheServerCollector(self._place.host, core.stats))
-        server, _ = prometheus_client.start_http_server(0, addr=self._place.host, registry=registry)
+        metrics_port = self._serve_metrics(core)
         self._core = core
         self._thread = threading.Thread(target=self._live, args=(core,), name="cache-server", daemon=True)
         self._thread.start()
         return CacheServerStarted(
             endpoint=core.endpoint,
             broadcasts=core.broadcasts,
-            metrics_address=f"{self._place.host}:{server.server_port}",
+            metrics_address=f"{self._place.host}:{metrics_port}",
+            ports=Ports(_port(core.endpoint), _port(core.broadcasts), metrics_port),
             node=self._place.host,
             pid=os.getpid(),
         )
@@ -113,6 +121,18 @@ class CacheServer:
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
+    def _serve_metrics(self, core: CacheServerCore) -> int:
+        """Serve them on the port asked for, on another where that is taken; return which."""
+        registry = CollectorRegistry()
+        registry.register(CacheServerCollector(self._place.host, core.stats))
+        host, port = self._place.host, self._metrics_port
+        try:
+            server, _ = prometheus_client.start_http_server(port, host, registry)
+        except OSError as error:
+            logger.warning("the metrics' port is taken", extra={"port": port, "reason": str(error)})
+            server, _ = prometheus_client.start_http_server(0, host, registry)
+        return server.server_port
+
     def _live(self, core: CacheServerCore) -> None:
         """The core's thread, from its start to its end."""
         try:
@@ -121,3 +141,7 @@ class CacheServer:
             logger.exception("the cache server failed", extra={"node": self._place.host})
             logging.shutdown()
             os._exit(FAILED_EXIT_CODE)
+
+
+def _port(endpoint: str) -> int:
+    return int(endpoint.rpartition(":")[2])
