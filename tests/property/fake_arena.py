@@ -1,7 +1,7 @@
 """Fake arena: one node's slots, and the client through which a decider knows of them, late.
 
 FakeArena is the truth: what each slot holds, who leases it. FakeClient hears of it in messages that wait
-until the test delivers them, as a broadcast's do. Nothing here uses the code under test.
+until the test delivers them, as a broadcast's do. The code under test is not used here.
 """
 
 from collections import Counter, deque
@@ -12,6 +12,7 @@ from typing import Literal
 
 from cache_service.keys import PageKey
 from cache_service.page_records import Entry, Grant, Location
+from workers.move_board import MoveBoard
 from workers.plan import SavePages
 
 Contents = tuple[tuple[int | None, ...], bytes]
@@ -40,7 +41,7 @@ class FakeArena:
         self.index: dict[PageKey, Location] = {}
         self.news: deque[tuple[Literal["stored", "removed"], PageKey, Location]] = deque()
         self.truth: dict[PageKey, tuple[int, ...]] = {}  # what a page of that name has to hold
-        self.num_corrupted = 0
+        self.parents: dict[PageKey, PageKey | None] = {}
         self.gone: dict[PageKey, tuple[PageKey | None, dict[int, Contents]]] = {}
         self._num_ranks = num_ranks
         self._chance = chance
@@ -115,7 +116,6 @@ class FakeArena:
             slot = self.slots[self._chance.choice(places)]
             tokens, data = slot.parts[part]
             slot.parts[part] = (tuple(-1 for _ in tokens), bytes(len(data)))
-            self.num_corrupted += 1
 
     def bring_back(self) -> None:
         """Let another replica save a page that was here before."""
@@ -167,8 +167,9 @@ class FakeClient:
     READER = "decider"
     MAX_GRANTS = 3
 
-    def __init__(self, arena: FakeArena, chance: Random) -> None:
+    def __init__(self, arena: FakeArena, moves: MoveBoard, chance: Random) -> None:
         self.arena = arena
+        self._moves = moves
         self.view: dict[PageKey, Location] = {}
         self.grants: deque[Grant] = deque()
         self.touched: set[PageKey] = set()
@@ -176,7 +177,7 @@ class FakeClient:
         self._chance = chance
         self._messages: deque[Entry | Grant | Location] = deque()
         self._lost: list[PageKey] = []
-        self._saving: dict[Grant, PageKey] = {}  # SAVEs that are neither committed nor aborted
+        self._saving: dict[Grant, tuple[int, PageKey]] = {}  # moves that are neither committed nor aborted
 
     def locate(self, key: PageKey) -> Location | None:
         return self.view.get(key)
@@ -198,17 +199,14 @@ class FakeClient:
 
     def commit(self, entries: Sequence[Entry]) -> None:
         for entry in entries:
-            saved = self._saving.pop(Grant(entry.slot, entry.epoch))
+            saved = self._end_save(Grant(entry.slot, entry.epoch))
             assert saved == entry.key, f"commit: slot {entry.slot} was granted for another page"
-            assert entry.parent not in self._saving.values() or entry.parent in self.view, (
-                f"commit: slot {entry.slot} comes before its parent, whose SAVE is under way"
-            )
             self.was_saved.add(entry.key)
             self._messages.append(entry)
 
     def abort(self, grants: Sequence[Grant]) -> None:
         for grant in grants:
-            del self._saving[grant]
+            self._end_save(grant)
             self._messages.append(grant)
 
     def touch(self, keys: Sequence[PageKey]) -> None:
@@ -223,7 +221,11 @@ class FakeClient:
 
     def note(self, op: SavePages) -> None:
         """Remember which page each slot was granted for."""
-        self._saving.update(zip(map(Grant, op.slots, op.epochs), map(PageKey, op.keys), strict=True))
+        for place, (slot, epoch, key) in enumerate(zip(op.slots, op.epochs, op.keys, strict=True)):
+            self._saving[Grant(slot, epoch)] = (op.first_move + place, PageKey(key))
+
+    def is_saving(self, key: bytes) -> bool:
+        return any(saved == key for _, saved in self._saving.values())
 
     @property
     def is_quiet(self) -> bool:
@@ -248,6 +250,16 @@ class FakeClient:
         self.arena.news.clear()
         self._lost += self.view.keys() - self.arena.index.keys()
         self.view = dict(self.arena.index)
+
+    def _end_save(self, grant: Grant) -> PageKey:
+        """A page's fate is decided once its parent's is, if that is saved before it."""
+        move, key = self._saving.pop(grant)
+        for earlier, saved in self._saving.values():
+            is_pending = earlier < move and not self._moves.is_over(earlier)
+            assert not is_pending or saved != self.arena.parents[key], (
+                f"order: slot {grant.slot} comes before its parent, whose SAVE is under way"
+            )
+        return key
 
     def _send(self, message: Entry | Grant | Location) -> None:
         match message:

@@ -107,9 +107,8 @@ class FakeGroup:
         if self.tier is not None:
             self._expected[request_id] = self.expected(request_id)
             text = token_ids + self._expected[request_id][0]
-            page_size = self.cache.page_size
-            for index, key in enumerate(page_keys(salted(NAMESPACE, tenant_salt), text, page_size)):
-                self.tier.arena.truth[key] = tuple(text[index * page_size : (index + 1) * page_size])
+            keys = page_keys(salted(NAMESPACE, tenant_salt), text, self.cache.page_size)
+            self.tier.tell(keys, text, self.cache.page_size)
         return request_id
 
     def abort(self, request_id: RequestId) -> None:
@@ -180,6 +179,17 @@ class FakeGroup:
                 return num_steps
             self.step()
         raise AssertionError(f"requests left after {max_steps} steps: {self.unfinished}")
+
+    def end(self) -> None:
+        """Bring every request to its end, however long moves took until now; then settle."""
+        assert self.tier is not None
+        self.tier.speed_up()
+        # Without a tier the first in order gains a token in every step. Here a page may have to be saved
+        # before it goes, loaded before it is read, or computed after its load failed: not much longer.
+        num_left = sum(self.scheduler.max_context_len for _ in self.unfinished)
+        self.run(max_steps=3 * num_left + 20)
+        assert self.reasons.keys() == self.submits.keys(), "a request has no finish reason"
+        self.settle()
 
     def settle(self) -> None:
         """Two idle steps bring all pages back: each is free, or cached and evictable."""

@@ -79,10 +79,6 @@ class FakeRank:
     def apply_all(self, ops: Sequence[PlanOp]) -> None:
         for op in ops:
             self.apply(op)
-        for op in ops:
-            if isinstance(op, SavePages | LoadPages):
-                assert self.mover is not None, "move: there is no tier"
-                self.mover.start(op)
 
     def wait_for_loads(self, plan: BatchPlan) -> None:
         if self.mover is None:
@@ -187,6 +183,7 @@ class FakeRank:
     def save(self, op: SavePages) -> None:
         for page, key in zip(op.pages, op.keys, strict=True):
             assert self.keys.get(page) == key, f"save: page {page} holds other tokens"
+        self.start(op)
 
     def load(self, op: LoadPages) -> None:
         for number, (page, key) in enumerate(zip(op.pages, op.keys, strict=True), op.first_move):
@@ -196,6 +193,11 @@ class FakeRank:
             self.check_untouched(page)
             self.loads[page] = (number, key)
             self.unsure.add(page)
+        self.start(op)
+
+    def start(self, op: SavePages | LoadPages) -> None:
+        assert self.mover is not None, "move: there is no tier"
+        self.mover.start(op)
 
     def complete_load(self, page: int, key: bytes) -> None:
         assert self.mover is not None

@@ -35,9 +35,9 @@ class FakeTier:
         self.options = options
         self.chance = Random(options.seed)
         self.arena = FakeArena(options.num_slots, len(ranks), self.chance)
-        self.client = FakeClient(self.arena, self.chance)
         words = bytearray(8 * len(ranks) * options.capacity)
         boards = [MoveBoard(rank, len(ranks), words, options.capacity) for rank in range(len(ranks))]
+        self.client = FakeClient(self.arena, boards[0], self.chance)
         self.movers = [
             FakeMover(part, rank, self.arena, boards[part], options.faults, self.chance)
             for part, rank in enumerate(ranks)
@@ -48,6 +48,12 @@ class FakeTier:
         self._is_hurried = False
         self._num_lost = 0
         self._num_failed_loads = 0
+
+    def tell(self, keys: list[PageKey], text: list[int], page_size: int) -> None:
+        """Note what the pages of a text have to hold."""
+        for index, key in enumerate(keys):
+            self.arena.truth[key] = tuple(text[index * page_size : (index + 1) * page_size])
+            self.arena.parents[key] = keys[index - 1] if index else None
 
     def note(self, plan: BatchPlan) -> None:
         for op in plan.ops:
@@ -76,6 +82,8 @@ class FakeTier:
         num_failed_loads = self.stats.failed_loads.total() - self._num_failed_loads
         self._num_lost, self._num_failed_loads = self.stats.num_lost_pages, self.stats.failed_loads.total()
         assert num_lost <= len(removed), f"loss: {num_lost} pages are lost, {len(removed)} left the device"
+        num_saving = sum(map(self.client.is_saving, removed))
+        assert not num_saving or num_failed_loads, f"evict: {num_saving} pages left the device in their SAVE"
         unsaved = [key for key in map(PageKey, removed) if not self._was_saved(key)]
         assert len(unsaved) <= num_lost or num_failed_loads, (
             f"loss: {len(unsaved)} pages left the device unsaved, {num_lost} are counted"

@@ -64,6 +64,12 @@ NEED_A_DELAY = {
     "rings_staging": "test_mutations_engine.py",
     "waits_for_loads": "test_mutations_moves.py",
     "verifies_loads": "test_mutations_moves.py",
+    "save_leases": "test_mutations_tier.py",
+    "load_leases": "test_mutations_tier.py",
+    "awaits_loads": "test_mutations_tier.py",
+    "rolls_back": "test_mutations_tier.py",
+    "commits_in_order": "test_mutations_tier.py",
+    "busy_stays": "test_mutations_tier.py",
 }
 
 

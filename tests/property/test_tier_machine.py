@@ -1,9 +1,12 @@
-"""The machine of test_scheduler_machine.py over a group whose pages also live in an arena, with bad luck.
+"""Groups whose pages also live in an arena, with bad luck: a state machine, and lives drawn from seeds.
 
 Moves end late, in any order, apart on each rank, and fail; news of the arena comes late; it evicts, corrupts
 and restarts. Still each request gets its own text, and nothing is held in the end.
 """
 
+from collections import Counter
+
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition, rule
@@ -11,6 +14,7 @@ from hypothesis.stateful import initialize, precondition, rule
 from tests.property.fake_group import FakeGroup, plain_rank
 from tests.property.fake_mover import Faults
 from tests.property.fake_tier import TierOptions
+from tests.property.random_tier import live
 from tests.property.sanitized_rank import SanitizedRank
 from tests.property.test_scheduler_machine import TEXTS, SchedulerMachine
 from workers.protocol import SamplingParams
@@ -72,12 +76,39 @@ class TierMachine(SchedulerMachine):
     def teardown(self) -> None:
         if not hasattr(self, "group") or self.group.is_midstep:
             return
-        self.group.tier.speed_up()
-        num_left = sum(self.group.scheduler.max_context_len for _ in self.group.unfinished)
-        self.group.run(max_steps=3 * num_left + 20)
-        assert self.group.reasons.keys() == self.group.submits.keys(), "a request has no finish reason"
-        self.group.settle()
+        self.group.end()
 
 
 TestTierMachine = TierMachine.TestCase
 TestTierMachine.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+
+
+def live_all(seeds: range) -> Counter[str]:
+    """Return what all lives came to."""
+    total: Counter[str] = Counter()
+    for seed in seeds:
+        try:
+            group = live(seed)
+        except Exception as error:
+            error.add_note(f"seed {seed}")
+            raise
+        stats = group.tier.stats
+        total.update(saved=stats.num_saved_pages, loaded=stats.num_loaded_pages, lost=stats.num_lost_pages)
+        total.update({f"save {reason}": count for reason, count in stats.failed_saves.items()})
+        total.update({f"load {reason}": count for reason, count in stats.failed_loads.items()})
+        total.update({f"skip {reason}": count for reason, count in stats.skipped_saves.items()})
+        total.update(preempted=group.scheduler.stats.num_preemptions)
+    return total
+
+
+def test_whatever_becomes_of_moves_each_request_gets_its_own_text():
+    total = live_all(range(100))
+    happened = {"saved", "loaded", "lost", "preempted", "save io", "save stale", "save no_parent"}
+    happened |= {"load io", "load stale", "load corrupt", "load torn"}
+    happened |= {"skip no_grant", "skip no_parent", "skip busy"}
+    assert {name for name, count in total.items() if count} == happened
+
+
+@pytest.mark.slow
+def test_whatever_becomes_of_moves_in_the_long_run():
+    live_all(range(100, 1000))

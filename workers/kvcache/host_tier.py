@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 
 from cache_service.keys import PageKey
 from cache_service.page_records import Entry, Grant, Location
-from workers.kvcache.page_pool import PagePool
+from workers.kvcache.page_pool import PagePool, Safety
 from workers.kvcache.radix_cache import Node, RadixCache
 from workers.move_board import MoveStatus
 from workers.plan import LoadPages, PlanOp, SavePages
@@ -132,6 +132,7 @@ class HostTier:
         log: Callable[[PlanOp], None],
         page_size: int,
         policy: WritePolicy = "write_through",
+        safety: Safety | None = None,
     ) -> None:
         self._host = host
         self._moves = moves
@@ -140,6 +141,7 @@ class HostTier:
         self._log = log
         self._page_size = page_size
         self._policy = policy
+        self._safety = safety or Safety()
         self._num_moves = 0
         self._saves: deque[_Save] = deque()  # by move: committed in this order, parents before children
         self._loads: deque[_Load] = deque()
@@ -177,7 +179,8 @@ class HostTier:
         first = self._num_moves + 1
         for node, location in zip(nodes, locations, strict=True):
             self._num_moves += 1
-            self._pool.lease(node.page)
+            if self._safety.load_leases:
+                self._pool.lease(node.page)
             node.is_busy = node.is_saved = True
             self._loads.append(_Load(self._num_moves, node, location))
         self._log(
@@ -262,7 +265,8 @@ class HostTier:
             self.stats.skipped_saves["no_grant"] += 1
             return None
         self._num_moves += 1
-        self._pool.lease(node.page)
+        if self._safety.save_leases:
+            self._pool.lease(node.page)
         node.is_busy = node.was_tried = True
         save = _Save(self._num_moves, node, grant)
         self._saves.append(save)
@@ -279,11 +283,13 @@ class HostTier:
     def _settle_saves(self) -> None:
         entries: list[Entry] = []
         failed: list[Grant] = []
+        if not self._safety.commits_in_order:
+            self._saves = deque(sorted(self._saves, key=lambda save: not self._moves.is_over(save.move)))
         while self._saves and self._moves.is_over(self._saves[0].move):
             save = self._saves.popleft()
             node, status = save.node, self._moves.status(save.move)
             parent = node.parent
-            self._let_go(node)
+            self._let_go(node, is_leased=self._safety.save_leases)
             is_orphan = parent is not None and not self._is_there(parent)
             if status.is_failed or is_orphan:
                 failed.append(save.grant)
@@ -317,7 +323,7 @@ class HostTier:
             (over if self._moves.is_over(load.move) else still).append(load)
         self._loads = still
         for load in over:
-            self._let_go(load.node)
+            self._let_go(load.node, is_leased=self._safety.load_leases)
             self.stats.num_loaded_pages += load.outcome == "readable"
         if over:
             self._host.release([load.location.slot for load in over])
@@ -333,9 +339,10 @@ class HostTier:
         if status is MoveStatus.FAILED_CORRUPT:
             self._host.report_corrupt(load.location)
 
-    def _let_go(self, node: Node) -> None:
+    def _let_go(self, node: Node, *, is_leased: bool) -> None:
         node.is_busy = False
-        self._pool.release(node.page)  # forward passes that read it are fenced by their own leases
+        if is_leased:
+            self._pool.release(node.page)  # forward passes that read it are fenced by their own leases
 
 
 def _chain(node: Node) -> list[Node]:

@@ -45,7 +45,7 @@ class KVCacheManager:
         self.page_size = page_size
         self._safety = safety or Safety()
         self._pool = PagePool(num_pages, self._safety)
-        self._tree = RadixCache(self._pool)
+        self._tree = RadixCache(self._pool, self._safety)
         self._namespace = namespace
         self._prefix_caching = prefix_caching
         self._rows: dict[int, Row] = {}
@@ -59,7 +59,9 @@ class KVCacheManager:
     def attach_tier(self, host: HostCache, moves: MoveStatuses, policy: WritePolicy) -> HostTier:
         """Save pages to and load them from an arena from now on; return the tier, whose stats it keeps."""
         assert self._prefix_caching, "without prefix caching no page has a use beyond its request"
-        self._tier = HostTier(host, moves, self._pool, self._tree, self._log, self.page_size, policy)
+        self._tier = HostTier(
+            host, moves, self._pool, self._tree, self._log, self.page_size, policy, self._safety
+        )
         return self._tier
 
     @property
@@ -127,7 +129,7 @@ class KVCacheManager:
 
     def is_readable(self, slot: int) -> bool:
         """Tell whether the slot's prefix is there, or ordered before whatever reads it (I5)."""
-        return self._rows[slot].is_readable()
+        return self._rows[slot].is_readable() or not self._safety.awaits_loads
 
     def settle(self) -> list[int]:
         """Take in what has come of moves; return the slots on pages whose load failed, to be closed at once.
@@ -141,14 +143,16 @@ class KVCacheManager:
             pages = [node.page for node in settled.readable]
             self._log(CompletePages(pages, [node.key for node in settled.readable]))
         self._log_freed()
-        self._failed = settled.failed
-        if not settled.failed:
+        self._failed = settled.failed if self._safety.rolls_back else []
+        if not self._failed:
             return []
-        failed = set(settled.failed)
+        failed = set(self._failed)
         return [slot for slot, row in self._rows.items() if not failed.isdisjoint(row.path)]
 
     def drop_failed(self) -> None:
         """Forget the pages whose load failed, and all that continue them."""
+        if not self._failed:
+            return
         failed, self._failed = self._failed, []
         self._tree.drop(failed)
         self._log_freed()

@@ -31,6 +31,18 @@ class Safety:
     """The pages a step can need are owned before the step."""
     versions: bool = True
     """A step's output is taken only under the plan's relocation version."""
+    save_leases: bool = True
+    """The page of a SAVE is held until every rank is done with it (I6)."""
+    load_leases: bool = True
+    """The page of a LOAD is held until every rank is done with it, whatever came of it on one."""
+    awaits_loads: bool = True
+    """A request is planned once the LOADs of its pages are enqueued on every rank (I5)."""
+    rolls_back: bool = True
+    """Who is on a page whose LOAD failed computes it anew (I7)."""
+    commits_in_order: bool = True
+    """A SAVE that is over waits for those before it: its parent's may be one of them."""
+    busy_stays: bool = True
+    """A page is not evicted before its SAVE or LOAD is over (I11)."""
 
 
 class PagePool:

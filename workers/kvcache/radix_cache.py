@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 from cache_service.keys import PageKey
-from workers.kvcache.page_pool import PagePool, PageState
+from workers.kvcache.page_pool import PagePool, PageState, Safety
 from workers.protocol import KVEvent
 
 
@@ -62,8 +62,9 @@ class RadixCache:
     Busy nodes are passed over, and so is what is above them.
     """
 
-    def __init__(self, pool: PagePool) -> None:
+    def __init__(self, pool: PagePool, safety: Safety | None = None) -> None:
         self._pool = pool
+        self._safety = safety or Safety()
         self._nodes: dict[PageKey, Node] = {}
         self._unlocked: OrderedDict[PageKey, Node] = OrderedDict()
         self._events: list[KVEvent] = []
@@ -138,7 +139,7 @@ class RadixCache:
         `only_idle`: only if the first in line becomes FREE at once.
         """
         for node in self._unlocked.values():
-            if node.is_busy or node.num_children:
+            if node.num_children or (node.is_busy and self._safety.busy_stays):
                 continue
             if only_idle and not self._pool.is_idle(node.page):
                 return False

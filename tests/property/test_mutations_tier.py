@@ -1,0 +1,151 @@
+"""Each mechanism between device and arena, switched off alone, is caught by a check that has its name."""
+
+from dataclasses import replace
+
+import pytest
+
+from cache_service.keys import page_keys
+from tests.property.fake_group import NAMESPACE, FakeGroup, plain_rank
+from tests.property.fake_tier import TierOptions
+from tests.property.random_tier import live
+from tests.property.sanitized_rank import SanitizedRank
+from workers.kvcache.page_pool import Safety
+from workers.kvcache.sanitizer import SanitizerError
+from workers.protocol import SamplingParams
+
+ALL_ON = Safety()
+SEEDS = range(1000, 1040)
+TEXT = [1, 2, 3, 4, 5, 6, 7, 8, 9]
+PAGE_SIZE = 2
+KEYS = page_keys(NAMESPACE, TEXT, PAGE_SIZE)
+
+
+def live_until_it_shows(safety: Safety, runs_checks: bool) -> None:
+    for seed in SEEDS:
+        live(seed, safety=safety, runs_checks=runs_checks)
+
+
+def test_with_all_mechanisms_on_nothing_fires() -> None:
+    live_until_it_shows(ALL_ON, runs_checks=True)
+
+
+@pytest.mark.parametrize(
+    ("switch", "own_check", "ranks_check"),
+    [
+        # What check() finds at once, and what is found when it is not asked; None: it does not look for this.
+        ("save_leases", r"page \d+ has \d leases, \d holders", None),
+        ("load_leases", r"page \d+ has \d leases, \d holders", None),
+        ("awaits_loads", None, r"load: slot \d reads page \d+, whose LOAD is PENDING"),
+        (
+            "rolls_back",
+            r"page \d+ of the tree will never be readable",
+            r"(holds another's text|requests left)",
+        ),
+        ("commits_in_order", None, r"order: slot \d+ comes before its parent, whose SAVE is under way"),
+        ("busy_stays", None, r"evict: \d+ pages left the device in their SAVE"),
+    ],
+)
+def test_a_mechanism_switched_off_is_noticed(switch, own_check, ranks_check) -> None:
+    mutant = replace(ALL_ON, **{switch: False})
+    if ranks_check is not None:
+        with pytest.raises(AssertionError, match=ranks_check):
+            live_until_it_shows(mutant, runs_checks=False)
+    with pytest.raises(AssertionError, match=own_check or ranks_check):
+        live_until_it_shows(mutant, runs_checks=True)
+
+
+def stored_group(num_pages: int, safety: Safety, make_rank, num_ranks: int = 1) -> FakeGroup:
+    """A group whose arena holds TEXT's first pages, and whose device does not; nothing moves by itself."""
+    group = FakeGroup(
+        num_pages=12,
+        page_size=PAGE_SIZE,
+        num_ranks=num_ranks,
+        max_tokens_per_step=2 * PAGE_SIZE,
+        max_context_len=24,
+        safety=safety,
+        runs_checks=False,
+        make_rank=make_rank,
+        tier=TierOptions(num_slots=16, speeds=(0.0, 0.0), news_ratio=0.0),
+    )
+    deliver(group)
+    group.submit(TEXT[: num_pages * PAGE_SIZE], SamplingParams(max_tokens=1))
+    save_all(group)
+    group.submit([9] * 23, SamplingParams(max_tokens=1, ignore_eos=True))
+    save_all(group)
+    assert [key for key in KEYS if key in group.tier.client.view] == KEYS[:num_pages]
+    assert group.indexed.isdisjoint(KEYS)
+    return group
+
+
+def save_all(group: FakeGroup) -> None:
+    group.run()
+    group.step()
+    advance(group, 0, 1)
+    group.step()
+    deliver(group)
+
+
+def deliver(group: FakeGroup) -> None:
+    for _ in range(8):
+        group.tier.client.deliver(8)
+
+
+def advance(group: FakeGroup, *ranks: int) -> None:
+    for rank in ranks[: len(group.ranks)]:
+        group.tier.movers[rank].advance(1.0)
+
+
+def corrupt(group: FakeGroup, key: bytes) -> None:
+    """Change what rank 0 saved of a page."""
+    slot = group.tier.arena.slots[group.tier.client.view[key].slot]
+    tokens, data = slot.parts[0]
+    slot.parts[0] = (tokens[::-1], data[::-1])
+
+
+def fail_a_load_above_a_save(safety: Safety, make_rank) -> FakeGroup:
+    """A page is saved whose parent turns out not to be loaded: both leave the tree, the SAVE is under way."""
+    group = stored_group(3, safety, make_rank)
+    view, group.tier.client.view = group.tier.client.view, {}
+    group.submit(TEXT, SamplingParams(max_tokens=1))
+    group.step()
+    group.tier.client.view = view
+    corrupt(group, KEYS[2])
+    group.submit(TEXT, SamplingParams(max_tokens=1), priority=-1)
+    group.step()  # the second loads the third page, the first computes it and goes over to the other's
+    advance(group, 0)
+    group.step()
+    assert group.tier.stats.failed_loads == {"corrupt": 1}
+    group.end()
+    return group
+
+
+def fail_a_load_on_one_rank(safety: Safety, make_rank) -> FakeGroup:
+    """A page is not loaded on rank 0; rank 1 has not begun yet."""
+    group = stored_group(2, safety, make_rank, num_ranks=2)
+    corrupt(group, KEYS[0])
+    group.submit(TEXT, SamplingParams(max_tokens=1))
+    group.step()
+    advance(group, 0)
+    group.step()
+    assert group.tier.stats.failed_loads == {"corrupt": 1}
+    group.end()
+    return group
+
+
+@pytest.mark.parametrize(
+    ("scene", "switch", "kind"),
+    [
+        (fail_a_load_above_a_save, "save_leases", "save"),
+        (fail_a_load_on_one_rank, "load_leases", "load"),
+    ],
+)
+def test_a_page_stays_until_its_move_is_over_on_every_rank(scene, switch, kind) -> None:
+    for make_rank in (plain_rank, SanitizedRank):
+        scene(ALL_ON, make_rank)
+    mutant = replace(ALL_ON, **{switch: False})
+    with pytest.raises(AssertionError, match=rf"page \d+ is freed while Move\(.* kind='{kind}'"):
+        scene(mutant, plain_rank)
+    with pytest.raises(
+        SanitizerError, match=rf"free_{kind}: .* expected move \d+ over, found (PENDING|ENQUEUED)"
+    ):
+        scene(mutant, SanitizedRank)
