@@ -84,7 +84,8 @@ class CacheServers:
         """Take what the calls of `place` returned."""
         for node, record in zip(self._nodes.values(), records, strict=True):
             node.starting, node.started = None, record
-            logger.info("the host cache serves", extra={"node": record.node, "endpoint": record.endpoint})
+            where = {"node": record.node, "endpoint": record.endpoint, "secret_file": self._secret_file}
+            logger.info("the host cache serves", extra=where)
 
     def endpoints(self) -> Mapping[str, str]:
         """Return where the servers listen, by node id."""

@@ -15,11 +15,18 @@ from typing import Any, TypeVar
 import ray
 from ray import ObjectRef
 from ray.exceptions import RayError, RayTaskError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cache_service.server_actor import CacheServerStarted
 from cluster.api.ports import ScrapeTarget
 from cluster.api.server import ApiServer, ApiStarted
+from cluster.cache_servers import CacheServers
 from cluster.config import ClusterConfig
 from cluster.pings import Handle, Member, Pings
 from workers.protocol import ReplicaId
@@ -88,8 +95,11 @@ class Launcher:
         self._progress = progress
         self._is_cancelled = is_cancelled
         self._deadline_s = time.monotonic() + config.start_timeout_s
-        self._groups: list[PlacementGroup] = []
+        self._groups: dict[ReplicaId, PlacementGroup] = {}
         self._workers: list[Member] = []
+        self._caches = CacheServers(
+            config, secret_file, placement.node_address, make=_make, wait=ray.wait, get=ray.get, kill=ray.kill
+        )
         self._lost: set[str] = set()
         self._pings = Pings(ray.wait, ray.get)
         self._api: Member | None = None
@@ -112,20 +122,23 @@ class Launcher:
         calls: list[ObjectRef[tuple[str, int]]] = [actors[0].rendezvous.remote() for actors in ranks.values()]
         self._wait(binding, "the HTTP server")  # a port in use is known before a model loads
         meetings = self._wait(calls, "the first ranks")
+        self._start_caches()
         self._progress(f"loading {config.worker.model}")
         started = self._start_ranks(ranks, meetings)
         self._progress("connecting the HTTP server to the workers")
         endpoints = {replica_id: _endpoint(records) for replica_id, records in started.items()}
-        serving: list[ObjectRef[ApiStarted]] = [api.start.remote(endpoints, _scrape_targets(started))]
+        targets = [*_scrape_targets(started), *self._caches.scrape_targets()]
+        serving: list[ObjectRef[ApiStarted]] = [api.start.remote(endpoints, targets)]
         return self._wait(serving, "the HTTP server")[0].url
 
     def failure(self) -> str | None:
         """Return why the service is over (no replica, or no API server, is left), None while it is not.
 
         Never blocks: call it every second. A lost worker is told once; the service goes on while a replica
-        is left.
+        is left. A lost cache server is started again.
         """
         assert self._api is not None
+        self._caches.keep()
         members = [*self._workers, self._api]
         found = self._pings.lost([member for member in members if member.name not in self._lost])
         for name, why in found.items():
@@ -154,7 +167,7 @@ class Launcher:
         """
         ending = threading.Thread(target=self._end_actors, name="end-actors", daemon=True)
         ending.start()
-        ending.join(3 * STOP_S)
+        ending.join(4 * STOP_S)
         if ending.is_alive():
             logger.warning("Ray does not answer; its processes are left to its own shutdown")
 
@@ -167,11 +180,16 @@ class Launcher:
         ]
         if stops:
             ray.wait(stops, num_returns=len(stops), timeout=STOP_S)
-        for member in [*self._workers, *([self._api] if self._api else [])]:
-            ray.kill(member.actor)
-        for group in self._groups:
+        caches = self._caches.actors
+        if caches:  # last: workers have their arenas mapped
+            stopped = [cache.stop.remote(STOP_S) for cache in caches]
+            ray.wait(stopped, num_returns=len(stopped), timeout=STOP_S)
+        members = [*self._workers, *([self._api] if self._api else [])]
+        for actor in [*(member.actor for member in members), *caches]:
+            ray.kill(actor)
+        for group in self._groups.values():
             remove_placement_group(group)
-        self._api, self._workers, self._groups = None, [], []
+        self._api, self._workers, self._groups = None, [], {}
 
     def _place(self, replica_id: ReplicaId) -> list[Handle]:
         """Create one TP group's actors, all on one node."""
@@ -179,7 +197,7 @@ class Launcher:
         bundle = {"CPU": 1.0, "GPU": 1.0} if worker.device == "cuda" else {"CPU": 1.0}
         where = {_this_node(): SOME} if self._placement.stays_here else {}
         group = placement_group([{**bundle, **where}] * worker.tp_size, strategy="STRICT_PACK")
-        self._groups.append(group)
+        self._groups[replica_id] = group
         self._progress(f"placing {replica_id}")
         try:
             self._wait([group.ready()], f"a node for {replica_id}")
@@ -215,13 +233,26 @@ class Launcher:
             self._workers.append(Member(f"{replica_id} rank {rank}", actor))
         return actors
 
+    def _start_caches(self) -> None:
+        """Have a cache server on each node with replicas, where there is a host cache."""
+        if not self._config.cache.is_on:
+            return
+        self._progress("starting the host cache")
+        calls: list[ObjectRef[CacheServerStarted]] = self._caches.place(
+            [_node_id(group) for group in self._groups.values()]
+        )
+        self._caches.started(self._wait(calls, "the host cache"))
+
     def _start_ranks(
         self, ranks: dict[ReplicaId, list[Handle]], meetings: Sequence[tuple[str, int]]
     ) -> dict[ReplicaId, Sequence[WorkerStarted]]:
         timeout_s = self._left_s()
+        caches = self._caches.endpoints()
         starts: list[ObjectRef[WorkerStarted]] = [
-            actor.start.remote(host, port, timeout_s)
-            for (host, port), actors in zip(meetings, ranks.values(), strict=True)
+            actor.start.remote(host, port, timeout_s, caches.get(_node_id(group)) if caches else None)
+            for (host, port), actors, group in zip(
+                meetings, ranks.values(), self._groups.values(), strict=True
+            )
             for actor in actors
         ]
         records = self._wait(starts, "the workers")
@@ -286,6 +317,12 @@ def _this_node() -> str:
 
 def _free_resources() -> dict[str, float]:
     return dict(ray.available_resources())  # type: ignore[no-untyped-call]
+
+
+def _node_id(group: PlacementGroup) -> str:
+    """Return the node of a placed TP group: it is packed on one."""
+    node_ids: dict[int, str] = placement_group_table(group)["bundles_to_node_id"]
+    return node_ids[0]
 
 
 def _endpoint(records: Sequence[WorkerStarted]) -> str:

@@ -35,7 +35,7 @@ class RunFolder:
         self.ray_path = self.path / RAY_FOLDER
         """Where an own Ray cluster lives: Ray opens its folder to everyone (mode 777)."""
         self.ray_path.mkdir()
-        self._secret_files: list[Path] = []
+        self._keys_file: Path | None = None
 
     def place_secrets(self, config: ClusterConfig, api_keys: Sequence[str]) -> tuple[Path, Path]:
         """Return the files of the cluster secret and of the API keys, written where the user has none."""
@@ -43,17 +43,19 @@ class RunFolder:
         if secret_file is None:
             secret_file = self.path / "cluster.secret"
             write_cluster_secret(secret_file, new_cluster_secret())
-            self._secret_files.append(secret_file)
         keys_file = self.path / "api.keys"
         keys_file.touch(mode=0o600)
         keys_file.write_text("".join(f"{key}\n" for key in api_keys), encoding="utf-8")
-        self._secret_files.append(keys_file)
+        self._keys_file = keys_file
         return secret_file, keys_file
 
-    def forget_secrets(self) -> None:
-        """Remove the secrets written here: every process has read them. Idempotent."""
-        for file in self._secret_files:
-            file.unlink(missing_ok=True)
+    def forget_keys(self) -> None:
+        """Remove the API keys written here: who needs them has read them. Idempotent.
+
+        The cluster secret stays: actors that are started again read it, and `eyrie cache`.
+        """
+        if self._keys_file is not None:
+            self._keys_file.unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Remove the folder. Idempotent."""

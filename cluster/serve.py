@@ -115,7 +115,7 @@ def serve(
             )
             try:
                 url = launcher.start()
-                folder.forget_secrets()
+                folder.forget_keys()
                 progress(None)
                 ready(url)
                 _watch(launcher, signals)

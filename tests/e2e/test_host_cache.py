@@ -1,0 +1,105 @@
+"""A service with a host cache: pages evicted from the device come back from the node's memory, unchanged."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+
+import httpx
+import pytest
+
+from tests.e2e.eyrie_process import EyrieProcess, tiny_model
+
+FLAGS = [
+    "--load-format", "dummy", "--port", "0", "--num-pages", "48", "--max-context-len", "512",
+    "--host-cache-gb", "0.03", "--kv-sanitizer",
+]  # fmt: skip
+WAIT_S = 60.0
+PROMPT = "of birds of prey " * 60
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(tiny_model(tmp_path_factory.mktemp("model") / "tiny"))
+
+
+def complete(url, model, prompt):
+    """Return (text, cached tokens)."""
+    body = {"model": model, "prompt": prompt, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60).raise_for_status().json()
+    return answer["choices"][0]["text"], answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+
+def fill_device(url, model, name):
+    """Have other prompts take every page of the device."""
+    for number in range(3):
+        complete(url, model, f"{name} {number} " + "and so on " * 90)
+
+
+def cache_figures(log):
+    """Ask the running server as a user does: with the secret's file and the endpoint that the log names."""
+    (secret_file,) = re.findall(r"the host cache serves.* secret_file=(\S+)", log)
+    (endpoint,) = re.findall(r"the host cache serves.* endpoint=(\S+)", log)
+    command = [sys.executable, "-m", "cluster", "cache"]
+    asked = subprocess.run(
+        [*command, "show", "--secret-file", secret_file, "--endpoint", endpoint, "--json"],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert asked.returncode == 0, asked.stderr
+    checked = subprocess.run(
+        [*command, "check", "--secret-file", secret_file], capture_output=True, text=True, timeout=60
+    )
+    assert checked.returncode == 0 and checked.stdout.startswith("ok: "), checked.stderr
+    return json.loads(asked.stdout)
+
+
+def cache_metrics(url):
+    """Return the cache server's metrics, found as Prometheus finds them."""
+    targets = httpx.get(f"{url}/metrics/targets").json()
+    (address,) = [
+        address
+        for target in targets
+        if target["labels"].get("process") == "cache"
+        for address in target["targets"]
+    ]
+    return httpx.get(f"http://{address}/metrics").text
+
+
+@pytest.mark.timeout(300)
+def test_pages_come_back_from_the_host_also_after_its_server_was_killed(model):
+    with EyrieProcess(model, *FLAGS) as eyrie:
+        url = eyrie.url()
+        text, cached = complete(url, model, PROMPT)
+        assert cached == 0
+        fill_device(url, model, "first")
+        assert complete(url, model, PROMPT) == (text, 240)
+        figures = cache_figures("\n".join(eyrie.stderr))
+        assert figures["num_ready"] > 60 and figures["num_readers"] == 1
+        assert 'eyrie_cache_slots{node="127.0.0.1",state="ready"}' in cache_metrics(url)
+
+        (server,) = eyrie.members("ray::CacheServer")
+        server.kill()
+        fill_device(url, model, "second")
+        assert complete(url, model, PROMPT) == (text, 240), "the dead server's pages are read all the same"
+        end_s = time.monotonic() + WAIT_S
+        while not any("the host cache serves again" in line for line in eyrie.stderr):
+            assert time.monotonic() < end_s, "no new server"
+            time.sleep(0.1)
+        fill_device(url, model, "third")
+        assert complete(url, model, PROMPT) == (text, 240)
+        figures = cache_figures("\n".join(eyrie.stderr))
+        assert figures["recovered"] > 60 and figures["num_readers"] == 1
+        assert "eyrie_cache_recovered_pages_total" in cache_metrics(url), "at its old address"
+        eyrie.terminate()
+        assert eyrie.wait() == 0
+        assert eyrie.leftovers() == []
+
+
+@pytest.mark.timeout(120)
+def test_a_host_cache_larger_than_the_memory_ends_the_start(model):
+    with EyrieProcess(model, *FLAGS, "--host-cache-gb", "1000000") as eyrie:
+        assert eyrie.wait(100) == 1
+        log = "\n".join(eyrie.stderr)
+        assert "the host cache needs" in log and "lower --host-cache-gb" in log
+        assert eyrie.leftovers() == []
