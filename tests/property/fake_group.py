@@ -83,6 +83,7 @@ class FakeGroup:
         self.num_cached: dict[RequestId, int] = {}
         self.reasons: dict[RequestId, FinishReason] = {}
         self.indexed: set[bytes] = set()  # what a router makes of the KVEvents
+        self.num_admitted = 0
         self.is_midstep = False  # for good, once a step failed
         self._max_tokens_per_step = max_tokens_per_step
         self._runs_checks = runs_checks
@@ -129,6 +130,8 @@ class FakeGroup:
         self.now_s += 1.0
         self._move_on()
         plan = self.scheduler.plan(self.now_s)
+        self.num_admitted += len(self.scheduler.stats.queue_s)
+        assert self.num_admitted <= len(self.submits), "a request's time in the queue is told twice"
         if plan is not None:
             num_spent = self._max_tokens_per_step - self.scheduler._budget
             assert sum(plan.lens) == num_spent, "a planned request lost its row"

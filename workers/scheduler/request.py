@@ -36,8 +36,9 @@ class Request:
     slot: int | None = None
     num_computed: int = 0
     num_planned: int = 0
+    was_admitted: bool = False
     num_cached: int | None = None
-    """Tokens found in the cache when first admitted; None before."""
+    """Tokens found in the cache when first admitted, or again after some failed to load; None before."""
     finish_reason: FinishReason | None = None
 
     @property

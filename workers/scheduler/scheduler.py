@@ -330,10 +330,12 @@ class Scheduler:
         )
         request.num_computed = self._cache.open(op, request.tokens)
         insort(self._running, request, key=_order)
+        if not request.was_admitted:
+            request.was_admitted = True
+            self.stats.queue_s.append(now_s - request.arrival_s)
         if request.num_cached is None:
             request.num_cached = request.num_computed
             self.stats.num_cached_tokens += request.num_cached
-            self.stats.queue_s.append(now_s - request.arrival_s)
 
     def _preempt(self, request: Request) -> None:
         """Send a request back to the queue with its tokens; its row in the step being planned is dropped."""
