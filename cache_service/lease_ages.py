@@ -1,5 +1,7 @@
 """LeaseAges: for how long slots have been leased, as seen by looking now and then. For metrics."""
 
+from collections.abc import Sequence
+
 import numpy
 from numpy.typing import NDArray
 
@@ -7,7 +9,7 @@ from cache_service.arena import Arena
 
 
 class LeaseAges:
-    """Looks at the lease bytes of all readers when `look` is called; 4 bytes a slot."""
+    """Looks at the lease bytes when `look` is called; 4 bytes a slot."""
 
     def __init__(self, arena: Arena, now_s: float) -> None:
         self._arena = arena
@@ -18,10 +20,10 @@ class LeaseAges:
         self.oldest_s = 0.0
         """A lease given back and taken again between two looks counts as one."""
 
-    def look(self, now_s: float) -> None:
-        """Read the lease bytes: one pass over them."""
+    def look(self, rows: Sequence[int], now_s: float) -> None:
+        """Read the lease bytes of the rows that belong to processes: one pass over them."""
         elapsed_s = now_s - self._start_s
-        is_leased = self._arena.leases.any(axis=0)
+        is_leased = self._arena.leases[list(rows)].any(axis=0)
         self.num_leased = int(is_leased.sum())
         is_new = is_leased & numpy.isnan(self._since_s)
         self._since_s[is_new] = elapsed_s

@@ -162,12 +162,12 @@ class CacheServerCore:
         """Do what no call asks for; tell whether there is more of it."""
         now_s = self._turned_s = self._clock()
         self._answers.reclaim()
-        store, ages = self._arena.store, self._arena.ages
+        store, ages, rows = self._arena.store, self._arena.ages, self._arena.rows
         num_evicted = store.maintain(MAX_EVICTIONS_PER_TURN) if store is not None else 0
         if now_s >= self._next_look_s:
             self._next_look_s = now_s + LOOK_S
-            if ages is not None:
-                ages.look(now_s)
+            if ages is not None and rows is not None:
+                ages.look([row.row for row in rows.processes.values()], now_s)
             self._stats = self._answers.stats()
         return num_evicted == MAX_EVICTIONS_PER_TURN
 

@@ -7,6 +7,7 @@ import pytest
 
 from cache_service import arena_format, messages
 from cache_service.client import CacheAttachError, group_of
+from cache_service.config import CacheConfig
 from cache_service.page_records import Entry, Location
 from cache_service.processes import ProcessId
 from tests.unit.arenas import key
@@ -255,6 +256,25 @@ def test_grants_that_came_too_late_are_held_all_the_same(server):
     assert num_writing(server) == 0
 
 
+def test_grants_whose_answer_was_lost_are_told_again_with_the_attach(tmp_path):
+    server = ServerThread(tmp_path, CacheConfig(host_cache_gb=CONFIG.host_cache_gb, keep_arena=True))
+    reply = server.core._reply
+    server.core._reply = lambda identity, call_id, answer: (
+        isinstance(answer, messages.Granted) or reply(identity, call_id, answer)
+    )
+    client = new_client(server.core.endpoint)
+    eventually(lambda: num_writing(server) >= 8)
+    assert client.take_grant() is None
+    server.stop()
+    with serving(tmp_path, **server.ports) as heir:
+        grants = [eventually(client.take_grant) for _ in range(8)]
+        assert len({grant.slot for grant in grants}) == 8
+        client.abort(grants)
+        eventually(lambda: client.num_grants >= 8 and num_writing(heir) == client.num_grants)
+        client.close()
+        assert num_writing(heir) == 0
+
+
 def test_a_slow_server_opens_the_breaker_and_closes_it_when_it_answers(server, client):
     keys, locations = store_chain(client, "a")
     entry = write(client, key("b"), keys[0])
@@ -281,7 +301,7 @@ def test_a_slow_server_opens_the_breaker_and_closes_it_when_it_answers(server, c
 
 
 def test_a_restarted_server_takes_the_process_back_and_pages_still_hit(tmp_path):
-    server = ServerThread(tmp_path, CONFIG.__class__(host_cache_gb=CONFIG.host_cache_gb, keep_arena=True))
+    server = ServerThread(tmp_path, CacheConfig(host_cache_gb=CONFIG.host_cache_gb, keep_arena=True))
     client = new_client(server.core.endpoint)
     keys, locations = store_chain(client, "ab")
     entry = write(client, key("c"), keys[-1])
