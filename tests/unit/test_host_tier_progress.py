@@ -64,3 +64,17 @@ def test_a_page_whose_copy_is_bad_is_saved_again_once_it_is_computed():
     assert bench.run(0, tokens(5)) == 0
     bench.ops()
     assert [key for *_, key in bench.saves()] == [KEYS[0], KEYS[0]]
+
+
+def test_as_many_pages_are_saved_as_have_to_go_and_none_is_lost_meanwhile():
+    bench = Bench(num_pages=4, policy="write_back", num_slots=1)
+    for first in (0, 10, 20, 30):
+        bench.run(0, tokens(4, first))
+    bench.open(1, [50])
+    for _ in range(3):
+        assert not bench.cache.reserve(1, PAGE_SIZE)
+        assert bench.cache.is_coming(1, PAGE_SIZE)
+    bench.finish()
+    assert bench.cache.reserve(1, PAGE_SIZE)
+    assert len(bench.saves()) == bench.cache.stats().num_evictions == 1
+    assert bench.tier.stats.num_lost_pages == 0

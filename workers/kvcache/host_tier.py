@@ -83,6 +83,8 @@ class _Save:
     move: int
     node: Node
     grant: Grant
+    is_leaving: bool = False
+    """The page is to be evicted once it is saved."""
 
 
 @dataclass(slots=True, eq=False)
@@ -143,6 +145,7 @@ class HostTier:
         self._policy = policy
         self._safety = safety or Safety()
         self._num_moves = 0
+        self._num_leaving = 0
         self._saves: deque[_Save] = deque()  # by move: committed in this order, parents before children
         self._loads: deque[_Load] = deque()
         self._distrusted: OrderedDict[Location, None] = OrderedDict()
@@ -205,13 +208,20 @@ class HostTier:
         if path and self._is_there(path[-1]):
             self._host.touch([node.key for node in path])
 
-    def may_go(self, node: Node) -> bool:
-        """Tell whether the device may evict an idle leaf; under `write_back` its page is saved first."""
+    def may_go(self, node: Node, num_short: int) -> bool:
+        """Tell whether the device may evict an idle leaf now, while it is so many pages short.
+
+        Under `write_back` its page is saved first, unless enough others are on their way already.
+        """
         if self._is_there(node):
             return True
         if self._policy == "write_back":
+            if self._num_leaving >= num_short:
+                return False
             self._save(_chain(node))
             if node.is_busy:  # its own SAVE is under way: waiting for those above it might never end
+                self._saves[-1].is_leaving = True
+                self._num_leaving += 1
                 return False
         self.stats.num_lost_pages += 1
         return True
@@ -289,6 +299,7 @@ class HostTier:
             save = self._saves.popleft()
             node, status = save.node, self._moves.status(save.move)
             parent = node.parent
+            self._num_leaving -= save.is_leaving
             self._let_go(node, is_leased=self._safety.save_leases)
             is_orphan = parent is not None and not self._is_there(parent)
             if status.is_failed or is_orphan:

@@ -6,6 +6,7 @@ tables equal to them (I1), and numbers the relocations (I8). Lives in rank 0's s
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 
 from cache_service.keys import NamespaceDigest, PageKey, salted
 from workers.kvcache.host_tier import HostCache, HostTier, MoveStatuses, WritePolicy
@@ -325,10 +326,10 @@ class KVCacheManager:
         return num_private + num_unlocked
 
     def _make_room(self, num_pages: int) -> None:
-        may_go = None if self._tier is None else self._tier.may_go
         while self._pool.num_free < num_pages:
-            enough_coming = self._pool.num_free + self._pool.num_quiescing >= num_pages
-            if not self._tree.evict(only_idle=enough_coming, may_go=may_go):
+            num_short = num_pages - self._pool.num_free - self._pool.num_quiescing
+            may_go = None if self._tier is None else partial(self._tier.may_go, num_short=num_short)
+            if not self._tree.evict(only_idle=num_short <= 0, may_go=may_go):
                 break
         self._log_freed()
 
