@@ -218,9 +218,9 @@ class HostTier:
         if self._policy == "write_back":
             if self._num_leaving >= num_short:
                 return False
-            self._save(_chain(node))
-            if node.is_busy:  # its own SAVE is under way: waiting for those above it might never end
-                self._saves[-1].is_leaving = True
+            last = self._save(_chain(node))
+            if last is not None and last.node is node:  # waiting for those above it alone might never end
+                last.is_leaving = True
                 self._num_leaving += 1
                 return False
         self.stats.num_lost_pages += 1
@@ -243,8 +243,11 @@ class HostTier:
         )
         return self._moves.capacity - (self._num_moves + 1 - oldest)
 
-    def _save(self, nodes: Iterable[Node]) -> None:
-        """Begin to save pages, parents first, unless they are saved, on their way, or cannot be."""
+    def _save(self, nodes: Iterable[Node]) -> _Save | None:
+        """Begin to save pages, parents first, unless they are saved, on their way, or cannot be.
+
+        Return the last that began.
+        """
         first = self._num_moves + 1
         begun = [save for node in nodes if (save := self._begin_save(node)) is not None]
         if begun:
@@ -257,6 +260,7 @@ class HostTier:
                     [save.node.key for save in begun],
                 )
             )
+        return begun[-1] if begun else None
 
     def _begin_save(self, node: Node) -> _Save | None:
         if node.is_saved or node.is_busy or node.was_tried:
