@@ -32,6 +32,7 @@ NEIGHBOUR_TOKENS = 12
 NEIGHBOUR_MAX_LEN = 40 + NEIGHBOUR_TOKENS
 NOISE_TOKENS = 1024
 NUM_AGAIN = 8
+TURNS = ("first", "warm", "again")
 
 
 @dataclass(frozen=True)
@@ -191,9 +192,11 @@ class Scenario:
     def _intrude(self, harness: Harness) -> int:
         """Submit urgent requests that somebody must give way to: as many as slots, or one for all pages.
 
-        Return after how many steps to try again; after three times they would only starve the others.
+        Return after how many steps to try again; after three times they would only starve the others. A case
+        has to run: neighbours and earlier intruders may be gone when the next step is planned.
         """
-        if harness.scheduler.num_running == 0 or self._num_intrusions == 3:
+        running = [request.request_id for request in harness.scheduler._running]
+        if self._num_intrusions == 3 or not any(name.startswith(TURNS) for name in running):
             return 1
         is_evicting = self.combination["is_evicting"]
         prompt_len = harness.scheduler.max_context_len - URGENT_TOKENS if is_evicting else URGENT_LEN
