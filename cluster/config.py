@@ -76,6 +76,11 @@ class ClusterConfig:
                 "`cache.keep_arena` is on without `secret_file`: the next run finds the pages by the secret;"
                 " give one"
             )
+        if self.cache.is_on and not self.worker.prefix_caching:
+            raise ValueError(
+                "a host cache is asked for while `worker.prefix_caching` is off: its pages are found by their"
+                " prefix; turn the one on or the other off"
+            )
         return self
 
 

@@ -6,12 +6,16 @@ Made and closed by Rank, in the step loop's thread.
 import logging
 from dataclasses import dataclass
 
+from prometheus_client import CollectorRegistry
+
 from cache_service.client import CacheAttachError, CacheClient, ClientSpec, group_of
+from cache_service.metrics import CacheClientCollector, MetricLabels
 from workers.config import WorkerConfig
 from workers.engine.engine import Engine
 from workers.kvcache.host_tier import HostTier
 from workers.kvcache.manager import KVCacheManager
-from workers.kvcache.page_mover import PageMover
+from workers.kvcache.page_mover import MoverError, PageMover
+from workers.metrics import LABELS, RankLabels
 from workers.parallel import TPGroup
 
 logger = logging.getLogger(__name__)
@@ -61,7 +65,7 @@ class HostPages:
                 group.moves,
                 verify=config.verify_pages,
             )
-        except CacheAttachError:
+        except (CacheAttachError, MoverError):
             self.client.close()
             raise
         engine.attach(self.mover)
@@ -70,6 +74,10 @@ class HostPages:
     def lead(self, cache: KVCacheManager) -> None:
         """Rank 0: have the cache manager save and load pages."""
         self.tier = cache.attach_tier(self.client, self._group.moves, self._policy)
+
+    def count(self, registry: CollectorRegistry, labels: RankLabels) -> None:
+        """Declare the client's metrics."""
+        registry.register(CacheClientCollector(MetricLabels(LABELS, labels.values), self.client))
 
     def close(self) -> None:
         """End all copies, then leave the arena."""

@@ -81,11 +81,14 @@ class Rank:
         self._engine = Engine(config, card, self._group)
         labels = RankLabels(card.name, spec.replica_id, spec.rank, spec.node)
         count_steps(self.registry, labels, self._engine.graph_steps, self._engine.eager_steps)
+        if spec.rank == 0 and config.max_context_len is None:
+            warn_of_short_context(self._engine.max_context_len, card.context_len)
         self._clock = clock
         self._host_pages: HostPages | None = None
         if spec.cache_endpoint is not None:
             place = CachePlace(spec.cache_endpoint, cluster_secret)
             self._host_pages = HostPages(place, config, self._engine, self._group, spec.incarnation)
+            self._host_pages.count(self.registry, labels)
         self._loop: StepLoop | FollowerLoop
         if spec.rank == 0:
             self._loop = self._lead(spec, card, cluster_secret, labels, clock)
@@ -168,4 +171,15 @@ class Rank:
             cache.take_events,
             incarnation=spec.incarnation,
             clock=clock,
+        )
+
+
+def warn_of_short_context(max_context_len: int, model_context_len: int) -> None:
+    """Say so where the pool cuts the context that nobody asked to be cut."""
+    if max_context_len < model_context_len:
+        logger.warning(
+            "the KV pages hold %d tokens of the model's context of %d: longer requests are refused; raise"
+            " kv_gb or num_pages, or set max_context_len",
+            max_context_len,
+            model_context_len,
         )

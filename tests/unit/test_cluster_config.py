@@ -76,6 +76,10 @@ def test_flags_speak_the_types_of_their_options():
         ("cache: {host_cache_gb: 1, host_cache_ratio: 0.1}", ["`cache`: both host_cache_gb and host_"]),
         ("cache: {min_free_ratio: 0.5}", ["`cache`: min_free_ratio 0.5 is above target_free_ratio 0.05"]),
         ("cache: {keep_arena: true}", ["`cache.keep_arena` is on without `secret_file`"]),
+        (
+            "cache: {host_cache_gb: 1}\nworker: {prefix_caching: false}",
+            ["`worker.prefix_caching` is off", "turn the one on"],
+        ),
         ("- port", ["list"]),
         ("a: [", ["not YAML", "line 1"]),
     ],

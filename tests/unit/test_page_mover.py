@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 
+from cache_service.arena_format import INCARNATION_WORD
 from cache_service.arena_safety import ArenaSafety
 from cache_service.page_records import CommitStatus, Entry, Grant, Location
 from tests.unit.arenas import key
@@ -148,6 +149,15 @@ def test_once_verified_is_enough_only_by_that_policy_and_for_that_epoch(tmp_path
             tier.arena.bundle(location.slot, 0)[77] ^= 4
             outcomes[verify] = first + again + tier.run(tier.load_op([7], [location], keys(1)))
     assert outcomes == {"always": [DONE, CORRUPT, CORRUPT], "once": [DONE, DONE, CORRUPT]}
+
+
+def test_pages_are_verified_anew_once_another_server_has_the_arena(tmp_path) -> None:
+    with Tier(tmp_path, [pool(0)], verify="once") as tier:
+        (location,) = tier.save([1], keys(1))
+        assert tier.run(tier.load_op([5], [location], keys(1))) == [DONE]
+        tier.arena.bundle(location.slot, 0)[77] ^= 4
+        tier.arena.set_word(INCARNATION_WORD, tier.arena.incarnation + 1)
+        assert tier.run(tier.load_op([6], [location], keys(1))) == [CORRUPT]
 
 
 @pytest.mark.parametrize("leases", [True, False])

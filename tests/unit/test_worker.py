@@ -9,6 +9,7 @@ from cache_service.curve import write_cluster_secret
 from tests.e2e.eyrie_process import is_listening, tiny_model
 from workers.config import WorkerConfig
 from workers.protocol import ReplicaId
+from workers.rank import warn_of_short_context
 from workers.worker import Worker, WorkerStartError
 
 
@@ -27,6 +28,13 @@ def test_a_stop_while_it_loads_ends_the_rank_when_it_is_built(tmp_path):
         time.sleep(0.02)
     assert not worker.ping()
     assert not is_listening(port)
+
+
+def test_a_context_cut_by_the_pool_is_told_with_what_to_raise(caplog):
+    warn_of_short_context(2048, 2048)
+    assert not caplog.records
+    warn_of_short_context(16, 2048)
+    assert "hold 16 tokens of the model's context of 2048" in caplog.text and "kv_gb" in caplog.text
 
 
 def test_options_that_hold_no_page_are_told_in_a_line_and_logged_without_a_traceback(tmp_path, capfd):

@@ -83,7 +83,8 @@ class PageMover:
         self._part = part
         self._board = board
         self._verifies_all = verify == "always"
-        self._verified: dict[int, int] = {}  # slot -> epoch
+        self._verified: dict[int, int] = {}  # slot -> epoch, under the arena's incarnation of then
+        self._incarnation = arena.incarnation
         self._mechanisms = mechanisms
         self._injection = injection
         self._clock = clock
@@ -244,6 +245,9 @@ class PageMover:
     def _is_intact(self, move: Move, bundle: memoryview) -> bool:
         if not self._mechanisms.verifies_loads:
             return True
+        if self._arena.incarnation != self._incarnation:  # another server adopted it: all are looked at anew
+            self._incarnation = self._arena.incarnation
+            self._verified.clear()
         if not self._verifies_all and self._verified.get(move.slot) == move.epoch:
             return True
         if bundle_checksum(bundle, move.key, self._part) != self._arena.checksum(move.slot, self._part):
