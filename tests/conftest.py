@@ -5,6 +5,8 @@ import os
 
 import pytest
 
+from tests.scopes import SERVICES, scope_of
+
 NUM_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 
 # A thread that spins for work takes the core from the process that would bring it.
@@ -22,6 +24,11 @@ def logging_as_before():
     for logger, level in zip(loggers, levels, strict=True):
         logger.setLevel(level)
     loggers[0].handlers[:] = handlers
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the tests that start services: in one process, they are the longest of a run."""
+    items.sort(key=lambda item: scope_of(item.nodeid.partition("::")[0]) != SERVICES)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -129,6 +129,7 @@ def shared_memory():
     return {path for path in Path("/dev/shm").iterdir() if "eyrie" in path.name}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_submitted_job_serves_and_leaves_nothing_when_stopped(head, tmp_path):
     model = str(tiny_model(tmp_path / "tiny"))

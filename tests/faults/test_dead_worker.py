@@ -10,6 +10,8 @@ import pytest
 
 from tests.e2e.eyrie_process import EyrieProcess, tiny_model
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
 DECODING_TOKENS = 600
 
 
@@ -53,7 +55,6 @@ def complete(url, model):
     return httpx.post(f"{url}/v1/completions", json=body, timeout=60)
 
 
-@pytest.mark.timeout(300)
 def test_one_of_two_replicas_dies_then_the_other(model):
     flags = ["--load-format", "dummy", "--port", "0", "--kv-gb", "0.05", "--num-replicas", "2"]
     with EyrieProcess(model, *flags) as eyrie, concurrent.futures.ThreadPoolExecutor() as pool:
@@ -77,7 +78,6 @@ def test_one_of_two_replicas_dies_then_the_other(model):
     assert any("no replica is left" in line for line in eyrie.stderr)
 
 
-@pytest.mark.timeout(300)
 def test_a_dead_follower_ends_its_group(model):
     """Rank 0 cannot go on alone: it says so to its clients and ends."""
     flags = ["--load-format", "dummy", "--port", "0", "--kv-gb", "0.05", "--tp-size", "2"]
@@ -95,7 +95,6 @@ def test_a_dead_follower_ends_its_group(model):
         assert eyrie.leftovers() == []
 
 
-@pytest.mark.timeout(300)
 def test_a_signal_to_every_process_at_once_ends_all(model):
     """As a service manager stops a group: Ray's own processes end before Eyrie can ask them anything."""
     with EyrieProcess(model, "--load-format", "dummy", "--port", "0", "--kv-gb", "0.05") as eyrie:
