@@ -21,11 +21,11 @@ content := $(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
 runtime := $(venv)/.runtime-$(content)
 dev := $(venv)/.dev-$(content)
 
-.PHONY: help setup serve test test-slow test-gpu check lint format-check types imports architecture bench
+.PHONY: help setup serve test test-slow test-long test-gpu check lint format-check types imports architecture bench
 
 help:
 	@echo 'make serve PORT=8000 ARGS=...  serve SmolLM2-135M-Instruct in the foreground'
-	@echo 'make test | test-slow | test-gpu   the tests; those that take minutes; those that need a GPU'
+	@echo 'make test | test-slow | test-long | test-gpu   the tests; those of minutes; of hours; those that need a GPU'
 	@echo 'make check                     ruff, mypy, import contracts, architecture'
 	@echo 'make bench                     the CPU benchmark; its last line is JSON'
 	@echo 'make setup                     all that the others need, without running anything'
@@ -36,10 +36,13 @@ serve: $(runtime)
 	@exec $(bin)/eyrie serve --host $(HOST) --port $(PORT) $(ARGS)
 
 test: $(dev)
-	$(bin)/python -m pytest -m 'not slow and not gpu' $(parallel) $(ARGS)
+	$(bin)/python -m pytest -m 'not slow and not long and not gpu' $(parallel) $(ARGS)
 
 test-slow: $(dev)
 	$(bin)/python -m pytest -m 'slow and not gpu' $(parallel) $(ARGS)
+
+test-long: $(dev)
+	$(bin)/python -m pytest -m 'long and not gpu' $(parallel) $(ARGS)
 
 test-gpu: $(dev)
 	$(bin)/python -m pytest -m gpu $(ARGS)

@@ -9,5 +9,5 @@ class Scheduling(LoadScopeScheduling):
     """Keeps together what scopes.py says."""
 
     def _split_scope(self, nodeid: str) -> str:
-        is_slow = self.config.getoption("markexpr").startswith("slow")
+        is_slow = self.config.getoption("markexpr").startswith(("slow", "long"))
         return scope_of(nodeid.partition("::")[0], one_by_one=is_slow) or nodeid

@@ -17,7 +17,6 @@ from tests.oracle.make_oracle import Oracle, greedy_tokens, read_records
 from tests.scenario import FACTORS, MAX_TIE_MARGIN, Case, Comparison, Scenario
 
 COVERING = pairwise(FACTORS, seed=102)  # of many seeds, the one with the fewest combinations
-ALONE = [combination for combination in COVERING if combination["composition"] == "alone"]
 QUICK = [combination for combination in COVERING if combination["attention_backend"] == "auto"]
 SERVED = FACTORS | {"attention_backend": ["auto"]}
 PRODUCT = [dict(zip(SERVED, values, strict=True)) for values in itertools.product(*SERVED.values())]
@@ -67,7 +66,7 @@ def tiny(tmp_path_factory):
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("number", range(len(QUICK)), ids=[name_of(c) for c in QUICK])
 def test_smollm2_answers_like_the_oracle(number, followers, comparison):
-    """Each combination serves three other prompts; `make test-slow` serves all 100."""
+    """Each combination serves three other prompts; `make test-slow` serves 25, `make test-long` all."""
     short = [case.cut(12) for case in RECORDS if len(case.prompt_ids) < 58]
     whole_page = [case.cut(12) for case in RECORDS if 58 <= len(case.prompt_ids) <= 76]  # once half answered
     cases = [*short[2 * number : 2 * number + 2], whole_page[number]]
@@ -76,12 +75,17 @@ def test_smollm2_answers_like_the_oracle(number, followers, comparison):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
+@pytest.mark.parametrize("number", range(len(COVERING)), ids=[name_of(c) for c in COVERING])
+def test_smollm2_answers_a_quarter_of_the_prompts_like_the_oracle(number, followers, comparison):
+    """Each combination serves another quarter: each prompt is served under two combinations or three."""
+    play(COVERING[number], RECORDS[number % 4 :: 4], comparison, followers, max_running=16)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("combination", COVERING, ids=name_of)
 def test_smollm2_answers_all_prompts_like_the_oracle(combination, followers, comparison):
-    """Combinations that serve one prompt after the other share them: together they serve all."""
-    is_alone = combination in ALONE
-    records = RECORDS[ALONE.index(combination) :: len(ALONE)] if is_alone else RECORDS
-    play(combination, records, comparison, followers, max_running=16)
+    play(combination, RECORDS, comparison, followers, max_running=16)
 
 
 @pytest.mark.parametrize("combination", COVERING, ids=name_of)
