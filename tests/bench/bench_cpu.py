@@ -112,6 +112,7 @@ class EyrieArm:
             plan = scheduler.plan(time.monotonic())
             assert plan is not None
             outputs = scheduler.commit(self._engine.run(plan))
+            scheduler.completed(plan.step)
             num_new = sum(len(output.token_ids) for output in outputs)
             num_left -= num_new
             if len(answering) == len(prompts):
