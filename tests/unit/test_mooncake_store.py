@@ -16,7 +16,7 @@ from tests.unit.mooncake_master import MooncakeMaster, free_port, has_mooncake
 from tests.unit.remote_store_contract import LAYOUT, TIMEOUT_S, RemoteStoreContract, key_of, record_of
 
 if not has_mooncake():
-    pytest.skip("Mooncake is not installed", allow_module_level=True)
+    pytest.skip("Mooncake cannot be imported: no wheel or no libibverbs1", allow_module_level=True)
 
 from cache_service.mooncake_library import MooncakeError, MooncakeOptions, load_store
 from cache_service.mooncake_store import MooncakeStore

@@ -16,7 +16,7 @@ from tests.unit.mooncake_master import has_mooncake
 from tests.unit.transfer_contract import TIMEOUT_S, TransferContract
 
 if not has_mooncake():
-    pytest.skip("Mooncake is not installed", allow_module_level=True)
+    pytest.skip("Mooncake cannot be imported: no wheel or no libibverbs1", allow_module_level=True)
 
 from cache_service.mooncake_library import MooncakeOptions
 from cache_service.mooncake_transfer import MAX_PART_BYTES, MooncakeTransfer, _parts
