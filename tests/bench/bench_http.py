@@ -3,8 +3,10 @@
 http_ms_*      StepOutput in the worker to the client's read, p50, through inbox, replica, API and uvicorn.
                The worker writes its clock into each token's logprob (all processes share that clock).
 uvicorn_ms_*   the same read for a bare uvicorn application that streams events with its clock at that pace.
-actor_ratio    inter-token latency at one stream through `eyrie serve` over that of Scheduler and Engine
-               driven in a plain process, rounds interleaved, medians.
+actor_ratio    inter-token latency at one stream through a Worker actor, read at its inbox, over that of
+               Scheduler and Engine driven in a plain process, rounds interleaved, medians.
+service_ratio  the same through `eyrie serve`, read by an HTTP client: API process and client take their share
+               of the cores that the engine's threads run on.
 idle_pss_gb    sum of proportional set sizes of all processes of the idle service, default pool.
 start_s        `eyrie serve` to its ready line.
 Progress goes to stderr; stdout ends in one JSON line.
@@ -94,6 +96,39 @@ def run_api(cluster_secret, endpoint):
         await asyncio.Event().wait()
 
     asyncio.run(serve())
+
+
+def run_actor(cluster_secret):
+    """A Worker actor on a Ray of its own; ends with stdin."""
+    from cache_service.curve import write_cluster_secret
+    from cluster.local_ray import start_local_ray
+    from cluster.run_folder import RunFolder
+
+    folder = RunFolder()
+    try:
+        start_local_ray(folder, num_cpus=4, num_gpus=0)
+        import ray
+
+        from workers.config import WorkerConfig
+        from workers.protocol import ReplicaId
+        from workers.worker import Worker
+
+        secret_file = folder.path / "cluster.secret"
+        write_cluster_secret(secret_file, cluster_secret)
+        options = {"num_cpus": 0, "max_concurrency": 4, "runtime_env": {"env_vars": THREAD_ENVIRONMENT}}
+        config, num_threads = WorkerConfig(model=MODEL, kv_gb=0.25), os.cpu_count() or 1
+        worker = (
+            ray.remote(Worker)
+            .options(**options)
+            .remote(config, ReplicaId("bench"), 0, 1, num_threads, "127.0.0.1", secret_file, "error")
+        )
+        host, port = ray.get(worker.rendezvous.remote())
+        print(f"ready {ray.get(worker.start.remote(host, port, 120.0)).endpoint}", flush=True)
+        sys.stdin.read()
+        ray.get(worker.stop.remote(10.0))
+        ray.shutdown()
+    finally:
+        folder.remove()
 
 
 def run_plain(pace_s):
@@ -239,6 +274,48 @@ def role(name, *arguments, **environment):
     return Role(__file__, "--role", name, *map(str, arguments), **environment)
 
 
+class InboxReader:
+    """Reads a worker's inbox without an API process. Itself its Connection's listener."""
+
+    def __init__(self, endpoint, cluster_secret):
+        from cluster.connection import Connection
+
+        self._generation, self._stamps, self._ended = 0, [], threading.Event()
+        self._opened = threading.Event()
+        self._connection = Connection(endpoint, cluster_secret, "bench", self, lease_s=20.0)
+        self._connection.start()
+        assert self._opened.wait(20), "the worker does not answer"
+
+    def ask(self, number):
+        """One stream; return its inter-token p50 in ms."""
+        from workers.protocol import RequestId, SamplingParams, SubmitRequest
+
+        self._stamps.clear()
+        self._ended.clear()
+        sampling = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
+        request = SubmitRequest(RequestId(f"a{number}"), prompt(number, 901), sampling)
+        self._connection.send(self._generation, request)
+        assert self._ended.wait(120) and len(self._stamps) == NUM_TOKENS
+        return 1000 * statistics.median(gaps(self._stamps))
+
+    def close(self):
+        self._connection.close()
+
+    def opened(self, generation, welcome):
+        self._generation = generation
+        self._opened.set()
+
+    def stepped(self, outputs, load, kv_events):
+        for output in outputs:
+            self._stamps += [time.monotonic()] * len(output.token_ids)
+            if output.finish_reason is not None:
+                self._ended.set()
+        return True
+
+    def closed(self, why):
+        self._ended.set()
+
+
 def median_rounds(url, num_streams):
     rounds = [asyncio.run(measure(url, num_streams, seed)) for seed in range(NUM_ROUNDS)]
     return tuple(statistics.median(column) for column in zip(*rounds, strict=True))
@@ -276,16 +353,23 @@ def bench_service(results):
     results["idle_pss_gb"] = round(pss / 2**30, 2)
     tell(f"ready in {results['start_s']} s, {results['idle_pss_gb']} GiB")
     bare = role("bare", **THREAD_ENVIRONMENT)
-    actor_ms, bare_ms = [], []
+    cluster_secret = secrets.token_bytes(32)
+    actor = role("actor", cluster_secret.hex())
+    reader = InboxReader(actor.answer, cluster_secret)
+    rounds = []
     for seed in range(2 + NUM_ROUNDS):
-        bare_ms.append(bare.ask())
-        actor_ms.append(asyncio.run(measure(service.answer, 1, 1000 + seed))[1])
-        tell(f"inter-token: bare {bare_ms[-1]:.2f} ms, service {actor_ms[-1]:.2f} ms")
-    results["bare_inter_token_ms"] = round(statistics.median(bare_ms[1:]), 2)
-    results["actor_inter_token_ms"] = round(statistics.median(actor_ms[1:]), 2)
-    results["actor_ratio"] = round(results["actor_inter_token_ms"] / results["bare_inter_token_ms"], 3)
-    bare.process.stdin.close()
-    bare.process.wait(30)
+        service_ms = asyncio.run(measure(service.answer, 1, 1000 + seed))[1]
+        rounds.append((bare.ask(), reader.ask(seed), service_ms))
+        tell("inter-token: bare {:.2f} ms, actor {:.2f} ms, service {:.2f} ms".format(*rounds[-1]))
+    bare_ms, *others_ms = (statistics.median(column) for column in zip(*rounds[1:], strict=True))
+    results["bare_inter_token_ms"] = round(bare_ms, 2)
+    for name, value_ms in zip(("actor", "service"), others_ms, strict=True):
+        results[f"{name}_inter_token_ms"] = round(value_ms, 2)
+        results[f"{name}_ratio"] = round(value_ms / bare_ms, 3)
+    reader.close()
+    for process in (bare.process, actor.process):
+        process.stdin.close()
+        process.wait(30)
     service.stop()
 
 
@@ -304,6 +388,8 @@ def main():
             run_worker(bytes.fromhex(cluster_secret))
         case ["api", cluster_secret, endpoint]:
             run_api(bytes.fromhex(cluster_secret), endpoint)
+        case ["actor", cluster_secret]:
+            run_actor(bytes.fromhex(cluster_secret))
         case ["plain", pace_s]:
             run_plain(float(pace_s))
         case ["bare"]:
