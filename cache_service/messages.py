@@ -206,6 +206,19 @@ class ReleasePages(msgspec.Struct, frozen=True, array_like=True, tag="release"):
     lease_ids: Annotated[list[int], Meta(max_length=MAX_ITEMS)]
 
 
+class AttachStore(msgspec.Struct, frozen=True, array_like=True, tag="attach_store"):
+    """Put pages into a remote store from now on, and fetch from it; answered by Done, or Refused.
+
+    `store` is written as `--store` is. An attached one is detached first.
+    """
+
+    store: str
+
+
+class DetachStore(msgspec.Struct, frozen=True, array_like=True, tag="detach_store"):
+    """Use no remote store any more; what is under way ends as failed. Answered by Done."""
+
+
 class ChangesSince(msgspec.Struct, frozen=True, array_like=True, tag="changes_since"):
     """Ask for all relocations after a version; answered by Changes or Snapshot."""
 
@@ -276,7 +289,7 @@ class Done(msgspec.Struct, frozen=True, array_like=True, tag="done"):
 
 RefusalCode = Literal[
     "protocol_version", "layout", "cluster", "no_reader_row", "not_attached", "pin_budget", "check_failed",
-    "undecodable", "arena_size", "arena_owned", "no_transfer",
+    "undecodable", "arena_size", "arena_owned", "no_transfer", "store", "fenced",
 ]  # fmt: skip
 
 
@@ -299,6 +312,8 @@ Request = (
     | Fetch
     | LeasePages
     | ReleasePages
+    | AttachStore
+    | DetachStore
     | ChangesSince
     | Pin
     | Unpin

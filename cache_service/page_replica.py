@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from cache_service.keys import PageKey
 from cache_service.page_records import Location
-from cache_service.relocation_records import Change, Stored
+from cache_service.relocation_records import Change, Removed, Standing, Stored, StoredRemotely
 
 
 class PageReplica:
@@ -16,6 +16,7 @@ class PageReplica:
 
     def __init__(self) -> None:
         self._locations: dict[PageKey, Location] = {}
+        self._remote: set[PageKey] = set()
         self._lost: dict[PageKey, None] = {}
         self._lock = threading.Lock()  # of `_lost`
 
@@ -25,6 +26,10 @@ class PageReplica:
     def get(self, key: PageKey) -> Location | None:
         """Return where the page is, as far as has been heard."""
         return self._locations.get(key)
+
+    def is_remote(self, key: PageKey) -> bool:
+        """Tell whether the remote store has the page, as far as has been heard."""
+        return key in self._remote
 
     def lose(self, keys: Iterable[PageKey]) -> None:
         """Note pages that did not get in. Any thread may call it."""
@@ -43,10 +48,13 @@ class PageReplica:
         """Take all pages for lost."""
         self.restart([])
 
-    def restart(self, stored: Sequence[Stored]) -> None:
+    def restart(self, stored: Sequence[Standing]) -> None:
         """See RelocationListener."""
         before = self._locations
-        self._locations = {entry.key: Location(entry.slot, entry.epoch) for entry in stored}
+        self._locations = {
+            entry.key: Location(entry.slot, entry.epoch) for entry in stored if isinstance(entry, Stored)
+        }
+        self._remote = {entry.key for entry in stored if isinstance(entry, StoredRemotely)}
         self.lose([key for key in before if key not in self._locations])
 
     def apply(self, changes: Sequence[Change]) -> None:
@@ -56,6 +64,10 @@ class PageReplica:
                 if isinstance(change, Stored):
                     self._locations[change.key] = Location(change.slot, change.epoch)
                     self._lost.pop(change.key, None)
-                else:
+                elif isinstance(change, Removed):
                     self._locations.pop(change.key, None)
                     self._lost[change.key] = None
+                elif isinstance(change, StoredRemotely):
+                    self._remote.add(change.key)
+                else:
+                    self._remote.discard(change.key)

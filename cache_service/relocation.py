@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import msgspec
 
-from cache_service.relocation_records import Change, Stored
+from cache_service.relocation_records import Change, Standing
 
 MAX_CHANGES = 16_384
 """What a log keeps for subscribers that missed some: about 200 bytes each."""
@@ -40,7 +40,7 @@ class Snapshot(msgspec.Struct, frozen=True, array_like=True, tag="snapshot"):
     """All that is stored at one version."""
 
     version: Version
-    stored: list[Stored]
+    stored: list[Standing]
 
 
 class RelocationLog:
@@ -76,7 +76,7 @@ class RelocationLog:
         start = version.counter - self._first_counter
         return Changes(self._incarnation, version.counter, self._changes[start:])
 
-    def resync(self, version: Version | None, stored: Iterable[Stored]) -> Changes | Snapshot:
+    def resync(self, version: Version | None, stored: Iterable[Standing]) -> Changes | Snapshot:
         """Return what brings a subscriber at `version` up to date: changes, else a snapshot of `stored`."""
         return self.changes_since(version) or Snapshot(self.version, list(stored))
 

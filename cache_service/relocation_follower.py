@@ -10,7 +10,7 @@ from typing import Protocol
 
 from cache_service.keys import PageKey
 from cache_service.relocation import Changes, Snapshot, Version
-from cache_service.relocation_records import Change, Stored
+from cache_service.relocation_records import Change, Removed, Standing, Stored, StoredRemotely
 
 MAX_PENDING = 1_024
 PATIENCE_S = 0.05
@@ -20,7 +20,7 @@ PATIENCE_S = 0.05
 class RelocationListener(Protocol):
     """Who keeps what an owner tells. Called in the follower's thread, in the owner's order."""
 
-    def restart(self, stored: Sequence[Stored]) -> None:
+    def restart(self, stored: Sequence[Standing]) -> None:
         """Forget everything; this is what is stored now."""
 
     def apply(self, changes: Sequence[Change]) -> None:
@@ -32,6 +32,7 @@ class RelocationIndex:
 
     def __init__(self) -> None:
         self._stored: dict[PageKey, Stored] = {}
+        self._remote: set[PageKey] = set()
 
     def __len__(self) -> int:
         return len(self._stored)
@@ -40,21 +41,30 @@ class RelocationIndex:
         """Return where the page is, as far as has been heard; the slot's epoch proves or disproves it."""
         return self._stored.get(key)
 
+    def is_remote(self, key: PageKey) -> bool:
+        """Tell whether the remote store has the page, as far as has been heard."""
+        return key in self._remote
+
     def entries(self) -> dict[PageKey, Stored]:
         """Return a copy; in the follower's thread, or while it is quiet."""
         return dict(self._stored)
 
-    def restart(self, stored: Sequence[Stored]) -> None:
+    def restart(self, stored: Sequence[Standing]) -> None:
         """See RelocationListener."""
-        self._stored = {entry.key: entry for entry in stored}
+        self._stored = {entry.key: entry for entry in stored if isinstance(entry, Stored)}
+        self._remote = {entry.key for entry in stored if isinstance(entry, StoredRemotely)}
 
     def apply(self, changes: Sequence[Change]) -> None:
         """See RelocationListener."""
         for change in changes:
             if isinstance(change, Stored):
                 self._stored[change.key] = change
-            else:
+            elif isinstance(change, Removed):
                 self._stored.pop(change.key, None)
+            elif isinstance(change, StoredRemotely):
+                self._remote.add(change.key)
+            else:
+                self._remote.discard(change.key)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""The changes a relocation log consists of: where a page starts or stops being valid in one node's arena.
+"""The changes a relocation log consists of: where a page starts or stops being valid in one node's arena, and
+in the remote store behind it.
 
 Written by the PageStore, numbered by the RelocationLog, applied by every subscriber.
 """
@@ -30,7 +31,21 @@ class Removed(msgspec.Struct, frozen=True, array_like=True, tag=2, gc=False):
     epoch: int
 
 
-Change = Stored | Removed
+class StoredRemotely(msgspec.Struct, frozen=True, array_like=True, tag=3, gc=False):
+    """The page `key` was put into the remote store, or found there. It may go from there unheard."""
+
+    key: PageKey
+
+
+class RemovedRemotely(msgspec.Struct, frozen=True, array_like=True, tag=4, gc=False):
+    """The page `key` was looked for in the remote store in vain, or the store was detached."""
+
+    key: PageKey
+
+
+Change = Stored | Removed | StoredRemotely | RemovedRemotely
+Standing = Stored | StoredRemotely
+"""What a snapshot lists. A page may be in both places."""
 
 
 class ChangeSink(Protocol):

@@ -63,6 +63,15 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):
     client_id: str
 
 
+class FetchHint(msgspec.Struct, frozen=True, array_like=True):
+    """Where leading pages of a prompt can be had that the replica's own node may lack. It may be out of date."""
+
+    peer: str | None
+    """Endpoint of the CacheServer that has them; None: the remote store."""
+    num_pages: int
+    """Leading pages of the prompt that are there, or on the replica's node already."""
+
+
 class SubmitRequest(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
     """One request for one sequence. `tenant_salt` enters the namespace of its PageKeys."""
 
@@ -72,6 +81,8 @@ class SubmitRequest(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
     priority: int = 0
     """Lower goes first."""
     tenant_salt: bytes = b""
+    hints: list[FetchHint] = []
+    """Best first."""
 
 
 class AbortRequest(msgspec.Struct, frozen=True, array_like=True, tag="abort"):

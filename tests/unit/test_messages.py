@@ -8,7 +8,7 @@ from cache_service.keys import PageKey
 from cache_service.messages import Answer, Call, Reply, Request
 from cache_service.page_records import CommitResult, CommitStatus, Entry, Grant, Location
 from cache_service.relocation import Changes, Snapshot, Version
-from cache_service.relocation_records import Removed, Stored
+from cache_service.relocation_records import Removed, RemovedRemotely, Stored, StoredRemotely
 
 KEY = PageKey(b"k" * 16)
 OTHER = PageKey(b"o" * 16)
@@ -25,6 +25,8 @@ REQUESTS = [
     messages.Fetch([messages.WantedPage(OTHER, KEY, 64, 1)], None, 0.5),
     messages.LeasePages(1, "10.0.0.2", 2**63, b"f" * 16, 4_096, 2, [KEY]),
     messages.ReleasePages([1, 2]),
+    messages.AttachStore("disk:/var/eyrie?gb=10"),
+    messages.DetachStore(),
     messages.ChangesSince(None),
     messages.ChangesSince(Version(2**64 - 1, 9)),
     messages.Pin([KEY]),
@@ -45,8 +47,8 @@ ANSWERS = [
     messages.Found([None, Location(1, 2)]),
     messages.Fetched([messages.FetchResult(messages.FetchStatus.MISSING, None)]),
     messages.Leased(9, "10.0.0.1:12345", [messages.LeasedPage(1, 2, 4_096, [2**64 - 1, 1])]),
-    Changes(3, 4, [Stored(KEY, None, 1, 2), Removed(KEY, 1, 2)]),
-    Snapshot(Version(3, 4), [Stored(KEY, OTHER, 1, 2)]),
+    Changes(3, 4, [Stored(KEY, None, 1, 2), Removed(KEY, 1, 2), StoredRemotely(KEY), RemovedRemotely(KEY)]),
+    Snapshot(Version(3, 4), [Stored(KEY, OTHER, 1, 2), StoredRemotely(KEY)]),
     messages.StatsReply(10, 1, 2, 3, 4, 0, 0, 8_192, [messages.Count("dropped", 2, "load")]),
     messages.Done(3),
     messages.Refused("layout", "the arena holds bundles of 4096 bytes, the worker 8192"),
