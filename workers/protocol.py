@@ -64,7 +64,7 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):
 
 
 class FetchHint(msgspec.Struct, frozen=True, array_like=True):
-    """Where leading pages of a prompt can be had that the replica's own node may lack. It may be out of date."""
+    """Where leading pages of a prompt can be had that its replica's node may lack. It may be out of date."""
 
     peer: str | None
     """Endpoint of the CacheServer that has them; None: the remote store."""
