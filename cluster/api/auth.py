@@ -1,4 +1,7 @@
-"""API keys: who may call, and the salt that keeps each key's cached pages from every other key's."""
+"""API keys: who may call, and the salt that keeps each key's cached pages from every other key's.
+
+A request's `cache_salt` parts them further.
+"""
 
 import hashlib
 import hmac
@@ -17,10 +20,20 @@ def tenant_salt(cluster_secret: bytes, api_key: str) -> bytes:
     return hmac.digest(cluster_secret, b"eyrie tenant salt" + api_key.encode(), "sha256")[:SALT_BYTES]
 
 
+def request_salt(cluster_secret: bytes, tenant: bytes, cache_salt: str) -> bytes:
+    """Return the salt of the PageKeys of one tenant's requests with one `cache_salt`.
+
+    Two tenants that choose the same share nothing; nor does it equal any tenant's own salt.
+    """
+    message = b"eyrie cache salt" + bytes([len(tenant)]) + tenant + cache_salt.encode()
+    return hmac.digest(cluster_secret, message, "sha256")[:SALT_BYTES]
+
+
 class Authenticator:
     """Checks bearer keys in constant time. Without keys everyone may call, under the empty salt."""
 
     def __init__(self, api_keys: Sequence[str], cluster_secret: bytes) -> None:
+        self._cluster_secret = cluster_secret
         self._tenants = [(_fingerprint(key.encode()), tenant_salt(cluster_secret, key)) for key in api_keys]
 
     @property
@@ -43,6 +56,10 @@ class Authenticator:
         if found is None:
             raise ApiError(401, "The API key is not one of this server's.", code="invalid_api_key")
         return found
+
+    def salt(self, tenant: bytes, cache_salt: str | None) -> bytes:
+        """Return the salt of a request's PageKeys: the tenant's own, or one apart for its `cache_salt`."""
+        return tenant if cache_salt is None else request_salt(self._cluster_secret, tenant, cache_salt)
 
     def _match(self, fingerprint: bytes) -> bytes | None:
         # Every key is compared, whole, whether or not one matched before: time tells nothing.

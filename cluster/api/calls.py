@@ -55,14 +55,14 @@ async def answer_call(
 ) -> None:
     """Check key and body, then run `answer` until it is done or the client hangs up (ClientDisconnect)."""
     arrival_s = service.clock()
-    tenant_salt = service.authenticator.tenant(header(scope, b"authorization"))
+    tenant = service.authenticator.tenant(header(scope, b"authorization"))
     with service.lifecycle.call():
         body = await read_body(Request(scope, receive), schema, service.threads)
         check_model(service, body.model)
         call = Call(
             body=body,
             request_id=current_request_id.get(),
-            tenant_salt=tenant_salt,
+            tenant_salt=service.authenticator.salt(tenant, body.cache_salt),
             created=int(service.wall_clock()),
             arrival_s=arrival_s,
         )

@@ -27,6 +27,7 @@ MAX_LOGIT_BIAS = 300
 MAX_MESSAGES = 4096
 MAX_CHAT_LOGPROBS = 20
 MAX_COMPLETION_LOGPROBS = 5
+MAX_CACHE_SALT_CHARS = 256
 LAST_PRIORITY = 100
 """Clients may step back from 0, everyone's default, never ahead of it: others would starve."""
 
@@ -118,6 +119,12 @@ def _priority(value: object) -> int:
     return value
 
 
+def _cache_salt(value: object) -> str:
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_CACHE_SALT_CHARS:
+        raise ValueError(f"must be a string of 1 to {MAX_CACHE_SALT_CHARS} characters")
+    return value
+
+
 def _ignored(value: object) -> None:
     """Accept anything: OpenAI's clients send it and it changes nothing about the answer."""
 
@@ -167,6 +174,8 @@ class SamplingFields(_Strict):
     ignore_eos: bool | None = None
     stop_token_ids: Annotated[tuple[int, ...], PlainValidator(_stop_token_ids)] | None = None
     priority: Annotated[int, PlainValidator(_priority)] | None = None
+    cache_salt: Annotated[str, PlainValidator(_cache_salt)] | None = None
+    """Only requests with the same one, of the same API key, share cached pages."""
 
     user: Ignored = None
     metadata: Ignored = None
@@ -293,6 +302,5 @@ UNSUPPORTED: Mapping[str, tuple[tuple[object, ...], str]] = {
     "web_search_options": ((None,), "web search is not supported"),
     "reasoning_effort": ((None,), "reasoning effort is not supported"),
     "verbosity": ((None,), "verbosity is not supported"),
-    "cache_salt": ((None,), "per-request cache salts are not supported; each API key has its own"),
 }
 """Features not there yet: the values that ask for nothing, and what to say to the others."""

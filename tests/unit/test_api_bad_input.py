@@ -98,6 +98,9 @@ CHAT_FAULTS = [
     ({"priority": -1}, "priority", "0 (first) to 100 (found -1)"),
     ({"priority": 1.0}, "priority", "integer"),
     ({"priority": True}, "priority", "integer"),
+    ({"cache_salt": ""}, "cache_salt", "1 to 256 characters"),
+    ({"cache_salt": "x" * 257}, "cache_salt", "1 to 256 characters"),
+    ({"cache_salt": ["x"]}, "cache_salt", "a string"),
     ({"repetition_penalty": 1e-46}, "repetition_penalty", "a number from 0.01 to 100"),
     ({"repetition_penalty": 101}, "repetition_penalty", "100 (found 101)"),
     ({"messages": [{"content": "x"}] * 3}, "messages[0].role", "required"),
@@ -110,7 +113,6 @@ CHAT_FAULTS = [
     ({"functions": [{}]}, "functions", "not supported"),
     ({"audio": {}}, "audio", "not supported"),
     ({"modalities": ["text", "audio"]}, "modalities", "text"),
-    ({"cache_salt": "x"}, "cache_salt", "not supported"),
 ]
 
 
