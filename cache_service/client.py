@@ -15,6 +15,7 @@ from pathlib import Path
 from cache_service import messages
 from cache_service.arena import Arena, ArenaMismatchError
 from cache_service.arena_format import ArenaSpec
+from cache_service.fetch_calls import FetchAnswer, FetchCalls
 from cache_service.held_grants import HeldGrants
 from cache_service.identity import cluster_id_of
 from cache_service.keys import PageKey
@@ -132,6 +133,8 @@ class CacheClient:
             endpoint, cluster_secret, attach, self, patience or Patience(), clock
         )
         """For metrics; calls go through the client's own methods."""
+        self.fetches = FetchCalls(self.connection, clock)
+        """For metrics too."""
 
     def start(self, timeout_s: float) -> None:
         """Attach to the server and map the arena.
@@ -173,7 +176,7 @@ class CacheClient:
         """Pages of the node, as far as has been heard."""
         return len(self._pages)
 
-    # What workers.kvcache.host_tier.HostCache asks for.
+    # What workers.kvcache.host_cache.HostCache and RemotePages ask for.
 
     def locate(self, key: PageKey) -> Location | None:
         """Return where the page is, as far as is known; a lease proves or disproves it."""
@@ -229,6 +232,18 @@ class CacheClient:
     def take_lost(self) -> list[PageKey]:
         """Return the pages that left the arena, or were not taken in, since the last call."""
         return self._pages.take_lost()
+
+    def is_remote(self, key: PageKey) -> bool:
+        """Tell whether the remote store has the page, as far as has been heard."""
+        return self._pages.is_remote(key)
+
+    def fetch(self, pages: Sequence[messages.WantedPage], peer: str | None, timeout_s: float) -> int:
+        """Have pages brought into the arena from elsewhere; return a number for `take_fetched`."""
+        return self.fetches.begin(pages, peer, timeout_s)
+
+    def take_fetched(self) -> list[FetchAnswer]:
+        """Return what has come of FETCHes since the last call."""
+        return self.fetches.take()
 
     def close(self) -> None:
         """Leave the arena. What is still leased stays so until this process is gone. Idempotent."""
