@@ -9,6 +9,7 @@ from cache_service.arena_format import ArenaSizeError
 from cache_service.eviction import EvictionPolicy
 from cache_service.host_memory import HostMemory
 from cache_service.page_store import PageStoreOptions
+from cache_service.store_address import parse_store_address
 
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 _GIB = 1 << 30
@@ -39,11 +40,22 @@ class CacheConfig:
     """Part of the host cache that is made free once less than `min_free_ratio` is."""
     keep_arena: bool = False
     """Leave the pages in shared memory when the service stops, for its next run; wants a `secret_file`."""
+    store: str | None = None
+    """Remote store that each node's pages are put into and fetched from: `disk:/PATH?gb=SIZE` (`{node}` in it
+    stands for the node's address) or `mooncake:HOST:PORT?segment_gb=SIZE`. Not given: none, until one is
+    attached."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.host_cache_gb is not None and self.host_cache_ratio is not None:
             raise ValueError("both host_cache_gb and host_cache_ratio are given; give one of them")
+        if self.store is not None:
+            parse_store_address(self.store)
+            if not self.is_on:
+                raise ValueError(
+                    "a store is given without a host cache, through which pages go there and come back; give"
+                    " host_cache_gb or host_cache_ratio"
+                )
         if self.min_free_ratio > self.target_free_ratio:
             raise ValueError(
                 f"min_free_ratio {self.min_free_ratio:g} is above target_free_ratio"

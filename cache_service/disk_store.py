@@ -27,9 +27,11 @@ from cache_service.remote import (
     RemoteStats,
     pack_header,
     read_header,
+    run_get,
+    run_put,
     verify,
 )
-from cache_service.remote_worker import Batch, RemoteWorker
+from cache_service.remote_worker import Batch, RemoteWorker, in_parts
 
 _SUFFIX = ".page"
 _TEMPORARY_SUFFIX = ".writing"
@@ -90,35 +92,17 @@ class DiskStore:
         """See RemoteStore."""
 
         def work(batch: Batch[PutStatus]) -> None:
-            for place, page in enumerate(pages):
-                if batch.is_cancelled:
-                    return
-                batch.fill(place, self._put(page))
+            in_parts(batch, pages, 1, lambda part: [self._put(part[0])])
 
-        batch = self._writer.run(
-            work, len(pages), timeout_s, timed_out=PutStatus.TIMED_OUT, failed=PutStatus.FAILED
-        )
-        self.stats.count_puts(batch.results, self._layout.slot_bytes)
-        return batch
+        return run_put(self._writer, work, pages, timeout_s, self.stats)
 
     def get(self, pages: Sequence[PageBuffer], timeout_s: float) -> Batch[GetResult]:
         """See RemoteStore."""
 
         def work(batch: Batch[GetResult]) -> None:
-            for place, page in enumerate(pages):
-                if batch.is_cancelled:
-                    return
-                batch.fill(place, self._get(page))
+            in_parts(batch, pages, 1, lambda part: [self._get(part[0])])
 
-        batch = self._reader.run(
-            work,
-            len(pages),
-            timeout_s,
-            timed_out=GetResult(GetStatus.TIMED_OUT),
-            failed=GetResult(GetStatus.FAILED),
-        )
-        self.stats.count_gets(batch.results, self._layout.slot_bytes)
-        return batch
+        return run_get(self._reader, work, pages, timeout_s, self.stats)
 
     def exists(self, keys: Sequence[PageKey], timeout_s: float) -> list[bool]:
         """See RemoteStore; answered from memory."""
@@ -129,10 +113,16 @@ class DiskStore:
         """See RemoteStore."""
 
         def work(batch: Batch[bool]) -> None:
-            for place, key in enumerate(keys):
-                batch.fill(place, self._remove(self._path(key).name))
+            in_parts(batch, keys, 1, lambda part: [self._remove(self._path(part[0]).name)])
 
         return sum(self._writer.run(work, len(keys), timeout_s, timed_out=False, failed=False).results)
+
+    def known_keys(self) -> list[PageKey]:
+        """See RemoteStore; by the names of the files, whose bytes nobody has looked at."""
+        with self._lock:
+            names = list(self._files)
+        keys = (self._layout.key_of(name.removesuffix(_SUFFIX)) for name in names)
+        return [key for key in keys if key is not None]
 
     def close(self, timeout_s: float) -> bool:
         """See RemoteStore. The files stay."""

@@ -8,7 +8,6 @@ hangs or fails is replaced by a fresh one (its buffers are quiet once it is clos
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from typing import TypeVar
 
 from cache_service.keys import PageKey
 from cache_service.mooncake_client import MAX_RECORDS, MooncakeClient
@@ -21,13 +20,12 @@ from cache_service.remote import (
     PutStatus,
     RecordLayout,
     RemoteStats,
+    run_get,
+    run_put,
 )
-from cache_service.remote_worker import Batch, RemoteWorker
+from cache_service.remote_worker import Batch, RemoteWorker, in_parts
 
 logger = logging.getLogger(__name__)
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 MAX_RETIRED = 4
 """Readers given up whose last call has not returned; with so many, gets fail at once."""
@@ -51,7 +49,6 @@ class MooncakeStore:
         setup_timeout_s: float = 15.0,
     ) -> None:
         self.stats = RemoteStats()
-        self._page_bytes = layout.slot_bytes
         self._make_client: Callable[[], MooncakeClient] = lambda: MooncakeClient(
             master, layout, memory, options, self.stats
         )
@@ -69,15 +66,11 @@ class MooncakeStore:
 
     def put(self, pages: Sequence[PageRecord], timeout_s: float) -> Batch[PutStatus]:
         """See RemoteStore."""
-        batch = self._writer.run(
-            lambda batch: _in_parts(batch, pages, self._client.put),
-            len(pages),
-            timeout_s,
-            timed_out=PutStatus.TIMED_OUT,
-            failed=PutStatus.FAILED,
-        )
-        self.stats.count_puts(batch.results, self._page_bytes)
-        return batch
+
+        def work(batch: Batch[PutStatus]) -> None:
+            in_parts(batch, pages, MAX_RECORDS, self._client.put)
+
+        return run_put(self._writer, work, pages, timeout_s, self.stats)
 
     def get(self, pages: Sequence[PageBuffer], timeout_s: float) -> Batch[GetResult]:
         """See RemoteStore."""
@@ -85,17 +78,11 @@ class MooncakeStore:
         if reader is None:
             batch: Batch[GetResult] = Batch(len(pages))
             batch.finish(GetResult(GetStatus.FAILED))
-        else:
-            batch = reader.worker.run(
-                lambda batch: reader.get(batch, pages),
-                len(pages),
-                timeout_s,
-                timed_out=GetResult(GetStatus.TIMED_OUT),
-                failed=GetResult(GetStatus.FAILED),
-            )
-            if not batch.quiet.is_set():
-                self._retire(reader)
-        self.stats.count_gets(batch.results, self._page_bytes)
+            self.stats.count_gets(batch.results, 0)
+            return batch
+        batch = run_get(reader.worker, lambda batch: reader.get(batch, pages), pages, timeout_s, self.stats)
+        if not batch.quiet.is_set():
+            self._retire(reader)
         return batch
 
     def exists(self, keys: Sequence[PageKey], timeout_s: float) -> list[bool]:
@@ -105,6 +92,10 @@ class MooncakeStore:
     def remove(self, keys: Sequence[PageKey], timeout_s: float) -> int:
         """See RemoteStore. Readers elsewhere are not waited for: what they get then fails its checksum."""
         return sum(self._write(keys, self._client.remove, timeout_s))
+
+    def known_keys(self) -> list[PageKey]:
+        """See RemoteStore: the master lists nothing."""
+        return []
 
     def close(self, timeout_s: float) -> bool:
         """See RemoteStore."""
@@ -138,7 +129,11 @@ class MooncakeStore:
         self, keys: Sequence[PageKey], part_of: Callable[[Sequence[PageKey]], list[bool]], timeout_s: float
     ) -> list[bool]:
         return self._writer.run(
-            lambda batch: _in_parts(batch, keys, part_of), len(keys), timeout_s, timed_out=False, failed=False
+            lambda batch: in_parts(batch, keys, MAX_RECORDS, part_of),
+            len(keys),
+            timeout_s,
+            timed_out=False,
+            failed=False,
         ).results
 
     def _current_reader(self) -> "_Reader | None":
@@ -216,13 +211,3 @@ class _Reader:
         self._client.close()
         for batch in self._held:
             batch.let_go()
-
-
-def _in_parts(
-    batch: Batch[Result], items: Sequence[Item], part_of: Callable[[Sequence[Item]], list[Result]]
-) -> None:
-    for start in range(0, len(items), MAX_RECORDS):
-        if batch.is_cancelled:
-            return
-        for place, result in enumerate(part_of(items[start : start + MAX_RECORDS]), start):
-            batch.fill(place, result)

@@ -7,7 +7,7 @@ one checks the header first and the bytes after the copy; what is not right is a
 import struct
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -16,7 +16,7 @@ import xxhash
 
 from cache_service.arena_format import FINGERPRINT_BYTES, MAX_RANKS, bundle_checksum
 from cache_service.keys import KEY_BYTES, PageKey
-from cache_service.remote_worker import Batch
+from cache_service.remote_worker import Batch, RemoteWorker
 
 RECORD_MAGIC = b"EYRIEREC"
 RECORD_FORMAT_VERSION = 1
@@ -68,9 +68,20 @@ class RecordLayout:
 
     def name(self, key: PageKey) -> str:
         """Return what a store calls a page's record: no two formats or layouts share a name."""
+        return f"{key.hex()}{self._ending}"
+
+    def key_of(self, name: str) -> PageKey | None:
+        """Return the page whose record has this name; None for names of other formats and layouts."""
+        try:
+            key = PageKey(bytes.fromhex(name[: 2 * KEY_BYTES]))
+        except ValueError:
+            return None
+        return key if self.name(key) == name else None
+
+    @property
+    def _ending(self) -> str:
         sizes = struct.pack("<QI", self.bundle_bytes, self.num_ranks)
-        layout = xxhash.xxh3_64_hexdigest(self.fingerprint + sizes)
-        return f"{key.hex()}-{layout}-v{RECORD_FORMAT_VERSION}"
+        return f"-{xxhash.xxh3_64_hexdigest(self.fingerprint + sizes)}-v{RECORD_FORMAT_VERSION}"
 
 
 @dataclass(frozen=True)
@@ -159,9 +170,45 @@ class RemoteStore(Protocol):
         """Remove pages; return how many were there."""
         ...
 
+    def known_keys(self) -> list[PageKey]:
+        """Return the pages it can list, last used last; none where nobody keeps such a list."""
+        ...
+
     def close(self, timeout_s: float) -> bool:
         """Give everything back; False where a call still hangs: its thread then ends when it returns."""
         ...
+
+
+def run_put(
+    worker: RemoteWorker,
+    work: Callable[[Batch[PutStatus]], None],
+    pages: Sequence[PageRecord],
+    timeout_s: float,
+    stats: RemoteStats,
+) -> Batch[PutStatus]:
+    """Let a worker put pages in its thread, within the caller's deadline, and count what came of it."""
+    batch = worker.run(work, len(pages), timeout_s, timed_out=PutStatus.TIMED_OUT, failed=PutStatus.FAILED)
+    stats.count_puts(batch.results, pages[0].data.nbytes if pages else 0)
+    return batch
+
+
+def run_get(
+    worker: RemoteWorker,
+    work: Callable[[Batch[GetResult]], None],
+    pages: Sequence[PageBuffer],
+    timeout_s: float,
+    stats: RemoteStats,
+) -> Batch[GetResult]:
+    """Let a worker get pages in its thread, as `run_put` does."""
+    batch = worker.run(
+        work,
+        len(pages),
+        timeout_s,
+        timed_out=GetResult(GetStatus.TIMED_OUT),
+        failed=GetResult(GetStatus.FAILED),
+    )
+    stats.count_gets(batch.results, pages[0].data.nbytes if pages else 0)
+    return batch
 
 
 def pack_header(layout: RecordLayout, page: PageRecord) -> bytes:

@@ -3,12 +3,13 @@
 import logging
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Item = TypeVar("Item")
 
 
 class Batch(Generic[T]):
@@ -144,3 +145,14 @@ class RemoteWorker:
                 run()
             except Exception:  # the thread's top: the batch's pages count as failed, the next go on
                 logger.exception("a remote store's call failed")
+
+
+def in_parts(
+    batch: Batch[T], items: Sequence[Item], part_len: int, part_of: Callable[[Sequence[Item]], Sequence[T]]
+) -> None:
+    """Fill a batch part by part, until it is cancelled. In the worker's thread."""
+    for start in range(0, len(items), part_len):
+        if batch.is_cancelled:
+            return
+        for place, result in enumerate(part_of(items[start : start + part_len]), start):
+            batch.fill(place, result)

@@ -123,6 +123,17 @@ def test_files_of_other_formats_are_kept_until_their_turn(tmp_path):
     harness.close()
 
 
+def test_pages_are_listed_after_a_restart_by_their_last_use_those_of_other_layouts_left_out(harness):
+    store = harness.open(LAYOUT)
+    put(store, 1, 2, 3)
+    get(store, 1)
+    for name in (f"{key_of(4).hex()}-0123456789abcdef-v1", LAYOUT.name(key_of(5)) + "2", "no key"):
+        harness.plant(name, b"?" * 100)
+    store = harness.open(LAYOUT)
+    assert store.known_keys() == [key_of(2), key_of(3), key_of(1)]
+    assert store.num_records == 6
+
+
 def test_a_file_that_vanished_is_a_miss_and_its_bytes_are_free(harness):
     store = harness.open(LAYOUT)
     put(store, 1, 2)
