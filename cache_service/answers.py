@@ -5,14 +5,15 @@ Called by the server's one thread; no sockets here.
 
 import logging
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from cache_service import messages
 from cache_service.arena_files import ArenaOwnedError
 from cache_service.arena_format import ArenaSizeError
+from cache_service.fetcher import Fetcher
 from cache_service.messages import Answer, Count, Done, Refused, Request
 from cache_service.node_arena import ArenaLayoutError, NodeArena
-from cache_service.page_records import Location
 from cache_service.page_store import PageStore
 from cache_service.pins import PinBudgetError
 from cache_service.processes import ProcessId
@@ -30,19 +31,39 @@ class _Client:
 
 
 class Answers:
-    """Knows clients by their sockets' identities. `broadcasts` is where relocations are published."""
+    """Knows clients by their sockets' identities. `broadcasts` is where relocations are published.
 
-    def __init__(self, arena: NodeArena, cluster_id: str, broadcasts: str) -> None:
+    `counts` are the server's counters by (name, reason).
+    """
+
+    def __init__(
+        self,
+        arena: NodeArena,
+        cluster_id: str,
+        broadcasts: str,
+        fetcher: Fetcher,
+        counts: Counter[tuple[str, str]],
+    ) -> None:
         self._arena = arena
         self._cluster_id = cluster_id
         self._broadcasts = broadcasts
         self._clients: dict[bytes, _Client] = {}
-        self._counts: Counter[tuple[str, str]] = Counter()
+        self._fetcher = fetcher
+        self._counts = counts
 
-    def answer(self, identity: bytes, request: Request, now_s: float) -> Answer:
-        """Do what a client asks."""
+    def answer(
+        self, identity: bytes, request: Request, now_s: float, later: Callable[[Answer], None]
+    ) -> Answer | None:
+        """Do what a client asks; None: `later` gets the answer, in this thread, now or when it is known."""
         self._counts["calls", type(request).__name__.lower()] += 1
-        return self._answer(identity, request, now_s)
+        match request:
+            case messages.Fetch():
+                self._fetcher.fetch(request, later)
+                return None
+            case messages.AttachStore() | messages.DetachStore():
+                return self.refuse("store", "this server has no remote store")
+            case _:
+                return self._answer(identity, request, now_s)
 
     def refuse(self, code: messages.RefusalCode, reason: str) -> Refused:
         """Count and return a refusal."""
@@ -149,8 +170,6 @@ class Answers:
                 return Done(num_dropped)
             case messages.Lookup():
                 return messages.Found(store.lookup(request.keys))
-            case messages.Fetch():
-                return _unfetched(store.lookup([page.key for page in request.pages]))
             case messages.Pin():
                 return self._pin(store, request)
             case messages.Unpin():
@@ -172,8 +191,6 @@ class Answers:
                 return self.refuse("not_attached", f"{type(request).__name__} before Attach; attach first")
             case messages.Lookup():
                 return messages.Found([None] * len(request.keys))
-            case messages.Fetch():
-                return _unfetched([None] * len(request.pages))
             case _:
                 return Done()
 
@@ -224,14 +241,3 @@ class Answers:
                 store.unpin(key)
             return self.refuse("pin_budget", str(error))
         return Done(len(pinned))
-
-
-def _unfetched(locations: list[Location | None]) -> messages.Fetched:
-    """Say of pages to be fetched that there is nothing to fetch them with."""
-    statuses = messages.FetchStatus
-    return messages.Fetched(
-        [
-            messages.FetchResult(statuses.FAILED if location is None else statuses.PRESENT, location)
-            for location in locations
-        ]
-    )

@@ -23,3 +23,5 @@ class ArenaSafety:
     """Only the group that a slot was granted to, under that grant's epoch, commits or gives it up."""
     proven_death: bool = True
     """What a group holds is taken back only once all its processes are dead."""
+    quiet: bool = True
+    """Slots that a failed transfer may write still are not given to anybody else."""

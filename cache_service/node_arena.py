@@ -14,13 +14,16 @@ from cache_service import arena_format
 from cache_service.arena import Arena
 from cache_service.arena_files import ArenaOwnedError, OwnedArena, sweep_dead_clusters
 from cache_service.arena_format import ArenaIdentity, ArenaSpec
+from cache_service.arena_safety import ArenaSafety
+from cache_service.arena_user import ArenaAccess, ArenaUser
 from cache_service.config import CacheConfig
 from cache_service.host_memory import HostMemory
 from cache_service.lease_ages import LeaseAges
+from cache_service.lease_row import LeaseRow
 from cache_service.messages import Attach
 from cache_service.page_store import PageStore
 from cache_service.processes import ProcessId, ProcessWatch
-from cache_service.reader_rows import ReaderRow, ReaderRows
+from cache_service.reader_rows import MAX_GROUP, NoReaderRowError, ReaderRow, ReaderRows
 from cache_service.relocation import RelocationLog
 
 logger = logging.getLogger(__name__)
@@ -51,12 +54,16 @@ class NodeArena:
         now_s: float,
         read_memory: Callable[[Path], HostMemory] = HostMemory.read,
         patience_s: float = PATIENCE_S,
+        safety: ArenaSafety | None = None,
     ) -> None:
         self._config = config
         self._cluster_id = cluster_id
         self._path = path
         self._read_memory = read_memory
+        self._safety = safety
         self._watch = ProcessWatch()
+        self._users: list[ArenaUser] = []
+        self._access: ArenaAccess | None = None
         self._owned: OwnedArena | None = None
         self.store: PageStore | None = None
         self.rows: ReaderRows | None = None
@@ -82,6 +89,12 @@ class NodeArena:
     def arena(self) -> Arena | None:
         """The arena, once there is one."""
         return None if self._owned is None else self._owned.arena
+
+    def enlist(self, user: ArenaUser) -> None:
+        """Tell `user` of this arena and of those to come; the last to be enlisted is the first to end."""
+        self._users.append(user)
+        if self._access is not None:
+            user.begin(self._access)
 
     def announce(self, port: int) -> None:
         """Write where the server listens into its arena, for those on this node that look for it."""
@@ -110,10 +123,7 @@ class NodeArena:
 
     def close(self, keep: bool) -> None:
         """Let go of the arena, and with `keep` leave its file to the next server. Idempotent."""
-        self.store = self.rows = self.ages = None
-        if self._owned is not None:
-            self._owned.close(keep)
-            self._owned = None
+        self._let_go(keep)
         self._watch.close()
 
     def leave(self) -> None:
@@ -146,15 +156,26 @@ class NodeArena:
                 )
             logger.warning("the arena gets another layout: its pages go", extra={"layout": _layout(wanted)})
             self.store.clear()  # so that subscribers hear of it
-            self.store = self.rows = self.ages = None
-            assert self._owned is not None
-            self._owned.close()
-            self._owned = None
+            self._let_go(keep=False)
         size = self._config.arena_bytes(self._read_memory(self._path.parent))
         owned = self._take(
             ArenaSpec.of_size(self._cluster_id, *wanted, size), self.log.version.incarnation, 0.0
         )
         self._use(owned, now_s)
+
+    def _let_go(self, keep: bool) -> None:
+        """End those who use the arena, and give it up. What still touches it keeps its memory mapped."""
+        if self._access is not None:
+            self._access = None
+            has_ended = [user.end() for user in reversed(self._users)]
+            if all(has_ended) and self.rows is not None:
+                self.rows.detach_server()
+            elif not all(has_ended):
+                logger.warning("the arena's memory stays mapped: transfers are under way")
+        self.store = self.rows = self.ages = None
+        if self._owned is not None:
+            self._owned.close(keep)
+            self._owned = None
 
     def _take(self, spec: ArenaSpec, incarnation: int, patience_s: float) -> OwnedArena:
         """Own the file, once its last owner has gone."""
@@ -162,7 +183,7 @@ class NodeArena:
         end_s = time.monotonic() + patience_s
         while True:
             try:
-                return OwnedArena.open(self._path, spec, incarnation, memory)
+                return OwnedArena.open(self._path, spec, incarnation, memory, self._safety)
             except ArenaOwnedError:
                 if time.monotonic() >= end_s:
                     raise
@@ -178,6 +199,10 @@ class NodeArena:
         self.store = PageStore(arena, self.log, self._config.store_options, self.rows.groups)
         self.ages = LeaseAges(arena, now_s)
         owned.prefault.start()
+        self._access = self._own_access(arena, self.store, self.rows)
+        if self._access is not None:
+            for user in self._users:
+                user.begin(self._access)
         logger.info(
             "the arena is ready",
             extra={
@@ -188,6 +213,16 @@ class NodeArena:
                 "incarnation": arena.incarnation,
             },
         )
+
+    def _own_access(self, arena: Arena, store: PageStore, rows: ReaderRows) -> ArenaAccess | None:
+        """Take the server's own place; None where processes hold every row."""
+        group = 1 + self.log.version.incarnation % MAX_GROUP
+        try:
+            row = rows.attach_server(ProcessId.current(), group)
+        except NoReaderRowError:
+            logger.warning("no reader row is left for the server: it fetches, puts and lends no pages")
+            return None
+        return ArenaAccess(arena, store, row.group, LeaseRow(arena, row.row))
 
 
 def _layout(layout: tuple[bytes, int, int]) -> str:

@@ -10,6 +10,8 @@ from cache_service import arena_format
 from cache_service.arena import Arena
 from cache_service.processes import ProcessId, ProcessWatch
 
+MAX_GROUP = (1 << 32) - 1
+
 
 class NoReaderRowError(Exception):
     """Every reader row of the arena belongs to a process."""
@@ -30,6 +32,7 @@ class ReaderRows:
         self._watch = watch
         self._rows: dict[ProcessId, ReaderRow] = {}
         self._gone: set[ProcessId] = set()
+        self._server: ReaderRow | None = None
         self._next_group = 1
         for row in range(arena.spec.num_readers):
             pid, ticks, group = (arena.row_word(row, word) for word in _ROW_WORDS)
@@ -46,8 +49,33 @@ class ReaderRows:
 
     @property
     def processes(self) -> dict[ProcessId, ReaderRow]:
-        """Every process with a row."""
+        """Every process with a row, but for the server."""
         return dict(self._rows)
+
+    @property
+    def used_rows(self) -> list[int]:
+        """The rows that somebody may hold leases in."""
+        rows = [row.row for row in self._rows.values()]
+        return rows if self._server is None else [*rows, self._server.row]
+
+    def attach_server(self, process: ProcessId, group: int) -> ReaderRow:
+        """Give the server's own process a row, the last free one, and a group: `group`, or the next that is
+        nobody's.
+
+        Its successor takes it for one process among others, dead or alive. Raises NoReaderRowError.
+        """
+        assert self._server is None, "the server has its row"
+        while group in self.groups:
+            group = group % MAX_GROUP + 1
+        self._server = ReaderRow(self._free_rows()[-1], group)
+        self._write(self._server, process)
+        return self._server
+
+    def detach_server(self) -> None:
+        """Give the server's row back; nothing reads or writes the arena in its name any more."""
+        if self._server is not None:
+            self._clear(self._server.row)
+            self._server = None
 
     def attach(self, process: ProcessId, group: int | None) -> ReaderRow:
         """Give a process a row, in `group` or (None) in a new one; one that has a row keeps it.
@@ -59,19 +87,12 @@ class ReaderRows:
             self._gone.discard(process)
             self._watch.watch(process)
             return self._rows[process]
-        taken = {row.row for row in self._rows.values()}
-        free = next((row for row in range(self._arena.spec.num_readers) if row not in taken), None)
-        if free is None:
-            raise NoReaderRowError(
-                f"all {len(taken)} reader rows of {self._arena.path} are taken;"
-                " run fewer workers on this node"
-            )
+        free = self._free_rows()[0]
         if group is None:
             group = self._next_group
             self._next_group += 1
-        for word, value in zip(_ROW_WORDS, (process.pid, process.start_ticks, group), strict=True):
-            self._arena.set_row_word(free, word, value)
         self._rows[process] = ReaderRow(free, group)
+        self._write(self._rows[process], process)
         self._watch.watch(process)
         return self._rows[process]
 
@@ -103,6 +124,21 @@ class ReaderRows:
         for row in self._rows.values():
             counts[row.group] += int(self._arena.leases[row.row].sum())
         return counts
+
+    def _free_rows(self) -> list[int]:
+        """Return the rows that are nobody's, one at least."""
+        taken = set(self.used_rows)
+        free = [row for row in range(self._arena.spec.num_readers) if row not in taken]
+        if not free:
+            raise NoReaderRowError(
+                f"all {len(taken)} reader rows of {self._arena.path} are taken;"
+                " run fewer workers on this node"
+            )
+        return free
+
+    def _write(self, row: ReaderRow, process: ProcessId) -> None:
+        for word, value in zip(_ROW_WORDS, (process.pid, process.start_ticks, row.group), strict=True):
+            self._arena.set_row_word(row.row, word, value)
 
     def _clear(self, row: int) -> None:
         """Free a row: first its leases, and its owner's name last."""

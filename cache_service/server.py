@@ -4,8 +4,11 @@ One thread runs it and alone allocates and frees slots (I7). Workers copy by the
 through here. No Ray: `server_actor` gives it a process.
 """
 
+import functools
 import logging
+import math
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +18,13 @@ import zmq
 
 from cache_service.answers import Answers
 from cache_service.arena_files import SHARED_MEMORY, arena_path
+from cache_service.arena_safety import ArenaSafety
 from cache_service.config import CacheConfig
+from cache_service.fetcher import Fetcher, Source
 from cache_service.gate import Gate, bind
 from cache_service.host_memory import HostMemory
 from cache_service.identity import cluster_id_of
+from cache_service.inbox import Inbox
 from cache_service.messages import UNANSWERED, Answer, Call, Refused, Reply, StatsReply
 from cache_service.node_arena import PATIENCE_S, NodeArena
 from cache_service.publisher import Publisher
@@ -31,6 +37,8 @@ MAX_EVICTIONS_PER_TURN = 256
 IDLE_S = 0.1
 LOOK_S = 1.0
 """Between two looks at the lease bytes."""
+THREADS_END_S = 2.0
+"""Longer ones are left to the process's end."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,7 @@ class CacheServerCore:
         *,
         read_memory: Callable[[Path], HostMemory] = HostMemory.read,
         patience_s: float = PATIENCE_S,
+        safety: ArenaSafety | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
@@ -78,6 +87,7 @@ class CacheServerCore:
             now_s=clock(),
             read_memory=read_memory,
             patience_s=patience_s,
+            safety=safety,
         )
         self._gate = Gate(cluster_secret)
         self._socket = self._gate.open_socket(zmq.ROUTER)
@@ -93,7 +103,11 @@ class CacheServerCore:
             self._arena.close(config.keep_arena)
             raise
         self._arena.announce(int(self.endpoint.rpartition(":")[2]))
-        self._answers = Answers(self._arena, cluster_id, self.broadcasts)
+        counts: Counter[tuple[str, str]] = Counter()
+        self._inbox = Inbox()
+        self._fetcher = Fetcher(self._inbox, self._source, counts, clock=clock)
+        self._arena.enlist(self._fetcher)
+        self._answers = Answers(self._arena, cluster_id, self.broadcasts, self._fetcher, counts)
         self._stats = self._answers.stats()
 
     @property
@@ -107,13 +121,14 @@ class CacheServerCore:
         What it raises is a bug: the arena is left to the next server, as by one that was killed.
         """
         poller = zmq.Poller()
-        for source in (self._socket, self._gate.admissions):
+        for source in (self._socket, self._gate.admissions, self._inbox.descriptor):
             poller.register(source, zmq.POLLIN)
         has_more = False
         try:
             while not self._is_stopping:
-                poller.poll(0 if has_more else int(IDLE_S * 1000))
+                poller.poll(0 if has_more else math.ceil(self._idle_s() * 1000))
                 self._gate.admit()
+                self._inbox.run()
                 has_more = self._serve_calls()
                 has_more |= self._keep_house()
                 self._publisher.flush(self._clock())
@@ -123,6 +138,8 @@ class CacheServerCore:
         else:
             self._arena.close(self._config.keep_arena)
         finally:
+            self._fetcher.close(THREADS_END_S)
+            self._inbox.close()
             self._publisher.close()
             self._socket.close(linger=0)
             self._gate.close()
@@ -153,25 +170,37 @@ class CacheServerCore:
                 refusal = self._answers.refuse("undecodable", f"cannot decode the call: {error}")
                 self._reply(identity, UNANSWERED, refusal)
                 continue
-            answer = self._answers.answer(identity, call.request, self._clock())
-            if call.call_id != UNANSWERED or isinstance(answer, Refused):
-                self._reply(identity, call.call_id, answer)
+            reply = functools.partial(self._reply, identity, call.call_id)
+            answer = self._answers.answer(identity, call.request, self._clock(), reply)
+            if answer is not None:
+                reply(answer)
         return True
 
     def _keep_house(self) -> bool:
         """Do what no call asks for; tell whether there is more of it."""
         now_s = self._turned_s = self._clock()
         self._answers.reclaim()
+        self._fetcher.tick(now_s)
         store, ages, rows = self._arena.store, self._arena.ages, self._arena.rows
         num_evicted = store.maintain(MAX_EVICTIONS_PER_TURN) if store is not None else 0
         if now_s >= self._next_look_s:
             self._next_look_s = now_s + LOOK_S
             if ages is not None and rows is not None:
-                ages.look([row.row for row in rows.processes.values()], now_s)
+                ages.look(rows.used_rows, now_s)
             self._stats = self._answers.stats()
         return num_evicted == MAX_EVICTIONS_PER_TURN
 
+    def _idle_s(self) -> float:
+        """Return how long to wait for calls before something else is due."""
+        deadline_s = self._fetcher.next_deadline_s
+        return IDLE_S if deadline_s is None else min(IDLE_S, max(0.0, deadline_s - self._clock()))
+
+    def _source(self, peer: str | None) -> Source | None:
+        return None
+
     def _reply(self, identity: bytes, call_id: int, answer: Answer) -> None:
+        if call_id == UNANSWERED and not isinstance(answer, Refused):
+            return
         reply = Reply(call_id, self._arena.log.version, answer)
         try:
             self._socket.send_multipart([identity, self._encoder.encode(reply)], zmq.NOBLOCK)

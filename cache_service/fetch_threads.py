@@ -1,0 +1,42 @@
+"""FetchThreads: a few threads in which sources are asked, so that the core's thread never waits for one."""
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+
+logger = logging.getLogger(__name__)
+
+
+class FetchThreads:
+    """Runs tasks in the order given, `max_threads` at once. Threads start when first needed."""
+
+    def __init__(self, max_threads: int) -> None:
+        self._max_threads = max_threads
+        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+
+    def run(self, task: Callable[[], None]) -> None:
+        """Have `task` run; it must end by its own deadline. From one thread."""
+        self._queue.put(task)
+        if len(self._threads) < self._max_threads:
+            thread = threading.Thread(target=self._run, name=f"fetch-{len(self._threads)}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def close(self, timeout_s: float) -> bool:
+        """End the threads after what has been given; False where that takes longer."""
+        for _ in self._threads:
+            self._queue.put(None)
+        end_s = time.monotonic() + timeout_s
+        for thread in self._threads:
+            thread.join(max(0.0, end_s - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def _run(self) -> None:
+        while (task := self._queue.get()) is not None:
+            try:
+                task()
+            except Exception:  # the thread's top: the next task goes on
+                logger.exception("a fetch failed")
