@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from cache_service.arena_user import ArenaAccess
-from cache_service.fetch_threads import FetchThreads
 from cache_service.inbox import Inbox
 from cache_service.keys import PageKey
 from cache_service.messages import Fetch, Fetched, FetchResult, FetchStatus, WantedPage
 from cache_service.page_records import CommitStatus, Entry, Grant, Location
 from cache_service.remote import GetResult, GetStatus, PageBuffer
 from cache_service.remote_worker import Batch
+from cache_service.task_threads import TaskThreads
 
 _END_S = 2.0
 """How long the end of an arena waits for transfers into it."""
@@ -122,7 +122,7 @@ class Fetcher:
         self._counts = counts
         self._limits = limits or FetchLimits()
         self._clock = clock
-        self._threads = FetchThreads(self._limits.max_threads)
+        self._threads = TaskThreads("fetch", self._limits.max_threads)
         self._access: ArenaAccess | None = None
         self._calls: list[_Call] = []
         self._pages: dict[PageKey, _Page] = {}

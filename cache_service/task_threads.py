@@ -1,4 +1,4 @@
-"""FetchThreads: a few threads in which sources are asked, so that the core's thread never waits for one."""
+"""TaskThreads: a few threads for what would block, so that the core's thread never waits."""
 
 import logging
 import queue
@@ -9,19 +9,20 @@ from collections.abc import Callable
 logger = logging.getLogger(__name__)
 
 
-class FetchThreads:
+class TaskThreads:
     """Runs tasks in the order given, `max_threads` at once. Threads start when first needed."""
 
-    def __init__(self, max_threads: int) -> None:
+    def __init__(self, name: str, max_threads: int) -> None:
+        self._name = name
         self._max_threads = max_threads
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
 
     def run(self, task: Callable[[], None]) -> None:
-        """Have `task` run; it must end by its own deadline. From one thread."""
+        """Have `task` run; it ends by its own deadline. From one thread."""
         self._queue.put(task)
         if len(self._threads) < self._max_threads:
-            thread = threading.Thread(target=self._run, name=f"fetch-{len(self._threads)}", daemon=True)
+            thread = threading.Thread(target=self._run, name=f"{self._name}-{len(self._threads)}", daemon=True)
             self._threads.append(thread)
             thread.start()
 
@@ -39,4 +40,4 @@ class FetchThreads:
             try:
                 task()
             except Exception:  # the thread's top: the next task goes on
-                logger.exception("a fetch failed")
+                logger.exception("a task failed", extra={"threads": self._name})
