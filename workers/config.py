@@ -53,6 +53,12 @@ class WorkerConfig:
     write_policy: Literal["write_through", "write_through_selective", "write_back"] = "write_through"
     """When a page is saved to the host cache: once it is complete, once it is used again, or once it would be
     evicted from the device."""
+    prefetch_policy: Literal["best_effort", "wait_complete", "timeout"] = "wait_complete"
+    """How long a queued request waits while pages of its prompt are fetched from other nodes or the remote
+    store: not at all; until they are there, but no longer than computing them would take; or
+    `prefetch_timeout_s`. Nothing is fetched that is computed sooner, and others go ahead meanwhile."""
+    prefetch_timeout_s: Annotated[float, Field(ge=0)] = 0.5
+    """Under `timeout`: seconds a request waits, beside what its pages are allowed, 10 ms for a megabyte."""
     verify_pages: Literal["always", "once"] = "once"
     """Checksum pages on every load from the host cache, or once after each was written."""
     kv_sanitizer: bool = False

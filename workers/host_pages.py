@@ -12,9 +12,11 @@ from cache_service.client import CacheAttachError, CacheClient, ClientSpec, grou
 from cache_service.metrics import CacheClientCollector, MetricLabels
 from workers.config import WorkerConfig
 from workers.engine.engine import Engine
+from workers.kvcache.fetch_costs import FetchCosts
 from workers.kvcache.host_tier import HostTier
 from workers.kvcache.manager import KVCacheManager
 from workers.kvcache.page_mover import MoverError, PageMover
+from workers.kvcache.prefetcher import Prefetcher, PrefetchOptions
 from workers.metrics import LABELS, RankLabels
 from workers.parallel import TPGroup
 
@@ -52,9 +54,11 @@ class HostPages:
                 is_decider=group.rank == 0,
             ),
         )
-        self._policy = config.write_policy
+        self._config = config
+        self._page_bytes = engine.layout.bundle_bytes * group.size
         self.tier: HostTier | None = None
-        """Rank 0's, once it leads."""
+        self.prefetcher: Prefetcher | None = None
+        """Both rank 0's, once it leads."""
         try:
             self.client.start(ATTACH_TIMEOUT_S)
             self.mover = PageMover(
@@ -72,8 +76,14 @@ class HostPages:
         self._group = group
 
     def lead(self, cache: KVCacheManager) -> None:
-        """Rank 0: have the cache manager save and load pages."""
-        self.tier = cache.attach_tier(self.client, self._group.moves, self._policy)
+        """Rank 0: have the cache manager save, load and fetch pages."""
+        config = self._config
+        self.tier = cache.attach_tier(self.client, self._group.moves, config.write_policy)
+        self.prefetcher = cache.attach_prefetcher(
+            self.client,
+            FetchCosts(self._page_bytes, config.page_size),
+            PrefetchOptions(config.prefetch_policy, config.prefetch_timeout_s),
+        )
 
     def count(self, registry: CollectorRegistry, labels: RankLabels) -> None:
         """Declare the client's metrics."""

@@ -73,6 +73,9 @@ class StepScheduler(Protocol):
         """Book what came of the step."""
         ...
 
+    def stepped(self, plan: BatchPlan, duration_s: float, now_s: float) -> None:
+        """Note how long a committed step took."""
+
     def load(self, step_s: float) -> LoadReport:
         """Return the load after the last step."""
         ...
@@ -248,6 +251,7 @@ class StepLoop:
         if plan.slots:
             self._step_s = now_s - begin_s
         self._publish(self._scheduler.commit(output))
+        self._scheduler.stepped(plan, now_s - begin_s, now_s)
         self._recorder.stepped(plan, now_s - begin_s)
 
     def _handle(self, received: list[Received]) -> list[RequestOutput]:

@@ -28,6 +28,7 @@ class FakeScheduler:
         self.running = {}
         self.step = 0
         self.num_stalls = 0
+        self.durations = []
 
     has_moves = False
 
@@ -73,6 +74,9 @@ class FakeScheduler:
     def heartbeat(self):
         self.step += 1
         return BatchPlan(self.step, RelocationVersion(7, 0), [], [], [], [], [], [])
+
+    def stepped(self, plan, duration_s, now_s):
+        self.durations.append((plan.step, duration_s, now_s))
 
     def load(self, step_s):
         return LOAD
@@ -224,6 +228,14 @@ def test_followers_get_the_plan_before_rank_0_runs_it():
     decoded = [msgspec.msgpack.decode(p, type=BatchPlan) for p in group.sent if p != END_OF_LOG]
     assert decoded == engine.plans
     assert group.sent[-1] == END_OF_LOG
+
+
+def test_the_scheduler_hears_how_long_each_step_took():
+    loop, *_ = build([[submit("a")]])
+    loop.run()
+    durations = loop._scheduler.durations
+    assert [step for step, *_ in durations] == [1, 2, 3]
+    assert all(0 < duration_s < now_s for _, duration_s, now_s in durations)
 
 
 def test_completed_steps_are_told_before_the_next_plan():

@@ -8,11 +8,14 @@ waited for (I2). No torch, no sockets, no clock.
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal
 
 from cache_service.keys import PageKey
 from cache_service.page_records import Entry, Grant, Location
+from workers.kvcache.arrivals import Arrivals
+from workers.kvcache.host_cache import HostCache, MoveStatuses
 from workers.kvcache.page_pool import PagePool, Safety
+from workers.kvcache.prefetcher import Reach
 from workers.kvcache.radix_cache import Node, RadixCache
 from workers.move_board import MoveStatus
 from workers.plan import LoadPages, PlanOp, SavePages
@@ -22,58 +25,6 @@ WritePolicy = Literal["write_through", "write_through_selective", "write_back"]
 
 MAX_DISTRUSTED = 1_024
 """Places whose load failed, remembered until the arena's own news of them comes."""
-
-
-class HostCache(Protocol):
-    """What the tier needs of cache_service.client.CacheClient. No call blocks; a failure is a miss."""
-
-    def locate(self, key: PageKey) -> Location | None:
-        """Return where the page is, as far as is known; a lease proves or disproves it."""
-        ...
-
-    def acquire(self, keys: Sequence[PageKey], locations: Sequence[Location]) -> int:
-        """Lease the longest readable prefix; return its length."""
-        ...
-
-    def release(self, slots: Iterable[int]) -> None:
-        """Give back one lease of each slot."""
-
-    def take_grant(self) -> Grant | None:
-        """Return a slot to write, held in advance; None: there is none now."""
-        ...
-
-    def commit(self, entries: Sequence[Entry]) -> None:
-        """Make written slots readable, parents before children."""
-
-    def abort(self, grants: Sequence[Grant]) -> None:
-        """Give grants back that hold nothing."""
-
-    def touch(self, keys: Sequence[PageKey]) -> None:
-        """Count a use of pages, given with all that they continue."""
-
-    def report_corrupt(self, location: Location) -> None:
-        """Have a page dropped whose bytes do not match its checksum."""
-
-    def take_lost(self) -> list[PageKey]:
-        """Return the pages that left the arena, or were not taken in, since the last call."""
-        ...
-
-
-class MoveStatuses(Protocol):
-    """What the tier needs of workers.move_board.MoveBoard."""
-
-    @property
-    def capacity(self) -> int:
-        """Moves that may be in flight."""
-        ...
-
-    def status(self, move: int) -> MoveStatus:
-        """Return what has become of a move on the group."""
-        ...
-
-    def is_over(self, move: int) -> bool:
-        """Tell whether no rank will touch the move's page or slot again."""
-        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -150,6 +101,8 @@ class HostTier:
         self._loads: deque[_Load] = deque()
         self._distrusted: OrderedDict[Location, None] = OrderedDict()
         self.stats = TierStats()
+        self.arrivals = Arrivals()
+        """What FETCHes have brought, as the Prefetcher tells."""
 
     @property
     def num_moves_in_flight(self) -> int:
@@ -161,11 +114,21 @@ class HostTier:
         """Pages leased by moves, one entry a lease."""
         return [save.node.page for save in self._saves] + [load.node.page for load in self._loads]
 
+    def reach(self, keys: Sequence[PageKey]) -> Reach:
+        """Return how many leading pages of a prompt are on the device or in the arena, as far as is known."""
+        num_stored = 0
+        for key in keys:
+            node = self._tree.find(key)
+            if not (node is not None and node.is_saved) and self._place(key) is None:
+                break
+            num_stored += 1
+        return Reach(max(num_stored, len(self._tree.match(keys))), num_stored)
+
     def find(self, keys: Iterable[PageKey]) -> tuple[list[PageKey], list[Location]]:
         """Return the leading keys whose pages are thought to be in the arena, and where."""
         found: tuple[list[PageKey], list[Location]] = ([], [])
         for key in keys:
-            location = self._locate(key)
+            location = self._place(key)
             if location is None:
                 break
             found[0].append(key)
@@ -175,7 +138,9 @@ class HostTier:
     def acquire(self, keys: list[PageKey], locations: list[Location], max_pages: int) -> int:
         """Lease the slots of a prefix of what `find` found, at most `max_pages`; return how many."""
         num = min(len(keys), max_pages, self._room())
-        return self._host.acquire(keys[:num], locations[:num]) if num > 0 else 0
+        num_leased = self._host.acquire(keys[:num], locations[:num]) if num > 0 else 0
+        self.arrivals.forget(keys[num_leased:num])
+        return num_leased
 
     def load(self, nodes: Sequence[Node], locations: Sequence[Location]) -> None:
         """Fill the pages of fresh, unreadable nodes from slots that `acquire` leased."""
@@ -228,7 +193,9 @@ class HostTier:
 
     def settle(self) -> Settled:
         """Read what has come of the moves, give back what they held and tell of the loads."""
-        for key in self._host.take_lost():
+        lost = self._host.take_lost()
+        self.arrivals.forget(lost)
+        for key in lost:
             node = self._tree.find(key)
             if node is not None:
                 node.is_saved = False
@@ -292,6 +259,11 @@ class HostTier:
 
     def _locate(self, key: PageKey) -> Location | None:
         location = self._host.locate(key)
+        return None if location in self._distrusted else location
+
+    def _place(self, key: PageKey) -> Location | None:
+        """Return where to look for a page: what a FETCH said may be newer than the arena's own news."""
+        location = self._locate(key) or self.arrivals.location(key)
         return None if location in self._distrusted else location
 
     def _settle_saves(self) -> None:

@@ -9,10 +9,14 @@ from collections.abc import Sequence
 from functools import partial
 
 from cache_service.keys import NamespaceDigest, PageKey, salted
-from workers.kvcache.host_tier import HostCache, HostTier, MoveStatuses, WritePolicy
-from workers.kvcache.page_pool import PagePool, PageState, Safety
+from workers.kvcache.arrivals import Origin
+from workers.kvcache.fetch_costs import FetchCosts
+from workers.kvcache.host_cache import HostCache, MoveStatuses, RemotePages
+from workers.kvcache.host_tier import HostTier, WritePolicy
+from workers.kvcache.page_pool import PagePool, Safety
+from workers.kvcache.prefetcher import Prefetch, Prefetcher, PrefetchOptions
 from workers.kvcache.radix_cache import Node, RadixCache
-from workers.kvcache.rows import KeyedTokens, KVStats, Row
+from workers.kvcache.rows import KeyedTokens, KVStats, Row, check_rows
 from workers.plan import (
     CloseSlot,
     CompletePages,
@@ -23,7 +27,7 @@ from workers.plan import (
     RelocationVersion,
     SetRow,
 )
-from workers.protocol import KVEventBatch
+from workers.protocol import FetchHint, KVEventBatch
 
 
 class KVCacheManager:
@@ -55,6 +59,7 @@ class KVCacheManager:
         self._event_version = 0
         self._planned_step = 0
         self._tier: HostTier | None = None
+        self._prefetcher: Prefetcher | None = None
         self._failed: list[Node] = []
 
     def attach_tier(self, host: HostCache, moves: MoveStatuses, policy: WritePolicy) -> HostTier:
@@ -64,6 +69,15 @@ class KVCacheManager:
             host, moves, self._pool, self._tree, self._log, self.page_size, policy, self._safety
         )
         return self._tier
+
+    def attach_prefetcher(
+        self, remote: RemotePages, costs: FetchCosts, options: PrefetchOptions
+    ) -> Prefetcher:
+        """Fetch pages into the tier's arena from now on; return the prefetcher, whose stats it keeps."""
+        assert self._tier is not None, "attach the tier first"
+        reach, arrivals = self._tier.reach, self._tier.arrivals
+        self._prefetcher = Prefetcher(remote, reach, arrivals, costs, self.page_size, options, self._safety)
+        return self._prefetcher
 
     @property
     def num_pages(self) -> int:
@@ -95,6 +109,22 @@ class KVCacheManager:
         tenant = int.from_bytes(namespace[:4], "little") >> 1 if tenant_salt else 0
         return KeyedTokens(token_ids, namespace, self.page_size, tenant)
 
+    def prefetch(self, tokens: KeyedTokens, hints: Sequence[FetchHint], now_s: float) -> Prefetch | None:
+        """Have missing pages of a prompt fetched if that pays; return what its request may wait for."""
+        if self._prefetcher is None:
+            return None
+        return self._prefetcher.begin(tokens, self._num_findable(tokens), hints, now_s)
+
+    def settle_fetches(self, now_s: float) -> None:
+        """Take in what has come of FETCHes."""
+        if self._prefetcher is not None:
+            self._prefetcher.settle(now_s)
+
+    def prefilled(self, num_tokens: int, seconds: float, now_s: float) -> None:
+        """Note how long a step took that computed so many tokens of prompts."""
+        if self._prefetcher is not None:
+            self._prefetcher.costs.prefilled(num_tokens, seconds, now_s)
+
     def num_lacking(
         self, tokens: KeyedTokens, num_tokens: int, num_spare_pages: int, closing: Sequence[int] = ()
     ) -> int:
@@ -118,15 +148,23 @@ class KVCacheManager:
         assert op.slot not in self._rows, f"slot {op.slot} is open"
         path = self._match(tokens)
         self._tree.lock(path)
+        origins: Counter[Origin] = Counter({"device": len(path)})
         if self._tier is not None:
             self._tier.used(path)
-            path += self._load(self._tier, tokens, path)
+            loaded = self._load(self._tier, tokens, path)
+            origins.update(self._tier.arrivals.take_origin(node.key) for node in loaded)
+            path += loaded
         pages = [node.page for node in path]
-        self._rows[op.slot] = Row(tokens, pages, path, len(path))
+        self._rows[op.slot] = Row(tokens, pages, path, len(path), origins=origins)
         self._ops.append(op)
         if path:
             self._set_row(op.slot, 0, list(pages), [node.key for node in path])
         return len(path) * self.page_size
+
+    def origins(self, slot: int) -> Counter[Origin]:
+        """Return how many tokens of the prefix that the slot was opened on were found where."""
+        pages = self._rows[slot].origins
+        return Counter({origin: count * self.page_size for origin, count in pages.items()})
 
     def is_readable(self, slot: int) -> bool:
         """Tell whether the slot's prefix is there, or ordered before whatever reads it (I5)."""
@@ -281,30 +319,8 @@ class KVCacheManager:
         """Prove that every page is free, quiescing, or leased by exactly the rows and nodes that hold it."""
         self._pool.check()
         self._tree.check()
-        holders = [0] * (self._pool.num_pages + 1)
-        for slot, row in self._rows.items():
-            assert len(set(row.pages)) == len(row.pages), f"slot {slot} has a page twice"
-            assert not self._prefix_caching or len(row.path) == row.num_complete, (
-                f"slot {slot} has a gap in its path"
-            )
-            for index, page in enumerate(row.pages):
-                state = self._pool.state(page)
-                assert state is PageState.OWNED, f"slot {slot} holds page {page}, which is {state.name}"
-                shareable = index < len(row.path)
-                assert not shareable or row.path[index].page == page, (
-                    f"slot {slot} left its path at page {page}"
-                )
-                assert shareable or holders[page] == 0, f"page {page} has two owners, slot {slot} is one"
-                holders[page] += 1
-        for node in self._tree.nodes():
-            holders[node.page] += 1
-        for page in self._tier.busy_pages if self._tier is not None else ():
-            holders[page] += 1
-        for page in range(1, self._pool.num_pages + 1):
-            num_leases = self._pool.num_leases(page)
-            assert num_leases == holders[page], (
-                f"page {page} has {num_leases} leases, {holders[page]} holders"
-            )
+        busy_pages = self._tier.busy_pages if self._tier is not None else []
+        check_rows(self._rows, self._pool, self._tree, busy_pages, has_paths=self._prefix_caching)
 
     def _match(self, tokens: KeyedTokens) -> list[Node]:
         if not self._prefix_caching:
@@ -312,8 +328,11 @@ class KVCacheManager:
         return self._tree.match(self._keys(tokens))
 
     def _keys(self, tokens: KeyedTokens) -> list[PageKey]:
-        """Return the keys of all pages that a request may find: not of one that holds its last token."""
-        return tokens.keys(0, (len(tokens.token_ids) - 1) // self.page_size)
+        return tokens.keys(0, self._num_findable(tokens))
+
+    def _num_findable(self, tokens: KeyedTokens) -> int:
+        """Return how many pages a request may find: not one that holds its last token."""
+        return (len(tokens.token_ids) - 1) // self.page_size
 
     def _num_released(self, closing: Sequence[int], kept: Sequence[Node]) -> int:
         """Return how many pages nobody holds once the slots are closed, beside those `kept`."""

@@ -43,6 +43,12 @@ class Safety:
     """A SAVE that is over waits for those before it: its parent's may be one of them."""
     busy_stays: bool = True
     """A page is not evicted before its SAVE or LOAD is over (I11)."""
+    awaits_fetches: bool = True
+    """A request waits for its FETCH as its prefetch policy says."""
+    fetch_deadlines: bool = True
+    """Nobody waits for a FETCH beyond its deadline (I10)."""
+    weighs_fetches: bool = True
+    """Pages are fetched only where that takes less time than computing them (I10)."""
 
 
 class PagePool:

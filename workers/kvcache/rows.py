@@ -1,9 +1,13 @@
 """What the KVCacheManager keeps of one slot: its tokens with their keys, and its pages. No torch."""
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from cache_service.keys import NamespaceDigest, PageKey, page_keys
-from workers.kvcache.radix_cache import Node
+from workers.kvcache.arrivals import Origin
+from workers.kvcache.page_pool import PagePool, PageState
+from workers.kvcache.radix_cache import Node, RadixCache
 
 
 @dataclass(slots=True, eq=False)
@@ -43,6 +47,8 @@ class Row:
     path: list[Node] = field(default_factory=list)
     num_complete: int = 0
     num_readable: int = 0
+    origins: Counter[Origin] = field(default_factory=Counter)
+    """Pages that it was opened on, by where they were found."""
 
     def is_readable(self) -> bool:
         """Tell whether no page of its path is still to be loaded."""
@@ -61,3 +67,28 @@ class KVStats:
     num_cached_pages: int
     num_evictable_pages: int
     num_evictions: int
+
+
+def check_rows(
+    rows: Mapping[int, Row], pool: PagePool, tree: RadixCache, busy_pages: list[int], *, has_paths: bool
+) -> None:
+    """Prove that every page is leased by exactly the rows, nodes and moves that hold it.
+
+    `has_paths`: complete pages of a row are in the tree.
+    """
+    holders = [0] * (pool.num_pages + 1)
+    for slot, row in rows.items():
+        assert len(set(row.pages)) == len(row.pages), f"slot {slot} has a page twice"
+        assert not has_paths or len(row.path) == row.num_complete, f"slot {slot} has a gap in its path"
+        for index, page in enumerate(row.pages):
+            state = pool.state(page)
+            assert state is PageState.OWNED, f"slot {slot} holds page {page}, which is {state.name}"
+            shareable = index < len(row.path)
+            assert not shareable or row.path[index].page == page, f"slot {slot} left its path at page {page}"
+            assert shareable or holders[page] == 0, f"page {page} has two owners, slot {slot} is one"
+            holders[page] += 1
+    for page in [*(node.page for node in tree.nodes()), *busy_pages]:
+        holders[page] += 1
+    for page in range(1, pool.num_pages + 1):
+        num_leases = pool.num_leases(page)
+        assert num_leases == holders[page], f"page {page} has {num_leases} leases, {holders[page]} holders"

@@ -122,8 +122,8 @@ class WaitingQueue:
 
     @property
     def first(self) -> Request | None:
-        """The request to admit next."""
-        return self._requests[0] if self._requests else None
+        """The request to admit next: who awaits a FETCH keeps its place, and is passed over meanwhile."""
+        return next((request for request in self._requests if not request.is_fetching), None)
 
     def push(self, request: Request) -> None:
         """Queue a new or preempted request at its place."""
@@ -131,6 +131,20 @@ class WaitingQueue:
         self.num_tokens += len(request.token_ids)
 
     def remove(self, request: Request) -> None:
-        """Take a request out, from wherever it stands."""
+        """Take a request out, from wherever it stands. It waits for nothing any more."""
         self._requests.remove(request)
         self.num_tokens -= len(request.token_ids)
+        request.end_prefetch()
+
+    def check(self) -> None:
+        """Prove that the requests are in order and none of them runs, and the count of tokens."""
+        assert self._requests == sorted(self._requests, key=attrgetter("order")), (
+            "the waiting requests are out of order"
+        )
+        for request in self._requests:
+            assert request.slot is None and request.num_computed == request.num_planned == 0, (
+                f"{request.request_id} waits and runs"
+            )
+        assert self.num_tokens == sum(len(request.token_ids) for request in self._requests), (
+            "the queue miscounts its tokens"
+        )

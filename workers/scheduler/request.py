@@ -1,7 +1,10 @@
 """Request: one sequence on its way through the Scheduler. Only the Scheduler changes it."""
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
+from workers.kvcache.arrivals import Origin
+from workers.kvcache.prefetcher import Prefetch
 from workers.kvcache.rows import KeyedTokens
 from workers.protocol import FinishReason, RequestId, SamplingParams
 
@@ -9,6 +12,8 @@ from workers.protocol import FinishReason, RequestId, SamplingParams
 @dataclass(slots=True, eq=False)
 class Request:
     """A request is waiting without a slot, running with one, and finished with a reason.
+
+    It is loading while it waits without a slot for a FETCH, or with one for the LOADs of its prefix.
 
     Lengths count tokens of `token_ids` = prompt + generated:
 
@@ -39,12 +44,27 @@ class Request:
     was_admitted: bool = False
     num_cached: int | None = None
     """Tokens found in the cache when first admitted, or again after some failed to load; None before."""
+    origins: Counter[Origin] = field(default_factory=Counter)
+    """Of `num_cached`, how many were found where."""
+    prefetch: Prefetch | None = None
+    """What it waits for in the queue: once only, preempted it finds its pages or computes them."""
     finish_reason: FinishReason | None = None
 
     @property
     def num_generated(self) -> int:
         """Tokens beyond the prompt."""
         return len(self.token_ids) - self.prompt_len
+
+    @property
+    def is_fetching(self) -> bool:
+        """Tell whether it is not to be admitted yet."""
+        return self.prefetch is not None and self.prefetch.is_awaited
+
+    def end_prefetch(self) -> None:
+        """Go on with what is here."""
+        if self.prefetch is not None:
+            self.prefetch.end()
+            self.prefetch = None
 
     @property
     def num_left(self) -> int:

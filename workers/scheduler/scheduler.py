@@ -104,6 +104,7 @@ class Scheduler:
             self.stats.num_refused[error.code] += 1
             raise
         self._requests[request.request_id] = request
+        request.prefetch = self._cache.prefetch(request.tokens, submit.hints, now_s)
         self._waiting.push(request)
         self.stats.num_prompt_tokens += request.prompt_len
 
@@ -125,6 +126,7 @@ class Scheduler:
         """
         assert self._in_flight is None, "the last plan is not committed"
         self._settle()
+        self._cache.settle_fetches(now_s)
         self.stats.queue_s.clear()
         self._budget = self._config.max_tokens_per_step
         ready = self._reserve_running()
@@ -183,6 +185,10 @@ class Scheduler:
         """Note the last step that every rank has completed: pages released before it become free."""
         self._cache.completed(step)
 
+    def stepped(self, plan: BatchPlan, duration_s: float, now_s: float) -> None:
+        """Note how long a committed step took: it tells what computing prompts takes."""
+        self._cache.prefilled(sum(length for length in plan.lens if length > 1), duration_s, now_s)
+
     def load(self, step_s: float) -> LoadReport:
         """Report the load. Free and cached pages together are what new requests can have at once."""
         pages = self._cache.stats()
@@ -198,24 +204,15 @@ class Scheduler:
         )
 
     def check(self) -> None:
-        """Prove that every request is in one place, that rows are reserved, and what the cache proves."""
+        """Prove that every request is in one place, that rows are reserved, and what its parts prove."""
         self._cache.check()
+        self._waiting.check()
         assert self._running == sorted(self._running, key=_order), "the running requests are out of order"
-        assert list(self._waiting) == sorted(self._waiting, key=_order), (
-            "the waiting requests are out of order"
-        )
         unfinished = {request.request_id for request in [*self._running, *self._waiting]}
         assert unfinished == self._requests.keys(), "a request is lost, or in two places"
         slots = [request.slot for request in self._running]
         assert None not in slots and len({*slots, *self._free_slots}) == len(slots) + len(self._free_slots), (
             "a slot has two requests, or none and is not free"
-        )
-        for request in self._waiting:
-            assert request.slot is None and request.num_computed == request.num_planned == 0, (
-                f"{request.request_id} waits and runs"
-            )
-        assert self._waiting.num_tokens == sum(len(request.token_ids) for request in self._waiting), (
-            "the queue miscounts its tokens"
         )
         for request in self._running:
             assert request.slot is not None and self._cache.is_reserved(
@@ -335,7 +332,7 @@ class Scheduler:
             self.stats.queue_s.append(now_s - request.arrival_s)
         if request.num_cached is None:
             request.num_cached = request.num_computed
-            self.stats.num_cached_tokens += request.num_cached
+            request.origins = self._cache.origins(request.slot)
 
     def _preempt(self, request: Request) -> None:
         """Send a request back to the queue with its tokens; its row in the step being planned is dropped."""
@@ -348,8 +345,7 @@ class Scheduler:
         """Take in what has come of moves. Who is on a page that failed to load computes it after all."""
         slots = self._cache.settle()
         for request in [request for request in self._running if request.slot in slots]:
-            if not request.num_generated and request.num_cached:
-                self.stats.num_cached_tokens -= request.num_cached
+            if not request.num_generated:
                 request.num_cached = None
             self._preempt(request)
         self._cache.drop_failed()
@@ -372,6 +368,8 @@ class Scheduler:
         """Give a request its next token and finish it if that was the last."""
         request.token_ids.append(token_id)
         self.stats.num_generated_tokens += 1
+        if request.num_generated == 1 and request.num_cached is not None:
+            self.stats.prompted(request.prompt_len, request.num_cached, request.origins)
         if token_id in request.stop_token_ids and request.num_generated > request.sampling.min_tokens:
             self._finish(request, "stop")
         elif len(request.token_ids) >= request.max_len:

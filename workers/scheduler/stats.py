@@ -1,9 +1,14 @@
 """SchedulerStats: what the Scheduler counts and observes. It writes, workers.metrics reads."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
+from workers.kvcache.arrivals import Origin
 from workers.protocol import FinishReason
+
+PrefixOrigin = Literal["computed"] | Origin
 
 
 @dataclass(slots=True)
@@ -16,7 +21,15 @@ class SchedulerStats:
     num_preemptions: int = 0
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
-    """Prompt tokens found in the cache at first admission."""
+    """Prompt tokens found in the cache, of the requests that got a token."""
+    prefix_tokens: Counter[PrefixOrigin] = field(default_factory=Counter)
+    """All prompt tokens of these requests, by where they were found, or `computed`."""
     num_generated_tokens: int = 0
     queue_s: list[float] = field(default_factory=list)
     """Arrival to first admission, of the requests that the last planned step admitted first."""
+
+    def prompted(self, prompt_len: int, num_cached: int, origins: Mapping[Origin, int]) -> None:
+        """Count a request that got its first token: where its prompt came from is settled."""
+        self.num_cached_tokens += num_cached
+        self.prefix_tokens.update(origins)
+        self.prefix_tokens["computed"] += prompt_len - num_cached
