@@ -183,6 +183,10 @@ class Arena:
         start = self.bundle_offset(slot, rank)
         return self._bytes[start : start + self.spec.bundle_bytes]
 
+    def pages(self) -> memoryview:
+        """Return all slots side by side, slot 0 first."""
+        return self._bytes[self.spec.data_offset :]
+
     def slot_data(self, slot: int) -> memoryview:
         """Return the bundles of all ranks in a slot."""
         start = self.bundle_offset(slot, 0)

@@ -25,3 +25,10 @@ class ArenaSafety:
     """What a group holds is taken back only once all its processes are dead."""
     quiet: bool = True
     """Slots that a failed transfer may write still are not given to anybody else."""
+    remote_leases: bool = True
+    """Slots that a peer reads are leased in the server's own row."""
+    verification: bool = True
+    """What came from a peer is committed only if its bytes match their checksums."""
+    fencing: bool = True
+    """What was read under a lease that has ended counts for nothing, and its reader's incarnation leases no
+    more."""

@@ -84,9 +84,10 @@ class Batch(Generic[T]):
 
 
 class RemoteWorker:
-    """Runs one batch after another."""
+    """Runs one batch after another, and `at_end` last of all."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, at_end: Callable[[], None] | None = None) -> None:
+        self._at_end = at_end
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._open_batches: set[Batch[Any]] = set()
@@ -145,6 +146,8 @@ class RemoteWorker:
                 run()
             except Exception:  # the thread's top: the batch's pages count as failed, the next go on
                 logger.exception("a remote store's call failed")
+        if self._at_end is not None:
+            self._at_end()
 
 
 def in_parts(

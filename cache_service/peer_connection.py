@@ -1,0 +1,127 @@
+"""PeerConnection: one thread's calls to a peer's CacheServer, one at a time, each with a deadline.
+
+A call without an answer ends the connection, and with it whatever the peer has leased to it: an answer that
+was lost leases nothing. Each connection has an incarnation of its own, as the peer fences those it has lost.
+"""
+
+import time
+from collections.abc import Callable
+
+import msgspec
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from cache_service.gate import open_client_socket
+from cache_service.messages import UNANSWERED, Answer, Call, Reply, Request
+
+_SLICE_S = 0.1
+"""For so long at most, a call does not notice that nobody wants its answer any more."""
+_NO_RECONNECT_MS = 3_600_000
+_LOST_EVENTS = {
+    zmq.Event.DISCONNECTED: "it broke off",
+    zmq.Event.CLOSED: "nobody listens there",
+    zmq.Event.HANDSHAKE_FAILED_AUTH: "it does not know this cluster's secret",
+    zmq.Event.HANDSHAKE_FAILED_PROTOCOL: "it is no cache server",
+    zmq.Event.HANDSHAKE_FAILED_NO_DETAIL: "it does not know this cluster's secret",
+}
+
+
+class PeerLostError(Exception):
+    """A peer did not answer; the message says why."""
+
+
+class PeerConnection:
+    """Connects when first asked, and again after a loss. For one thread."""
+
+    def __init__(self, endpoint: str, cluster_secret: bytes, clock: Callable[[], float]) -> None:
+        self.incarnation = time.time_ns()
+        """Of the present connection, or of the next one."""
+        self.num_lost = 0
+        self._endpoint = endpoint
+        self._cluster_secret = cluster_secret
+        self._clock = clock
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket: zmq.Socket[bytes] | None = None
+        self._monitor: zmq.Socket[bytes] | None = None
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(Reply)
+        self._call_id = UNANSWERED
+
+    def ask(self, request: Request, end_s: float, is_over: Callable[[], bool]) -> Answer:
+        """Send a call and return its answer; raise PeerLostError where none comes by `end_s`.
+
+        Once `is_over` the answer is of no use to anybody.
+        """
+        socket, monitor = self._connected()
+        poller = zmq.Poller()
+        poller.register(socket, zmq.POLLIN)
+        poller.register(monitor, zmq.POLLIN)
+        self._call_id += 1
+        try:
+            socket.send(self._encoder.encode(Call(self._call_id, request)), zmq.NOBLOCK)
+            while (left_s := end_s - self._clock()) > 0 and not is_over():
+                ready = dict(poller.poll(max(1, int(min(left_s, _SLICE_S) * 1000))))
+                if socket in ready:
+                    reply = self._decoder.decode(socket.recv(zmq.NOBLOCK))
+                    if reply.call_id == self._call_id:
+                        return reply.answer
+                    continue  # a sign of life, for which nobody has asked
+                why = _lost(monitor)
+                if why is not None:
+                    raise PeerLostError(f"no answer from {self._endpoint}: {why}")
+            raise PeerLostError(f"{self._endpoint} did not answer in time")
+        except msgspec.MsgspecError as error:
+            self.drop()
+            raise PeerLostError(f"{self._endpoint} speaks another protocol: {error}") from None
+        except zmq.ZMQError as error:
+            self.drop()
+            raise PeerLostError(f"no answer from {self._endpoint}: {error.strerror}") from None
+        except PeerLostError:
+            self.drop()
+            raise
+
+    def tell(self, request: Request) -> None:
+        """Send what needs no answer, if there is a connection."""
+        if self._socket is not None:
+            try:
+                self._socket.send(self._encoder.encode(Call(UNANSWERED, request)), zmq.NOBLOCK)
+            except zmq.ZMQError:
+                self.drop()
+
+    def drop(self) -> None:
+        """End the connection; the next call makes another."""
+        if self._socket is not None and self._monitor is not None:
+            self._socket.disable_monitor()
+            self._monitor.close(linger=0)
+            self._socket.close(linger=0)
+            self._socket = self._monitor = None
+            self.num_lost += 1
+            self.incarnation = max(time.time_ns(), self.incarnation + 1)
+
+    def close(self) -> None:
+        """Give everything back."""
+        self.drop()
+        self._context.term()
+
+    def _connected(self) -> "tuple[zmq.Socket[bytes], zmq.Socket[bytes]]":
+        if self._monitor is not None and _lost(self._monitor) is not None:
+            self.drop()
+        if self._socket is None or self._monitor is None:
+            socket = open_client_socket(self._context, zmq.DEALER, self._cluster_secret)
+            socket.reconnect_ivl = _NO_RECONNECT_MS
+            self._socket, self._monitor = socket, socket.get_monitor_socket(zmq.Event.ALL)
+            try:
+                socket.connect(self._endpoint)
+            except zmq.ZMQError as error:
+                self.drop()
+                raise PeerLostError(f"cannot connect to {self._endpoint}: {error.strerror}") from None
+        return self._socket, self._monitor
+
+
+def _lost(monitor: zmq.Socket[bytes]) -> str | None:
+    """Read what has happened to a connection; say why it is of no use any more, if so."""
+    while monitor.poll(0):
+        why = _LOST_EVENTS.get(zmq.Event(recv_monitor_message(monitor)["event"]))
+        if why is not None:
+            return why
+    return None
