@@ -93,6 +93,8 @@ class Scenario:
         self.combination = combination
         self.cases = cases
         self.name = " ".join(f"{name}={value}" for name, value in combination.items())
+        # Of more, a short step's tokens would run out before its slots, and nobody had to give way.
+        max_running = min(max_running, max(2, combination["chunk_len"] // 2))
         self.max_running = 1 if combination["composition"] == "alone" else max_running
         self._random = Random(self.name)
         self._num_neighbours = 0
