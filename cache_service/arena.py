@@ -15,7 +15,7 @@ import numpy
 from numpy.typing import NDArray
 
 from cache_service import arena_format
-from cache_service.arena_format import ArenaIdentity, ArenaSpec, SlotState
+from cache_service.arena_format import ArenaIdentity, ArenaSpec, SlotState, bundle_checksum
 from cache_service.arena_safety import ArenaSafety
 from cache_service.keys import KEY_BYTES, PageKey
 from cache_service.native.fence import load_full_fence
@@ -175,6 +175,13 @@ class Arena:
     def is_complete(self, slot: int) -> bool:
         """Tell whether every rank has written its checksum."""
         return all(self.checksum(slot, rank) for rank in range(self.spec.num_ranks))
+
+    def is_intact(self, slot: int) -> bool:
+        """Tell whether the bytes in a slot are what its header says; False for a slot that does not exist."""
+        return 0 <= slot < self.spec.num_slots and all(
+            self.checksum(slot, rank) == bundle_checksum(self.bundle(slot, rank), self.key(slot), rank)
+            for rank in range(self.spec.num_ranks)
+        )
 
     # Bytes: written by the holders of the slot's grant, read under a lease.
 

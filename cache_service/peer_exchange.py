@@ -36,6 +36,16 @@ class PeerExchange:
         self.peers = Peers(self.wire, node, cluster_secret, patience, clock) if self.wire else None
         self.leases = RemoteLeases(self.wire, counts, keep_alive)
 
+    @property
+    def num_peers(self) -> int:
+        """Peers that pages are fetched from."""
+        return 0 if self.peers is None else self.peers.states().total()
+
+    @property
+    def num_avoided(self) -> int:
+        """Those of them that have failed and are left alone for a while."""
+        return 0 if self.peers is None else self.num_peers - self.peers.states()["closed"]
+
     def enlist(self, arena: NodeArena) -> None:
         """Use the arena from now on; the wire is the first to end, so that no read goes on."""
         arena.enlist(self.leases)

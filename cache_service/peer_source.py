@@ -192,7 +192,7 @@ class PeerSource:
         found = GetResult(GetStatus.FOUND, checksums=tuple(leased.checksums))
         result = verify(found, self._layout, page) if self._safety.verification else found
         if result.status is GetStatus.CORRUPT:
-            self._connection.tell(ReportCorrupt(Location(leased.slot, leased.epoch), "remote"))
+            self._connection.tell(ReportCorrupt(Location(leased.slot, leased.epoch), "fetch"))
         return result
 
     def _meet(self, segment: str) -> None:

@@ -59,15 +59,13 @@ class RemoteLeases:
         self._fenced: OrderedDict[tuple[str, int], None] = OrderedDict()
         self._num_slots = 0
         self._next_keepalive_s = 0.0
+        self.oldest_s = 0.0
+        """The age of the oldest lease at the last `tick`; 0 without any."""
 
     @property
     def num_slots(self) -> int:
         """Pages lent, each counted once a lease."""
         return self._num_slots
-
-    def oldest_s(self, now_s: float) -> float:
-        """Return the age of the oldest lease; 0 without any."""
-        return max((now_s - lease.since_s for lease in self._leases.values()), default=0.0)
 
     def begin(self, access: ArenaAccess) -> None:
         """See ArenaUser."""
@@ -140,6 +138,8 @@ class RemoteLeases:
 
     def tick(self, now_s: float) -> None:
         """Look whether readers are still there."""
+        since_s = next((lease.since_s for lease in self._leases.values()), now_s)  # in the order granted
+        self.oldest_s = now_s - since_s
         if not self._leases or now_s < self._next_keepalive_s:
             return
         self._next_keepalive_s = now_s + KEEPALIVE_S

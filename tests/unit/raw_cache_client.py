@@ -30,8 +30,12 @@ class RawClient:
         return self.receive(self.num_calls)
 
     def receive(self, call_id):
-        assert self.socket.poll(TIMEOUT_S * 1000)
-        reply = msgspec.msgpack.decode(self.socket.recv(), type=Reply)
+        while True:
+            assert self.socket.poll(TIMEOUT_S * 1000)
+            reply = msgspec.msgpack.decode(self.socket.recv(), type=Reply)
+            is_keepalive = reply.call_id == messages.UNANSWERED and reply.answer == messages.Done()
+            if not is_keepalive:
+                break
         assert reply.call_id == call_id
         self.version = reply.version
         return reply.answer
