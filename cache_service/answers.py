@@ -14,10 +14,12 @@ from cache_service.arena_format import ArenaSizeError
 from cache_service.fetcher import Fetcher
 from cache_service.messages import Answer, Count, Done, Refused, Request
 from cache_service.node_arena import ArenaLayoutError, NodeArena
+from cache_service.page_records import CommitStatus
 from cache_service.page_store import PageStore
 from cache_service.pins import PinBudgetError
 from cache_service.processes import ProcessId
 from cache_service.reader_rows import NoReaderRowError, ReaderRow
+from cache_service.remote_tier import RemoteTier
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +44,7 @@ class Answers:
         cluster_id: str,
         broadcasts: str,
         fetcher: Fetcher,
+        remote: RemoteTier,
         counts: Counter[tuple[str, str]],
     ) -> None:
         self._arena = arena
@@ -49,6 +52,7 @@ class Answers:
         self._broadcasts = broadcasts
         self._clients: dict[bytes, _Client] = {}
         self._fetcher = fetcher
+        self._remote = remote
         self._counts = counts
 
     def answer(
@@ -60,8 +64,12 @@ class Answers:
             case messages.Fetch():
                 self._fetcher.fetch(request, later)
                 return None
-            case messages.AttachStore() | messages.DetachStore():
-                return self.refuse("store", "this server has no remote store")
+            case messages.AttachStore():
+                self._remote.attach(request.store, lambda why: later(self._done_unless(why)))
+                return None
+            case messages.DetachStore():
+                self._remote.detach(lambda why: later(self._done_unless(why)))
+                return None
             case _:
                 return self._answer(identity, request, now_s)
 
@@ -70,6 +78,9 @@ class Answers:
         self._counts["refusals", code] += 1
         logger.warning("refused a call", extra={"code": code, "reason": reason})
         return Refused(code, reason)
+
+    def _done_unless(self, why: str | None) -> Done | Refused:
+        return Done() if why is None else self.refuse("store", why)
 
     def forget(self, identity: bytes) -> None:
         """Forget a connection that is gone. What its process holds stays the process's own."""
@@ -110,6 +121,9 @@ class Answers:
             oldest_lease_s=ages.oldest_s,
             num_readers=len(rows.processes),
             broadcasts=self._broadcasts,
+            store=self._remote.address,
+            num_known_remote=self._remote.num_known,
+            num_put_waiting=self._remote.num_waiting,
         )
 
     def _answer(self, identity: bytes, request: Request, now_s: float) -> Answer:
@@ -121,7 +135,8 @@ class Answers:
         if isinstance(request, messages.Stats):
             return self.stats()
         if isinstance(request, messages.ChangesSince):
-            return self._arena.log.resync(request.version, store.stored() if store is not None else ())
+            standing = (*(store.stored() if store is not None else ()), *self._remote.stored())
+            return self._arena.log.resync(request.version, standing)
         if store is None:  # nobody has attached: there is no page yet
             return self._answer_without_pages(request)
         if isinstance(request, messages.Detach | messages.GrantSlots | messages.Commit | messages.Abort):
@@ -146,6 +161,13 @@ class Answers:
                 results = store.commit(group, request.entries)
                 for result in results:
                     self._counts["commits", result.status.name.lower()] += 1
+                self._remote.offer(
+                    [
+                        entry.key
+                        for entry, result in zip(request.entries, results, strict=True)
+                        if result.status is CommitStatus.COMMITTED
+                    ]
+                )
                 return messages.Committed(results)
             case messages.Abort():
                 return Done(store.abort(group, request.grants))

@@ -73,6 +73,7 @@ class DiskStore:
         self._num_bytes = 0
         self._num_written = 0
         self._is_closed = False
+        self._closer: threading.Thread | None = None
         self._lock_descriptor = self._own_folder()
         self._scan()
         self._reader = RemoteWorker("disk-store-reader")
@@ -128,13 +129,21 @@ class DiskStore:
         """See RemoteStore. The files stay."""
         with self._lock:
             self._is_closed = True
-        is_closed = self._reader.close(timeout_s) & self._writer.close(timeout_s)
-        if is_closed and self._lock_descriptor is not None:
-            os.close(self._lock_descriptor)
-            self._lock_descriptor = None
-        return is_closed
+        for worker in (self._reader, self._writer):
+            worker.close(0.0)
+        if self._closer is None:
+            self._closer = threading.Thread(target=self._leave_folder, name="disk-store-close", daemon=True)
+            self._closer.start()
+        self._closer.join(timeout_s)
+        return not self._closer.is_alive()
 
-    def _own_folder(self) -> int | None:
+    def _leave_folder(self) -> None:
+        """Let others have the folder once nothing is read or written there."""
+        self._reader.join()
+        self._writer.join()
+        os.close(self._lock_descriptor)
+
+    def _own_folder(self) -> int:
         """Make the folder if need be, and lock it: another process's idea of its bytes would be wrong."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)

@@ -279,6 +279,12 @@ class StatsReply(msgspec.Struct, frozen=True, array_like=True, tag="stats_reply"
     """Processes that have a lease row."""
     broadcasts: str = ""
     """The publisher's endpoint."""
+    store: str = ""
+    """The remote store in use, if there is one."""
+    num_known_remote: int = 0
+    """Pages that it is known to have."""
+    num_put_waiting: int = 0
+    """Pages that wait to be put into it."""
 
 
 class Done(msgspec.Struct, frozen=True, array_like=True, tag="done"):

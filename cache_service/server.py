@@ -28,6 +28,8 @@ from cache_service.inbox import Inbox
 from cache_service.messages import UNANSWERED, Answer, Call, Refused, Reply, StatsReply
 from cache_service.node_arena import PATIENCE_S, NodeArena
 from cache_service.publisher import Publisher
+from cache_service.remote_tier import OpenStore, RemoteTier
+from cache_service.store_address import open_store
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +72,7 @@ class CacheServerCore:
         read_memory: Callable[[Path], HostMemory] = HostMemory.read,
         patience_s: float = PATIENCE_S,
         safety: ArenaSafety | None = None,
+        open_store: OpenStore = open_store,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
@@ -106,8 +109,14 @@ class CacheServerCore:
         counts: Counter[tuple[str, str]] = Counter()
         self._inbox = Inbox()
         self._fetcher = Fetcher(self._inbox, self._source, counts, clock=clock)
-        self._arena.enlist(self._fetcher)
-        self._answers = Answers(self._arena, cluster_id, self.broadcasts, self._fetcher, counts)
+        self._remote = RemoteTier(
+            config.store, place.host, self._inbox, self._arena.log, counts, open_store=open_store, clock=clock
+        )
+        for user in (self._fetcher, self._remote):
+            self._arena.enlist(user)
+        self._answers = Answers(
+            self._arena, cluster_id, self.broadcasts, self._fetcher, self._remote, counts
+        )
         self._stats = self._answers.stats()
 
     @property
@@ -139,6 +148,7 @@ class CacheServerCore:
             self._arena.close(self._config.keep_arena)
         finally:
             self._fetcher.close(THREADS_END_S)
+            self._remote.close(THREADS_END_S)
             self._inbox.close()
             self._publisher.close()
             self._socket.close(linger=0)
@@ -181,6 +191,7 @@ class CacheServerCore:
         now_s = self._turned_s = self._clock()
         self._answers.reclaim()
         self._fetcher.tick(now_s)
+        has_more = self._remote.tick(now_s)
         store, ages, rows = self._arena.store, self._arena.ages, self._arena.rows
         num_evicted = store.maintain(MAX_EVICTIONS_PER_TURN) if store is not None else 0
         if now_s >= self._next_look_s:
@@ -188,7 +199,7 @@ class CacheServerCore:
             if ages is not None and rows is not None:
                 ages.look(rows.used_rows, now_s)
             self._stats = self._answers.stats()
-        return num_evicted == MAX_EVICTIONS_PER_TURN
+        return has_more or num_evicted == MAX_EVICTIONS_PER_TURN
 
     def _idle_s(self) -> float:
         """Return how long to wait for calls before something else is due."""
@@ -196,7 +207,7 @@ class CacheServerCore:
         return IDLE_S if deadline_s is None else min(IDLE_S, max(0.0, deadline_s - self._clock()))
 
     def _source(self, peer: str | None) -> Source | None:
-        return None
+        return self._remote.source if peer is None else None
 
     def _reply(self, identity: bytes, call_id: int, answer: Answer) -> None:
         if call_id == UNANSWERED and not isinstance(answer, Refused):

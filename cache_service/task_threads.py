@@ -22,7 +22,8 @@ class TaskThreads:
         """Have `task` run; it ends by its own deadline. From one thread."""
         self._queue.put(task)
         if len(self._threads) < self._max_threads:
-            thread = threading.Thread(target=self._run, name=f"{self._name}-{len(self._threads)}", daemon=True)
+            name = f"{self._name}-{len(self._threads)}"
+            thread = threading.Thread(target=self._run, name=name, daemon=True)
             self._threads.append(thread)
             thread.start()
 
