@@ -6,6 +6,7 @@ meant for a dead worker reaches its successor.
 
 import logging
 import os
+import select
 import threading
 import time
 from collections import deque
@@ -46,8 +47,8 @@ _LOST_EVENTS = {
 }
 
 
-class CardMismatchError(Exception):
-    """Worker and API process have read different models; the message names both digests."""
+class WrongWorkerError(Exception):
+    """Who answers is not who was meant: another replica, or a worker that has read another model."""
 
 
 class ConnectionListener(Protocol):
@@ -56,7 +57,7 @@ class ConnectionListener(Protocol):
     def opened(self, generation: int, welcome: Welcome) -> None:
         """Take a handshake, the first of this connection or a repeated one with a fresh snapshot.
 
-        Raise CardMismatchError to turn the worker down.
+        Raise WrongWorkerError to turn the worker down.
         """
 
     def stepped(self, outputs: list[RequestOutput], load: LoadReport, kv_events: KVEventBatch | None) -> bool:
@@ -68,7 +69,7 @@ class ConnectionListener(Protocol):
 
 
 class Connection:
-    """Keeps one worker inbox connected until closed.
+    """Keeps one worker inbox connected until closed; `move` says which.
 
     `lease_s` of silence counts as loss: an idle worker speaks several times a second.
     """
@@ -83,7 +84,7 @@ class Connection:
         lease_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._endpoint = endpoint
+        self._endpoint: str | None = endpoint
         self._hello = msgspec.msgpack.encode(Hello(PROTOCOL_VERSION, client_id))
         self._listener = listener
         self._lease_s = lease_s
@@ -111,6 +112,14 @@ class Connection:
         self._outbox.append((generation, self._encoder.encode(message)))
         os.eventfd_write(self._wake_fd, 1)
 
+    def move(self, endpoint: str | None) -> None:
+        """Leave the worker, if any, for the one at `endpoint`; None: stay alone until the next move.
+
+        Any thread may call it.
+        """
+        self._endpoint = endpoint
+        os.eventfd_write(self._wake_fd, 1)
+
     def close(self) -> None:
         """Disconnect and end the thread; what is queued is sent first. Blocks for a moment; call it once."""
         self._closing.set()
@@ -126,11 +135,16 @@ class Connection:
         retry_s = RETRY_S
         try:
             while not self._closing.is_set():
+                endpoint = self._endpoint
+                if endpoint is None:
+                    retry_s = RETRY_S
+                    self._pause(MAX_RETRY_S)
+                    continue
                 self._generation += 1
                 try:
-                    why = self._serve(context)
+                    why = self._serve(context, endpoint)
                 except Exception:  # the thread's top: a bug here must end the streams, never hang them
-                    logger.exception("replica receiver failed", extra={"endpoint": self._endpoint})
+                    logger.exception("replica receiver failed", extra={"endpoint": endpoint})
                     why = "the receiver failed; its log says more"
                 was_open = self._incarnation is not None
                 retry_s = RETRY_S if was_open else min(2 * retry_s, MAX_RETRY_S)
@@ -139,13 +153,21 @@ class Connection:
                 if not self._closing.is_set():
                     # A loss is news, the vain attempts after it are not.
                     level = logging.WARNING if was_open else logging.DEBUG
-                    logger.log(level, "no replica connection", extra={"endpoint": self._endpoint, "why": why})
+                    logger.log(level, "no replica connection", extra={"endpoint": endpoint, "why": why})
                 self._listener.closed(why)
-                self._closing.wait(retry_s)
+                if self._endpoint == endpoint:
+                    self._pause(retry_s)
         finally:
             context.term()
 
-    def _serve(self, context: zmq.Context[zmq.Socket[bytes]]) -> str:
+    def _pause(self, timeout_s: float) -> None:
+        """Wait, until woken at most."""
+        poll = select.poll()
+        poll.register(self._wake_fd, select.POLLIN)
+        if poll.poll(timeout_s * 1000):
+            os.eventfd_read(self._wake_fd)
+
+    def _serve(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> str:
         """Live through one connection; return why it ended."""
         socket = context.socket(zmq.DEALER)
         socket.reconnect_ivl = (
@@ -163,7 +185,7 @@ class Connection:
         for source in (socket, monitor, self._wake_fd):
             poller.register(source, zmq.POLLIN)
         try:
-            socket.connect(self._endpoint)
+            socket.connect(endpoint)
             socket.send(self._hello)
             heard_s = self._clock()
             while not self._closing.is_set():
@@ -179,6 +201,8 @@ class Connection:
                     heard_s = self._clock()
                 if self._wake_fd in ready:
                     os.eventfd_read(self._wake_fd)
+                if self._endpoint != endpoint:
+                    return "the worker is given up"
                 self._flush(socket)
             return "the service closed the connection"
         finally:
@@ -202,7 +226,7 @@ class Connection:
             if isinstance(message, Welcome):
                 try:
                     self._listener.opened(self._generation, message)
-                except CardMismatchError as error:
+                except WrongWorkerError as error:
                     return str(error)
                 self._incarnation = message.incarnation
                 continue

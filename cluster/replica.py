@@ -11,12 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, Self
 
-from cluster.connection import CardMismatchError, Connection
+from cluster.connection import Connection, WrongWorkerError
 from workers.protocol import (
     AbortRequest,
     FinishReason,
     KVEventBatch,
     LoadReport,
+    ReplicaId,
     RequestId,
     RequestOutput,
     SubmitRequest,
@@ -117,12 +118,14 @@ class ReplicaStream:
 class Replica:
     """Client of one worker inbox; itself the ConnectionListener of its Connection.
 
-    Whatever ends the connection (disconnect, `lease_s` of silence, another incarnation, a refusal) ends every
-    open stream with finish_reason `error` and code `replica_lost`.
+    A restarted worker is another inbox, to which `move` leads. Whatever ends the connection (disconnect,
+    `lease_s` of silence, another incarnation, a refusal) ends every open stream with finish_reason `error` and
+    code `replica_lost`.
     """
 
     def __init__(
         self,
+        replica_id: ReplicaId,
         endpoint: str,
         cluster_secret: bytes,
         client_id: str,
@@ -133,6 +136,7 @@ class Replica:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.endpoint = endpoint
+        self._replica_id = replica_id
         self._listener = listener
         self._card_digest = card_digest
         self._clock = clock
@@ -143,6 +147,8 @@ class Replica:
         self._generation = 0
         self._welcome: Welcome | None = None
         self._why_not = "connecting"
+        self._why_down: str | None = None
+        """While it has no worker."""
         self._is_closed = False
 
     async def start(self) -> None:
@@ -168,7 +174,7 @@ class Replica:
 
     def unavailable_reason(self) -> str | None:
         """Return None when the replica takes requests, else why it does not."""
-        return None if self._welcome is not None else self._why_not
+        return None if self._welcome is not None else self._why_down or self._why_not
 
     def stats(self) -> ReplicaStats:
         """Return what this process knows of the replica."""
@@ -177,7 +183,7 @@ class Replica:
     def submit(self, request: SubmitRequest) -> ReplicaStream:
         """Send a request; raise ReplicaUnavailableError when there is no live worker."""
         if self._welcome is None:
-            raise ReplicaUnavailableError(self._why_not)
+            raise ReplicaUnavailableError(self._why_down or self._why_not)
         assert request.request_id not in self._streams, "request ids are unique"
         stream = ReplicaStream(self, request.request_id)
         self._streams[request.request_id] = stream
@@ -193,6 +199,18 @@ class Replica:
         """Drop a request's later outputs."""
         self._streams.pop(request_id, None)
 
+    def leave(self, why: str) -> None:
+        """Give the worker up: open streams end, `unavailable_reason` says `why` until `move`."""
+        self._why_down = why
+        self._connection.move(None)
+        self._end(why)
+
+    def move(self, endpoint: str) -> None:
+        """Connect to the worker that was started in the former one's place."""
+        self.endpoint = endpoint
+        self._why_down, self._why_not = None, "connecting"
+        self._connection.move(endpoint)
+
     async def close(self) -> None:
         """Send what is queued, disconnect, end what is still open. Idempotent."""
         if self._is_closed:
@@ -205,8 +223,12 @@ class Replica:
 
     def opened(self, generation: int, welcome: Welcome) -> None:
         """Take a handshake."""
+        if welcome.replica_id != self._replica_id:
+            raise WrongWorkerError(
+                f"worker at {self.endpoint} is of {welcome.replica_id}, not of {self._replica_id}"
+            )
         if welcome.card_digest != self._card_digest:
-            raise CardMismatchError(
+            raise WrongWorkerError(
                 f"worker at {self.endpoint} serves model card {welcome.card_digest}, this process has read "
                 f"{self._card_digest}; point both at the same files"
             )

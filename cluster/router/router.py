@@ -160,6 +160,7 @@ class Router:
         for replica_id, endpoint in endpoints.items():
             book = LoadBook()
             replica = Replica(
+                replica_id,
                 endpoint,
                 cluster_secret,
                 client_id,
@@ -183,6 +184,14 @@ class Router:
     async def close(self) -> None:
         """Disconnect; open streams end with `error`."""
         await asyncio.gather(*(place.replica.close() for place in self._places))
+
+    def leave(self, replica_id: ReplicaId, why: str) -> None:
+        """Send nothing to a replica that has lost its worker, until `move`; its requests end."""
+        self._replica(replica_id).leave(why)
+
+    def move(self, replica_id: ReplicaId, endpoint: str) -> None:
+        """Take a replica back, whose worker is another now."""
+        self._replica(replica_id).move(endpoint)
 
     def ready(self) -> str | None:
         """Return None when some replica takes work, else the reason why none does."""
@@ -239,6 +248,9 @@ class Router:
         if refused is not None:
             raise OverloadedError(RETRY_AFTER_S, refused)
         raise NoReplicaError(self.ready() or "the replicas went away while the request was placed")
+
+    def _replica(self, replica_id: ReplicaId) -> Replica:
+        return next(place.replica for place in self._places if place.replica_id == replica_id)
 
     # Filter.
 

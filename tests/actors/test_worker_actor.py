@@ -80,7 +80,9 @@ async def test_a_group_of_two_serves_through_its_inbox_and_stops(cluster, model)
     assert leader.card_digest == follower.card_digest == load_card(model).digest()
     assert ray.get([w.ping.remote() for w in workers], timeout=30) == [True, True]
 
-    replica = Replica(leader.endpoint, SECRET, "test", Deaf(), card_digest=leader.card_digest)
+    replica = Replica(
+        ReplicaId("replica-0"), leader.endpoint, SECRET, "test", Deaf(), card_digest=leader.card_digest
+    )
     await replica.start()
     welcome = await replica.wait_ready(20.0)
     assert (welcome.replica_id, welcome.incarnation) == ("replica-0", 7)

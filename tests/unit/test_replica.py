@@ -30,7 +30,7 @@ LOAD = LoadReport(1, 0, 0, 8, 8, 0, 0.01)
 class FakeWorker:
     """An inbox whose thread answers every request with `tokens`, one a step, at `step_s`."""
 
-    def __init__(self, tokens=3, incarnation=1, step_s=0.005, hold=False, card="card"):
+    def __init__(self, tokens=3, incarnation=1, step_s=0.005, hold=False, card="card", name="r0"):
         self.tokens = tokens
         self.incarnation = incarnation
         self.step_s = step_s
@@ -40,6 +40,7 @@ class FakeWorker:
         self.kv_events = None
         self.welcomes = 0
         self.card = card
+        self.name = ReplicaId(name)
         self.running = {}
         self.stopping = threading.Event()
         self.inbox = Inbox("127.0.0.1", SECRET, self.welcome)
@@ -50,7 +51,7 @@ class FakeWorker:
     def welcome(self):
         self.welcomes += 1
         return Welcome(
-            PROTOCOL_VERSION, ReplicaId("r0"), self.incarnation, self.card, b"n" * 16, 16, 2048, 256, 0, []
+            PROTOCOL_VERSION, self.name, self.incarnation, self.card, b"n" * 16, 16, 2048, 256, 0, []
         )
 
     def run(self):
@@ -122,8 +123,9 @@ async def connect():
 
     async def make(worker, listener=None, *, secret=SECRET, card_digest="card", lease_s=20.0, wait=True):
         replica = Replica(
-            worker.endpoint, secret, "api", listener or Listener(), card_digest=card_digest, lease_s=lease_s
-        )
+            ReplicaId("r0"), worker.endpoint, secret, "api", listener or Listener(),
+            card_digest=card_digest, lease_s=lease_s,
+        )  # fmt: skip
         replicas.append(replica)
         await replica.start()
         if wait:
@@ -239,6 +241,47 @@ async def test_another_card_is_turned_down(worker, connect):
     replica = await connect(worker(card="theirs"), card_digest="ours", wait=False)
     with pytest.raises(ReplicaUnavailableError, match=r"theirs.*ours"):
         await replica.wait_ready(0.5)
+
+
+async def test_another_replicas_worker_is_turned_down(worker, connect):
+    """A port that a dead worker had may become another's."""
+    listener = Listener()
+    replica = await connect(worker(name="r1"), listener, wait=False)
+    with pytest.raises(ReplicaUnavailableError, match=r"of r1, not of r0"):
+        await replica.wait_ready(0.5)
+    assert ("welcomed", 1) not in listener.calls
+
+
+async def test_a_worker_given_up_ends_its_streams_and_another_takes_its_place(worker, connect):
+    held = worker(hold=True)
+    listener = Listener()
+    replica = await connect(held, listener)
+    stream = replica.submit(submit("a"))
+    await anext(stream)
+    replica.leave("restarting")
+    [end] = await collect(stream)
+    assert (end.finish_reason, end.error_code) == ("error", "replica_lost")
+    assert "restarting" in end.error
+    await until(lambda: ("lost", None) in listener.calls)
+    await asyncio.sleep(0.6)  # longer than the first pause between tries
+    assert held.welcomes == 1, "nobody goes back to the worker that was given up"
+    assert replica.unavailable_reason() == "restarting"
+    with pytest.raises(ReplicaUnavailableError, match="restarting"):
+        replica.submit(submit("early"))
+
+    heir = worker(incarnation=2)
+    replica.move(heir.endpoint)
+    await replica.wait_ready(5.0)
+    assert (await collect(replica.submit(submit("b"))))[-1].finish_reason == "length"
+    assert listener.calls == [("welcomed", 1), ("lost", None), ("welcomed", 2)]
+
+
+async def test_a_replica_without_a_worker_closes_at_once(worker, connect):
+    replica = await connect(worker())
+    replica.leave("restarting")
+    begin = time.monotonic()
+    await replica.close()
+    assert time.monotonic() - begin < 2.0
 
 
 async def test_a_wrong_secret_is_told_apart(worker, connect):
