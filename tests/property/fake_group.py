@@ -7,12 +7,13 @@ import msgspec
 
 from cache_service.keys import NamespaceDigest, page_keys, salted
 from tests.property.fake_ranks import FakeRank, next_token
+from tests.property.fake_sources import TOKEN_S
 from tests.property.fake_tier import FakeTier, TierOptions
 from workers.config import WorkerConfig
 from workers.kvcache.manager import KVCacheManager
 from workers.kvcache.page_pool import Safety
 from workers.plan import BatchPlan, StepOutput
-from workers.protocol import FinishReason, RequestId, RequestOutput, SamplingParams, SubmitRequest
+from workers.protocol import FetchHint, FinishReason, RequestId, RequestOutput, SamplingParams, SubmitRequest
 from workers.scheduler.scheduler import Scheduler
 
 VOCAB_SIZE = 61
@@ -84,6 +85,7 @@ class FakeGroup:
         self.reasons: dict[RequestId, FinishReason] = {}
         self.indexed: set[bytes] = set()  # what a router makes of the KVEvents
         self.num_admitted = 0
+        self._admitted: set[RequestId] = set()
         self.is_midstep = False  # for good, once a step failed
         self._max_tokens_per_step = max_tokens_per_step
         self._runs_checks = runs_checks
@@ -97,10 +99,17 @@ class FakeGroup:
         *,
         priority: int = 0,
         tenant_salt: bytes = b"",
+        hints: list[FetchHint] | None = None,
     ) -> RequestId:
         request_id = RequestId(f"r{len(self.submits)}")
-        submit = SubmitRequest(request_id, token_ids, sampling or SamplingParams(), priority, tenant_salt)
+        submit = SubmitRequest(
+            request_id, token_ids, sampling or SamplingParams(), priority, tenant_salt, hints or []
+        )
+        if self.tier is not None:
+            self.tier.sources.owner = request_id
         self.scheduler.add(submit, self.now_s)
+        if self.tier is not None:
+            self.tier.sources.owner = None
         self.submits[request_id] = submit
         seed = submit.sampling.seed
         self.seeds[request_id] = self._seeds.getrandbits(63) if seed is None else seed
@@ -131,6 +140,7 @@ class FakeGroup:
         self._move_on()
         plan = self.scheduler.plan(self.now_s)
         self.num_admitted += len(self.scheduler.stats.queue_s)
+        self._check_admitted()
         assert self.num_admitted <= len(self.submits), "a request's time in the queue is told twice"
         if plan is not None:
             num_spent = self._max_tokens_per_step - self.scheduler._budget
@@ -143,6 +153,7 @@ class FakeGroup:
                 self.abort(abort_in_flight)
             for request_output in self.scheduler.commit(output):
                 self._take(request_output)
+            self.scheduler.stepped(plan, TOKEN_S * sum(plan.lens), self.now_s)
         lags = lags or (0,) * len(self.ranks)
         self.scheduler.completed(
             min(rank.finish(rank.last_step - lag) for rank, lag in zip(self.ranks, lags, strict=True))
@@ -173,6 +184,7 @@ class FakeGroup:
 
     def _move_on(self) -> None:
         if self.tier is not None:
+            self.tier.sources.now_s = self.now_s
             self.tier.move_on()
 
     def run(self, max_steps: int = 1000) -> int:
@@ -190,7 +202,9 @@ class FakeGroup:
         # Without a tier the first in order gains a token in every step. Here a page may have to be saved
         # before it goes, loaded before it is read, or computed after its load failed: not much longer.
         num_left = sum(self.scheduler.max_context_len for _ in self.unfinished)
-        self.run(max_steps=3 * num_left + 20)
+        # Nor does it wait for a FETCH any longer than computing its pages takes, at a second a step.
+        max_wait_s = TOKEN_S * self.scheduler.max_context_len
+        self.run(max_steps=3 * num_left + 20 + int(max_wait_s))
         assert self.reasons.keys() == self.submits.keys(), "a request has no finish reason"
         self.settle()
 
@@ -200,7 +214,7 @@ class FakeGroup:
             self.tier.speed_up()
             for _ in range(100):
                 self.step()
-                if not self.scheduler.has_moves and self.tier.client.is_quiet:
+                if not self.scheduler.has_moves and self.tier.is_quiet:
                     break
             self.tier.check_idle()
         for _ in range(2):
@@ -211,6 +225,7 @@ class FakeGroup:
         for rank in self.ranks:
             assert len(rank.pages) == stats.num_owned_pages and not rank.rows, "a rank's pages differ"
         assert self.step() is None, "an idle group has nothing to say"
+        self._check_origins()
 
     def check(self) -> None:
         self.scheduler.check()
@@ -244,6 +259,20 @@ class FakeGroup:
                 return stream, "stop"
             if len(stream) == sampling.max_tokens or len(token_ids) + 1 == self.scheduler.max_context_len:
                 return stream, "length"
+
+    def _check_admitted(self) -> None:
+        for request in self.scheduler._running:
+            if self.tier is not None and request.request_id not in self._admitted:
+                self.tier.sources.check_admitted(request.request_id)
+            self._admitted.add(request.request_id)
+
+    def _check_origins(self) -> None:
+        """Each prompt token was found somewhere, or computed, once."""
+        stats = self.scheduler.stats
+        prompts = [len(self.submits[request_id].token_ids) for request_id in self.num_cached]
+        assert stats.prefix_tokens.total() == sum(prompts)
+        assert stats.num_cached_tokens == sum(self.num_cached.values())
+        assert stats.prefix_tokens["computed"] == sum(prompts) - stats.num_cached_tokens
 
     def _take(self, output: RequestOutput) -> None:
         request_id = output.request_id

@@ -211,6 +211,10 @@ class FakeRank:
     def check_untouched(self, page: int) -> None:
         assert set(self.pages[page]) == {None}, f"load: page {page} was written before"
 
+    def contents_of(self, tokens: tuple[int, ...]) -> Contents:
+        """What a page of these tokens looks like, on another node too."""
+        return tokens, b""
+
     def copy_out(self, page: int) -> Contents:
         return tuple(self.pages[page]), b""
 

@@ -7,8 +7,11 @@ from cache_service.keys import PageKey
 from tests.property.fake_arena import FakeArena, FakeClient
 from tests.property.fake_mover import FakeMover, Faults
 from tests.property.fake_ranks import FakeRank
+from tests.property.fake_sources import PAGE_BYTES, FakeSources, SourceOptions
+from workers.kvcache.fetch_costs import FetchCosts
 from workers.kvcache.host_tier import WritePolicy
 from workers.kvcache.manager import KVCacheManager
+from workers.kvcache.prefetcher import PrefetchOptions
 from workers.move_board import MoveBoard
 from workers.plan import BatchPlan, SavePages
 
@@ -25,6 +28,7 @@ class TierOptions:
     upset_ratio: float = 0.0
     """How often the arena evicts, loses a bit, gets a page from another replica; now and then it restarts."""
     faults: Faults = field(default_factory=Faults)
+    sources: SourceOptions = field(default_factory=SourceOptions)
     seed: int = 0
 
 
@@ -45,6 +49,14 @@ class FakeTier:
         for rank, mover in zip(ranks, self.movers, strict=True):
             rank.attach(mover)
         self.stats = cache.attach_tier(self.client, boards[0], options.policy).stats
+        self.sources = FakeSources(
+            self.arena, options.sources, self.chance, cache.page_size, [rank.contents_of for rank in ranks]
+        )
+        self.prefetcher = cache.attach_prefetcher(
+            self.sources,
+            FetchCosts(PAGE_BYTES, cache.page_size, options.sources.guesses),
+            PrefetchOptions(options.sources.policy, options.sources.timeout_s),
+        )
         self._is_hurried = False
         self._num_lost = 0
         self._num_failed_loads = 0
@@ -60,11 +72,16 @@ class FakeTier:
             if isinstance(op, SavePages):
                 self.client.note(op)
 
+    @property
+    def is_quiet(self) -> bool:
+        return self.client.is_quiet and not self.prefetcher.num_pages_in_flight
+
     def move_on(self) -> None:
         for mover, speed in zip(self.movers, self.options.speeds, strict=False):
             mover.advance(1.0 if self._is_hurried else speed)
         if self._is_hurried or self.chance.random() < self.options.news_ratio:
             self.client.deliver(100 if self._is_hurried else self.chance.randrange(4))
+        self.sources.move_on()
         if not self._is_hurried and self.chance.random() < self.options.upset_ratio:
             self.upset()
 
@@ -74,7 +91,7 @@ class FakeTier:
 
     def speed_up(self) -> None:
         """From now on all goes at once, and the arena is left in peace."""
-        self._is_hurried = True
+        self._is_hurried = self.sources.is_hurried = True
 
     def check_losses(self, removed: list[bytes]) -> None:
         """A page leaves the device once it is in the arena, as a loss, or because it was never good (I11)."""
@@ -91,6 +108,7 @@ class FakeTier:
 
     def check_idle(self) -> None:
         """Nothing is held once nothing moves."""
+        assert not self.prefetcher.num_pages_in_flight, "a FETCH is never over"
         assert all(not mover.num_in_flight for mover in self.movers), "a move is not over"
         assert not self.arena.leases.total(), f"a slot stays leased: {+self.arena.leases}"
         assert self.arena.writing == {grant.slot for grant in self.client.grants}, "a grant leaked"

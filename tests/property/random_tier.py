@@ -5,6 +5,7 @@ from typing import Any
 
 from tests.property.fake_group import FakeGroup, plain_rank
 from tests.property.fake_mover import Faults
+from tests.property.fake_sources import SourceOptions
 from tests.property.fake_tier import TierOptions
 from tests.property.sanitized_rank import SanitizedRank
 from workers.kvcache.page_pool import Safety
@@ -31,6 +32,16 @@ def tier_options(random: Random, seed: int) -> TierOptions:
             io_ratio=pick([0.0, 0.0, 0.1] if is_large else [0.0, 0.0, 0.3, 1.0]),
             stale_ratio=pick([0.0, 0.0, 0.1]),
             torn_ratio=pick([0.0, 0.0, 0.1, 0.4]),
+        ),
+        sources=SourceOptions(
+            policy=pick(["best_effort", "wait_complete", "timeout"]),
+            timeout_s=pick([1.0, 5.0]),
+            page_s=pick([0.5, 0.5, 3.0]),
+            speed=pick([0.2, 0.5, 1.0]),
+            silent_ratio=pick([0.0, 0.0, 0.2]),
+            failure_ratio=pick([0.0, 0.0, 0.1]),
+            twice_ratio=pick([0.0, 0.3]),
+            put_ratio=pick([0.0, 0.3]),
         ),
         seed=seed,
     )
@@ -62,7 +73,14 @@ def submit(group: FakeGroup, random: Random) -> None:
             "seed": random.choice([None, 0, 1]),
         }
         salt = random.choice([b"", b"", b"", b"tenant"])
-        group.submit(text, SamplingParams(**options), priority=random.randint(0, 2), tenant_salt=salt)
+        hints = group.tier.sources.hints(len(text) // group.cache.page_size)
+        group.submit(
+            text,
+            SamplingParams(**options),
+            priority=random.randint(0, 2),
+            tenant_salt=salt,
+            hints=hints,
+        )
 
 
 def live(seed: int, *, safety: Safety | None = None, runs_checks: bool = True) -> FakeGroup:

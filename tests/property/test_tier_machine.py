@@ -1,7 +1,8 @@
-"""Groups whose pages also live in an arena, with bad luck: a state machine, and lives drawn from seeds.
+"""Groups whose pages also live in an arena and elsewhere, with bad luck: a state machine, and lives by seed.
 
 Moves end late, in any order, apart on each rank, and fail; news of the arena comes late; it evicts, corrupts
-and restarts. Still each request gets its own text, and nothing is held in the end.
+and restarts; FETCHes end late, in part, twice or never. Still each request gets its own text, and nothing is
+held in the end.
 """
 
 from collections import Counter
@@ -13,6 +14,7 @@ from hypothesis.stateful import initialize, precondition, rule
 
 from tests.property.fake_group import FakeGroup, plain_rank
 from tests.property.fake_mover import Faults
+from tests.property.fake_sources import SourceOptions
 from tests.property.fake_tier import TierOptions
 from tests.property.random_tier import live
 from tests.property.sanitized_rank import SanitizedRank
@@ -24,6 +26,17 @@ _speed = st.sampled_from([0.2, 0.5, 1.0])
 _faults = st.builds(
     Faults, io_ratio=st.sampled_from([0.0, 0.0, 0.0, 0.2, 1.0]), stale_ratio=_ratio, torn_ratio=_ratio
 )
+_sources = st.builds(
+    SourceOptions,
+    policy=st.sampled_from(["wait_complete", "best_effort", "timeout"]),
+    timeout_s=st.sampled_from([5.0, 1.0]),
+    page_s=st.sampled_from([0.5, 0.5, 3.0]),
+    speed=st.sampled_from([1.0, 0.5, 0.2]),
+    silent_ratio=st.sampled_from([0.0, 0.0, 0.2]),
+    failure_ratio=st.sampled_from([0.0, 0.0, 0.1]),
+    twice_ratio=st.sampled_from([0.0, 0.3]),
+    put_ratio=st.sampled_from([0.3, 0.0]),
+)
 _tiers = st.builds(
     TierOptions,
     num_slots=st.sampled_from([1, 4, 12, 20, 30]),
@@ -33,6 +46,7 @@ _tiers = st.builds(
     news_ratio=st.sampled_from([1.0, 0.5, 0.2]),
     upset_ratio=st.sampled_from([0.0, 0.1]),
     faults=_faults,
+    sources=_sources,
     seed=st.integers(0, 1 << 16),
 )
 
@@ -65,7 +79,8 @@ class TierMachine(SchedulerMachine):
         """Two texts push each other out of the device, and come back."""
         for text in (first, second, first):
             token_ids = text[: min(prompt_len, self.group.scheduler.max_context_len - 1)]
-            self.group.submit(token_ids, SamplingParams(max_tokens=2))
+            hints = self.group.tier.sources.hints(prompt_len // self.group.cache.page_size)
+            self.group.submit(token_ids, SamplingParams(max_tokens=2), hints=hints)
             for _ in range(8):
                 self.group.step()
 
@@ -98,6 +113,12 @@ def live_all(seeds: range) -> Counter[str]:
         total.update({f"load {reason}": count for reason, count in stats.failed_loads.items()})
         total.update({f"skip {reason}": count for reason, count in stats.skipped_saves.items()})
         total.update(preempted=group.scheduler.stats.num_preemptions)
+        fetches = group.tier.prefetcher.stats
+        total.update({f"fetched {source}": count for source, count in fetches.fetched_pages.items()})
+        total.update({f"fetch {reason}": count for (_, reason), count in fetches.failed_pages.items()})
+        total.update({f"unfetched {reason}": count for reason, count in fetches.skipped_pages.items()})
+        origins = group.scheduler.stats.prefix_tokens
+        total.update({f"prefix {origin}": count for origin, count in origins.items()})
     return total
 
 
@@ -106,6 +127,10 @@ def test_whatever_becomes_of_moves_each_request_gets_its_own_text():
     happened = {"saved", "loaded", "lost", "preempted", "save io", "save stale", "save no_parent"}
     happened |= {"load io", "load stale", "load corrupt", "load torn"}
     happened |= {"skip no_grant", "skip no_parent", "skip busy"}
+    happened |= {"fetched peer", "fetched remote", "fetch missing", "fetch no_slot", "fetch timed_out"}
+    happened |= {"fetch failed", "fetch corrupt", "fetch timeout", "fetch lost"}
+    happened |= {"unfetched no_source", "unfetched slower", "unfetched present", "unfetched breaker_open"}
+    happened |= {f"prefix {origin}" for origin in ("computed", "device", "host", "peer", "remote")}
     assert {name for name, count in total.items() if count} == happened
 
 

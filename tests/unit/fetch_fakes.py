@@ -45,7 +45,7 @@ class FakeRemote:
         return [page.key for page in self.asked[number - 1][0]]
 
     def answer(self, number, outcome=FetchStatus.FETCHED, seconds=0.1, num_first=None):
-        """Every page gets this status, or the first few do and the others TIMED_OUT; or there is no result."""
+        """Every page gets this status, or the first few do, the others TIMED_OUT; or there is no result."""
         if isinstance(outcome, FetchStatus):
             count = len(self.asked[number - 1][0])
             num_first = count if num_first is None else num_first
