@@ -16,6 +16,7 @@ from cache_service.messages import Answer, Count, Done, Refused, Request
 from cache_service.node_arena import ArenaLayoutError, NodeArena
 from cache_service.page_records import CommitStatus
 from cache_service.page_store import PageStore
+from cache_service.peer_exchange import PeerExchange
 from cache_service.pins import PinBudgetError
 from cache_service.processes import ProcessId
 from cache_service.reader_rows import NoReaderRowError, ReaderRow
@@ -45,6 +46,7 @@ class Answers:
         broadcasts: str,
         fetcher: Fetcher,
         remote: RemoteTier,
+        peers: PeerExchange,
         counts: Counter[tuple[str, str]],
     ) -> None:
         self._arena = arena
@@ -53,6 +55,7 @@ class Answers:
         self._clients: dict[bytes, _Client] = {}
         self._fetcher = fetcher
         self._remote = remote
+        self._peers = peers
         self._counts = counts
 
     def answer(
@@ -64,6 +67,11 @@ class Answers:
             case messages.Fetch():
                 self._fetcher.fetch(request, later)
                 return None
+            case messages.LeasePages():
+                answer = self._peers.leases.lease(identity, request, now_s)
+                return self.refuse(answer.code, answer.reason) if isinstance(answer, Refused) else answer
+            case messages.ReleasePages():
+                return self._peers.leases.release(identity, request)
             case messages.AttachStore():
                 self._remote.attach(request.store, lambda why: later(self._done_unless(why)))
                 return None
@@ -83,8 +91,13 @@ class Answers:
         return Done() if why is None else self.refuse("store", why)
 
     def forget(self, identity: bytes) -> None:
-        """Forget a connection that is gone. What its process holds stays the process's own."""
+        """Forget a connection that does not listen. What its process holds stays the process's own."""
         self._clients.pop(identity, None)
+
+    def lost(self, identity: bytes) -> None:
+        """Forget a connection that is closed."""
+        self.forget(identity)
+        self._peers.leases.lost(identity)
 
     def reclaim(self) -> None:
         """Take back what groups of dead processes hold, and forget their connections."""
@@ -124,13 +137,17 @@ class Answers:
             store=self._remote.address,
             num_known_remote=self._remote.num_known,
             num_put_waiting=self._remote.num_waiting,
+            num_fetches=self._fetcher.num_calls,
+            num_lingering=self._fetcher.num_lingering,
+            num_lent=self._peers.leases.num_slots,
+            oldest_lent_s=self._peers.leases.oldest_s,
+            num_peers=self._peers.num_peers,
+            num_peers_avoided=self._peers.num_avoided,
         )
 
     def _answer(self, identity: bytes, request: Request, now_s: float) -> Answer:
         if isinstance(request, messages.Attach):
             return self._attach(identity, request, now_s)
-        if isinstance(request, messages.LeasePages | messages.ReleasePages):
-            return self.refuse("no_transfer", "this server has no transfer; it lends no pages to peers")
         store = self._arena.store
         if isinstance(request, messages.Stats):
             return self.stats()
@@ -184,12 +201,7 @@ class Answers:
                 store.touch(request.keys)
                 return Done(len(request.keys))
             case messages.ReportCorrupt():
-                num_dropped = store.drop(request.location, request.reason)
-                logger.warning(
-                    "a page's bytes did not match its checksum",
-                    extra={"slot": request.location.slot, "while": request.reason, "dropped": num_dropped},
-                )
-                return Done(num_dropped)
+                return self._report_corrupt(store, request)
             case messages.Lookup():
                 return messages.Found(store.lookup(request.keys))
             case messages.Pin():
@@ -250,6 +262,19 @@ class Answers:
             self._broadcasts,
             store.grants_of(row.group),
         )
+
+    def _report_corrupt(self, store: PageStore, request: messages.ReportCorrupt) -> Answer:
+        """Drop a page; one that a peer complains of only if it is wrong here, not on the way or there."""
+        assert self._arena.arena is not None
+        if request.reason == "fetch" and self._arena.arena.is_intact(request.location.slot):
+            self._counts["unconfirmed_corruption", ""] += 1
+            return Done()
+        num_dropped = store.drop(request.location, request.reason)
+        logger.warning(
+            "a page's bytes did not match its checksum",
+            extra={"slot": request.location.slot, "while": request.reason, "dropped": num_dropped},
+        )
+        return Done(num_dropped)
 
     def _pin(self, store: PageStore, request: messages.Pin) -> Answer:
         """Pin all that are here, or over the budget none."""

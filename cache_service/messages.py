@@ -101,7 +101,7 @@ class ReportCorrupt(msgspec.Struct, frozen=True, array_like=True, tag="corrupt")
 
     location: Location
     reason: Literal["load", "fetch", "remote"]
-    """What its reader was doing."""
+    """What its reader was doing. After a peer's FETCH the server looks at the bytes itself."""
 
 
 class Lookup(msgspec.Struct, frozen=True, array_like=True, tag="lookup"):
@@ -285,6 +285,18 @@ class StatsReply(msgspec.Struct, frozen=True, array_like=True, tag="stats_reply"
     """Pages that it is known to have."""
     num_put_waiting: int = 0
     """Pages that wait to be put into it."""
+    num_fetches: int = 0
+    """Calls that wait for pages."""
+    num_lingering: int = 0
+    """Slots that a failed transfer may write still."""
+    num_lent: int = 0
+    """Pages that peers read, each counted once a lease."""
+    oldest_lent_s: float = 0.0
+    """The age of the oldest of these leases."""
+    num_peers: int = 0
+    """Peers that pages are fetched from."""
+    num_peers_avoided: int = 0
+    """Those of them that have failed and are left alone for a while."""
 
 
 class Done(msgspec.Struct, frozen=True, array_like=True, tag="done"):

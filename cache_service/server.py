@@ -4,6 +4,7 @@ One thread runs it and alone allocates and frees slots (I7). Workers copy by the
 through here. No Ray: `server_actor` gives it a process.
 """
 
+import contextlib
 import functools
 import logging
 import math
@@ -25,11 +26,14 @@ from cache_service.gate import Gate, bind
 from cache_service.host_memory import HostMemory
 from cache_service.identity import cluster_id_of
 from cache_service.inbox import Inbox
-from cache_service.messages import UNANSWERED, Answer, Call, Refused, Reply, StatsReply
+from cache_service.messages import UNANSWERED, Answer, Call, Done, Refused, Reply, StatsReply
 from cache_service.node_arena import PATIENCE_S, NodeArena
+from cache_service.peer_exchange import PeerExchange
+from cache_service.peer_source import PeerPatience
 from cache_service.publisher import Publisher
 from cache_service.remote_tier import OpenStore, RemoteTier
 from cache_service.store_address import open_store
+from cache_service.wire import OpenTransfer
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +63,8 @@ class CacheServerCore:
     """Made in one thread, `run` in another (or the same); `stop`, `stats` and `turn_s` may be called by any.
 
     `incarnation` has to differ from that of any former server of the node: nanoseconds of the clock do.
-    Raises BindError, ArenaOwnedError, ArenaSizeError.
+    Without `open_transfer` it neither lends pages to peers nor fetches from them. Raises BindError,
+    ArenaOwnedError, ArenaSizeError, TransferError.
     """
 
     def __init__(
@@ -72,6 +77,8 @@ class CacheServerCore:
         read_memory: Callable[[Path], HostMemory] = HostMemory.read,
         patience_s: float = PATIENCE_S,
         safety: ArenaSafety | None = None,
+        open_transfer: OpenTransfer | None = None,
+        peer_patience: PeerPatience | None = None,
         open_store: OpenStore = open_store,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -92,30 +99,42 @@ class CacheServerCore:
             patience_s=patience_s,
             safety=safety,
         )
-        self._gate = Gate(cluster_secret)
-        self._socket = self._gate.open_socket(zmq.ROUTER)
-        self._socket.router_mandatory = True  # a send to a client that left fails instead of vanishing
-        try:
+        counts: Counter[tuple[str, str]] = Counter()
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._arena.close, config.keep_arena)
+            self._inbox = Inbox()
+            undo.callback(self._inbox.close)
+            self._gate = Gate(cluster_secret)
+            undo.callback(self._gate.close)
+            self._socket = self._gate.open_socket(zmq.ROUTER)
+            undo.callback(self._socket.close)
+            self._socket.router_mandatory = True  # a send to a client that left fails instead of vanishing
             self.endpoint = bind(self._socket, place.host, place.port)
+            self._peers = PeerExchange(
+                place.host,
+                cluster_secret,
+                self._inbox,
+                open_transfer,
+                counts,
+                self._keep_alive,
+                patience=peer_patience,
+                clock=clock,
+            )
+            undo.callback(self._peers.close)
             self._publisher = Publisher(
                 self._gate, place.host, self._arena.log, now_s=clock(), port=place.broadcast_port
             )
-        except BaseException:
-            self._socket.close()
-            self._gate.close()
-            self._arena.close(config.keep_arena)
-            raise
+            undo.pop_all()
         self._arena.announce(int(self.endpoint.rpartition(":")[2]))
-        counts: Counter[tuple[str, str]] = Counter()
-        self._inbox = Inbox()
         self._fetcher = Fetcher(self._inbox, self._source, counts, clock=clock)
         self._remote = RemoteTier(
             config.store, place.host, self._inbox, self._arena.log, counts, open_store=open_store, clock=clock
         )
         for user in (self._fetcher, self._remote):
             self._arena.enlist(user)
+        self._peers.enlist(self._arena)
         self._answers = Answers(
-            self._arena, cluster_id, self.broadcasts, self._fetcher, self._remote, counts
+            self._arena, cluster_id, self.broadcasts, self._fetcher, self._remote, self._peers, counts
         )
         self._stats = self._answers.stats()
 
@@ -149,6 +168,7 @@ class CacheServerCore:
         finally:
             self._fetcher.close(THREADS_END_S)
             self._remote.close(THREADS_END_S)
+            self._peers.close()
             self._inbox.close()
             self._publisher.close()
             self._socket.close(linger=0)
@@ -191,6 +211,7 @@ class CacheServerCore:
         now_s = self._turned_s = self._clock()
         self._answers.reclaim()
         self._fetcher.tick(now_s)
+        self._peers.tick(now_s)
         has_more = self._remote.tick(now_s)
         store, ages, rows = self._arena.store, self._arena.ages, self._arena.rows
         num_evicted = store.maintain(MAX_EVICTIONS_PER_TURN) if store is not None else 0
@@ -207,16 +228,29 @@ class CacheServerCore:
         return IDLE_S if deadline_s is None else min(IDLE_S, max(0.0, deadline_s - self._clock()))
 
     def _source(self, peer: str | None) -> Source | None:
-        return self._remote.source if peer is None else None
+        """Return whom to ask for pages."""
+        if peer is None:
+            return self._remote.source
+        return None if peer == self.endpoint else self._peers.source(peer)
+
+    def _keep_alive(self, identity: bytes) -> bool:
+        """Write to a connection; tell whether it is there."""
+        return self._send(identity, Reply(UNANSWERED, self._arena.log.version, Done()))
 
     def _reply(self, identity: bytes, call_id: int, answer: Answer) -> None:
         if call_id == UNANSWERED and not isinstance(answer, Refused):
             return
-        reply = Reply(call_id, self._arena.log.version, answer)
+        if not self._send(identity, Reply(call_id, self._arena.log.version, answer)):
+            self._answers.lost(identity)
+
+    def _send(self, identity: bytes, reply: Reply) -> bool:
+        """Write to a connection; False where it is closed."""
         try:
             self._socket.send_multipart([identity, self._encoder.encode(reply)], zmq.NOBLOCK)
         except zmq.ZMQError as error:
-            if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+            if error.errno == zmq.EHOSTUNREACH:
+                return False
+            if error.errno != zmq.EAGAIN:
                 raise
-            # It left, or does not read: it attaches again if it lives.
-            self._answers.forget(identity)
+            self._answers.forget(identity)  # it does not read; it attaches again if it lives
+        return True

@@ -47,7 +47,9 @@ def port_of(endpoint):
     return int(endpoint.rpartition(":")[2])
 
 
-def make_core(folder, config=CONFIG, *, port=None, broadcast_port=None, secret=SECRET, patience_s=5.0):
+def make_core(
+    folder, config=CONFIG, *, port=None, broadcast_port=None, secret=SECRET, patience_s=5.0, **more
+):
     return CacheServerCore(
         config,
         secret,
@@ -55,6 +57,7 @@ def make_core(folder, config=CONFIG, *, port=None, broadcast_port=None, secret=S
         time.time_ns(),
         read_memory=lambda folder: PLENTY,
         patience_s=patience_s,
+        **more,
     )
 
 
