@@ -1,0 +1,81 @@
+"""A node's CacheServer in a process of its own, and clients of it, for the benchmarks."""
+
+import multiprocessing
+import tempfile
+import time
+from pathlib import Path
+
+from cache_service.arena_files import SHARED_MEMORY
+from cache_service.client import CacheClient, ClientSpec
+from cache_service.config import CacheConfig
+from cache_service.server import CacheServerCore, Place
+
+SECRET = b"k" * 32
+FINGERPRINT = b"a layout to time"
+TIMEOUT_S = 60.0
+
+
+def _serve(config, place, started):
+    began_s = time.monotonic()
+    core = CacheServerCore(config, SECRET, place, time.time_ns())
+    started.put((core.endpoint, core.broadcasts, time.monotonic() - began_s))
+    core.run()
+
+
+class CacheNode:
+    """Use as a context manager. Nodes of one machine differ in `host`, an address of its loopback."""
+
+    def __init__(self, cache_gb, host="127.0.0.1"):
+        self._config = CacheConfig(host_cache_gb=cache_gb)
+        self._host = host
+        self._folder = tempfile.TemporaryDirectory(dir=SHARED_MEMORY)
+        self._ports = {}
+        self.start()
+
+    def start(self):
+        """Begin to serve; after `kill`, on the ports of before."""
+        spawn = multiprocessing.get_context("spawn")
+        started = spawn.Queue()
+        place = Place(self._host, folder=Path(self._folder.name), **self._ports)
+        self.process = spawn.Process(target=_serve, args=(self._config, place, started), daemon=True)
+        self.process.start()
+        self.endpoint, self.broadcasts, self.start_s = started.get(timeout=TIMEOUT_S)
+        self._ports = {"port": _port(self.endpoint), "broadcast_port": _port(self.broadcasts)}
+
+    def kill(self):
+        self.process.kill()
+        self.process.join(TIMEOUT_S)
+
+    def anonymous_bytes(self):
+        """Memory of the server's own: without what it shares with others, its arena above all."""
+        for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return 1024 * int(line.split()[1])
+        raise OSError("this kernel does not tell RssAnon")
+
+    def client(self, bundle_bytes, num_grants):
+        spec = ClientSpec(FINGERPRINT, bundle_bytes, 1, group=1, num_grants=num_grants)
+        client = CacheClient(self.endpoint, SECRET, spec)
+        client.start(TIMEOUT_S)
+        return client
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.kill()
+        self._folder.cleanup()
+
+
+def _port(endpoint):
+    return int(endpoint.rpartition(":")[2])
+
+
+def eventually(holds):
+    """Wait until `holds()` and return what it returned."""
+    end_s = time.monotonic() + TIMEOUT_S
+    while not (found := holds()):
+        if time.monotonic() > end_s:
+            raise TimeoutError("it never came to be")
+        time.sleep(0.001)
+    return found

@@ -1,0 +1,30 @@
+"""What the parts of a benchmark share: progress on stderr, medians over rounds."""
+
+import statistics
+import sys
+
+
+def say(text):
+    print(text, file=sys.stderr, flush=True)
+
+
+class Medians:
+    """Collects each measurement of each round, and tells it as it comes."""
+
+    def __init__(self):
+        self._found = {}
+
+    def add(self, name, value):
+        self._found.setdefault(name, []).append(value)
+
+    def __getitem__(self, name):
+        return statistics.median(self._found[name])
+
+    def spread(self, name):
+        """Least and greatest."""
+        return min(self._found[name]), max(self._found[name])
+
+
+def quantile(values, ratio):
+    """Return the value that such a part of all does not exceed."""
+    return sorted(values)[min(int(ratio * len(values)), len(values) - 1)]
