@@ -1,6 +1,6 @@
 """CacheConfig: every option of the cache tier, validated once, frozen ever after."""
 
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
@@ -14,6 +14,7 @@ from cache_service.store_address import parse_store_address
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 _GIB = 1 << 30
 
+TransferKind = Literal["off", "tcp", "rdma"]
 FreeRatio = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -44,6 +45,12 @@ class CacheConfig:
     """Remote store that each node's pages are put into and fetched from: `disk:/PATH?gb=SIZE` (`{node}` in it
     stands for the node's address) or `mooncake:HOST:PORT?segment_gb=SIZE`. Not given: none, until one is
     attached."""
+    transfer: TransferKind = "off"
+    """How nodes read pages out of each other's host cache: not at all (`off`), or by Mooncake over `tcp` or
+    `rdma`. Mooncake's ports listen on every interface without authentication: for trusted networks only."""
+    rdma_devices: str | None = None
+    """RDMA devices of each node that pages are read through, with commas, if `transfer` is `rdma`. Not given:
+    all."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -56,6 +63,15 @@ class CacheConfig:
                     "a store is given without a host cache, through which pages go there and come back; give"
                     " host_cache_gb or host_cache_ratio"
                 )
+        if self.transfer != "off" and not self.is_on:
+            raise ValueError(
+                f"transfer is {self.transfer} without a host cache, whose pages nodes would exchange; give"
+                " host_cache_gb, or leave transfer off"
+            )
+        if self.rdma_devices is not None and self.transfer != "rdma":
+            raise ValueError(
+                f"rdma_devices are given while transfer is {self.transfer}; give transfer rdma, or no devices"
+            )
         if self.min_free_ratio > self.target_free_ratio:
             raise ValueError(
                 f"min_free_ratio {self.min_free_ratio:g} is above target_free_ratio"

@@ -23,6 +23,8 @@ from cache_service.log_format import set_up_logging
 from cache_service.messages import StatsReply
 from cache_service.metrics import CacheServerCollector
 from cache_service.server import CacheServerCore, Place
+from cache_service.transfer import TransferError
+from cache_service.transfer_choice import transfer_opener
 
 logger = logging.getLogger(__name__)
 
@@ -86,9 +88,15 @@ class CacheServer:
         """Take the arena, bind and serve. Raise CacheStartError."""
         try:
             core = CacheServerCore(
-                self._config, read_cluster_secret(self._secret_file), self._place, time.time_ns()
+                self._config,
+                read_cluster_secret(self._secret_file),
+                self._place,
+                time.time_ns(),
+                open_transfer=transfer_opener(
+                    self._config.transfer, self._config.rdma_devices, self._place.host
+                ),
             )
-        except (ArenaOwnedError, ArenaSizeError, BindError, SecretFileError) as error:
+        except (ArenaOwnedError, ArenaSizeError, BindError, SecretFileError, TransferError) as error:
             raise CacheStartError(f"the host cache of {self._place.host} cannot start: {error}") from None
         metrics_port = self._serve_metrics(core)
         self._core = core

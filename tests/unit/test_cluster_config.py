@@ -75,6 +75,12 @@ def test_flags_speak_the_types_of_their_options():
         ("cache: {eviction: fifo}", ["`cache.eviction` is 'fifo'", "'s3fifo' or 'lru'"]),
         ("cache: {host_cache_gb: 1, host_cache_ratio: 0.1}", ["`cache`: both host_cache_gb and host_"]),
         ("cache: {min_free_ratio: 0.5}", ["`cache`: min_free_ratio 0.5 is above target_free_ratio 0.05"]),
+        ("cache: {transfer: udp}", ["`cache.transfer` is 'udp'", "'off', 'tcp' or 'rdma'"]),
+        ("cache: {transfer: tcp}", ["`cache`: transfer is tcp without a host cache"]),
+        (
+            "cache: {host_cache_gb: 1, transfer: tcp, rdma_devices: mlx5_0}",
+            ["`cache`: rdma_devices are given while transfer is tcp; give transfer rdma"],
+        ),
         ("cache: {keep_arena: true}", ["`cache.keep_arena` is on without `secret_file`"]),
         (
             "cache: {host_cache_gb: 1}\nworker: {prefix_caching: false}",
