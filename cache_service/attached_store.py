@@ -23,6 +23,7 @@ QUIET_LOOK_S = 1.0
 MAX_FAILURES, RETRY_S, MAX_RETRY_S = 3, 1.0, 30.0
 """Of puts, and of gets: so many vain calls in a row, and none is made for so long."""
 MAX_LISTED_PER_TURN = 4_096
+MAX_OLD_PER_TURN = 256
 _IS_VAIN = (GetStatus.FAILED, GetStatus.TIMED_OUT)
 _IS_NOT_THERE = (GetStatus.MISSING, GetStatus.FOREIGN, GetStatus.CORRUPT)
 
@@ -46,6 +47,8 @@ class AttachedStore:
     ) -> None:
         self.store = store
         self._listed = list(reversed(listed))
+        self._old = [entry.key for entry in access.store.stored()][::-1]
+        """Pages that were in the arena before, the first last: they are put when there is room."""
         self._keys = keys
         self._inbox = inbox
         self._counts = counts
@@ -79,14 +82,20 @@ class AttachedStore:
         """Do what is due; tell whether there is more at once."""
         for _ in range(min(len(self._listed), MAX_LISTED_PER_TURN)):
             self._keys.add(self._listed.pop())
+        if self._listed:
+            return True
+        for _ in range(min(len(self._old), MAX_OLD_PER_TURN)):
+            if self._queue.is_half_empty:
+                self._queue.offer([self._old.pop()])
         self._put_next()
-        return bool(self._listed)
+        return bool(self._old) and self._queue.is_half_empty
 
     def end(self) -> None:
         """Put and get no more. The store is closed after this, which ends what is under way."""
         self._is_over = True
         self._queue.clear("detached")
         self._listed.clear()
+        self._old.clear()
         self._keys.lose_all()
         self._threads.close(0.0)
 

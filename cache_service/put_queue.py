@@ -71,6 +71,11 @@ class PutQueue:
     def __len__(self) -> int:
         return len(self._waiting)
 
+    @property
+    def is_half_empty(self) -> bool:
+        """There is room for pages that nobody is in a hurry with."""
+        return len(self._waiting) <= self._max_pages // 2
+
     def offer(self, keys: Iterable[PageKey]) -> None:
         """Take pages of this node, with what they continue, unless the store has them."""
         for key in keys:

@@ -49,7 +49,7 @@ class FakeStore:
         def work(batch):
             self._wait()
             for place, page in enumerate(pages):
-                if not batch.is_cancelled:
+                if not batch.is_cancelled and not self.is_closed:
                     batch.fill(place, self._put(page))
 
         return run_put(self._writer, work, pages, timeout_s, self.stats)
@@ -58,7 +58,7 @@ class FakeStore:
         def work(batch):
             self._wait()
             for place, page in enumerate(pages):
-                if not batch.is_cancelled and not self.is_deaf:
+                if not batch.is_cancelled and not self.is_closed and not self.is_deaf:
                     batch.fill(place, self._get(page))
 
         return run_get(self._reader, work, pages, timeout_s, self.stats)

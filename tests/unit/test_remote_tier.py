@@ -259,18 +259,28 @@ def test_a_store_that_does_not_answer_gets_is_not_asked_for_a_while(node):
 
 
 def test_a_store_is_attached_and_replaced_at_run_time(bare):
-    bare.commit(2)
+    keys = bare.commit(2)
     assert bare.answer(bare.ask(bare.tier.attach, ADDRESS)) is None
     first = bare.opener.store
-    keys = bare.commit(2)
-    bare.until(lambda: bare.tier.num_known == 2)
+    keys += bare.commit(2)
+    bare.until(lambda: bare.tier.num_known == 4)
     bare.opener.records = {}
     assert bare.answer(bare.ask(bare.tier.attach, OTHER_ADDRESS)) is None
     assert bare.tier.address == OTHER_ADDRESS
     assert first.is_closed
     assert not any(bare.heard().is_remote(page_key) for page_key in keys)
-    bare.tier.offer(keys)
-    bare.until(lambda: bare.tier.num_known == 2)
+    bare.until(lambda: bare.tier.num_known == 4)  # the other one gets what is here
+    assert bare.opener.store.put_keys[:2] in (keys[:2], keys[2:])
+
+
+def test_pages_that_were_there_before_their_store_go_when_there_is_room(tmp_path):
+    node = Node(tmp_path, None, limits=PutLimits(max_pages=8, max_batch_pages=4))
+    for _ in range(4):
+        node.commit(6)
+    assert node.answer(node.ask(node.tier.attach, ADDRESS)) is None
+    node.until(lambda: node.tier.num_known == 24)
+    assert node.counts["puts", "queue_full"] == 0
+    node.close()
 
 
 @pytest.mark.parametrize("text", ["nowhere", "disk:/cache"])
