@@ -25,6 +25,18 @@ class CallError(Exception):
 
 def call_once(endpoint: str, cluster_secret: bytes, request: Request, timeout_s: float) -> Answer:
     """Connect, ask, and return the answer; raise CallError for a refusal and where none comes in time."""
+    payload = exchange(endpoint, cluster_secret, request, timeout_s)
+    try:
+        answer = msgspec.msgpack.decode(payload, type=Reply).answer
+    except msgspec.MsgspecError as error:
+        raise other_protocol(endpoint, error) from None
+    if isinstance(answer, Refused):
+        raise refused(answer)
+    return answer
+
+
+def exchange(endpoint: str, cluster_secret: bytes, request: Request, timeout_s: float) -> bytes:
+    """Connect, ask, and return the Reply as it came; raise CallError where none comes in time."""
     end_s = time.monotonic() + timeout_s
     with zmq.Context() as context:
         socket = open_client_socket(context, zmq.DEALER, cluster_secret)
@@ -38,7 +50,7 @@ def call_once(endpoint: str, cluster_secret: bytes, request: Request, timeout_s:
             while (left_s := end_s - time.monotonic()) > 0:
                 ready = dict(poller.poll(max(1, int(left_s * 1000))))
                 if socket in ready:
-                    return _read(socket.recv(), endpoint)
+                    return socket.recv()
                 why = monitor in ready and _REFUSED_EVENTS.get(
                     zmq.Event(recv_monitor_message(monitor)["event"])
                 )
@@ -53,11 +65,11 @@ def call_once(endpoint: str, cluster_secret: bytes, request: Request, timeout_s:
             socket.close(linger=0)
 
 
-def _read(payload: bytes, endpoint: str) -> Answer:
-    try:
-        answer = msgspec.msgpack.decode(payload, type=Reply).answer
-    except msgspec.MsgspecError as error:
-        raise CallError(f"the cache server at {endpoint} speaks another protocol: {error}") from None
-    if isinstance(answer, Refused):
-        raise CallError(f"the cache server refused: {answer.reason}")
-    return answer
+def other_protocol(endpoint: str, error: msgspec.MsgspecError) -> CallError:
+    """Return what to raise where a Reply cannot be decoded."""
+    return CallError(f"the cache server at {endpoint} speaks another protocol: {error}")
+
+
+def refused(refusal: Refused) -> CallError:
+    """Return what to raise for a refusal."""
+    return CallError(f"the cache server refused: {refusal.reason}")

@@ -17,6 +17,7 @@ from cache_service.server_actor import CacheServer, CacheServerStarted
 from cluster.api.ports import ScrapeTarget
 from cluster.config import ClusterConfig
 from cluster.pings import Handle, Member, Pings
+from cluster.router.host_index import CacheAddress
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +92,14 @@ class CacheServers:
         """Return where the servers listen, by node id."""
         return {
             node_id: node.started.endpoint
+            for node_id, node in self._nodes.items()
+            if node.started is not None
+        }
+
+    def addresses(self) -> Mapping[str, CacheAddress]:
+        """Return where the servers are for the router, by node id."""
+        return {
+            node_id: CacheAddress(node.started.node, node.started.endpoint, node.started.broadcasts)
             for node_id, node in self._nodes.items()
             if node.started is not None
         }

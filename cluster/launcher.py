@@ -128,7 +128,11 @@ class Launcher:
         self._progress("connecting the HTTP server to the workers")
         endpoints = {replica_id: _endpoint(records) for replica_id, records in started.items()}
         targets = [*_scrape_targets(started), *self._caches.scrape_targets()]
-        serving: list[ObjectRef[ApiStarted]] = [api.start.remote(endpoints, targets)]
+        addresses = self._caches.addresses()
+        caches = {
+            replica_id: addresses[_node_id(group)] for replica_id, group in self._groups.items() if addresses
+        }
+        serving: list[ObjectRef[ApiStarted]] = [api.start.remote(endpoints, targets, caches)]
         return self._wait(serving, "the HTTP server")[0].url
 
     def failure(self) -> str | None:

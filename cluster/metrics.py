@@ -3,13 +3,17 @@
 All is written on the event loop and read by whoever scrapes `/metrics`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.registry import Collector
 
-from cache_service.metrics import SECONDS_BUCKETS
+from cache_service.metrics import SECONDS_BUCKETS, MetricLabels
 from cluster.api.ports import RequestSummary
+from cluster.router.cache_feed import CacheFeedStats
 from workers.protocol import ReplicaId
 
 LABELS = ("model", "node")
@@ -30,6 +34,11 @@ class ApiMetrics:
         self._held_pages = self._counter(
             "eyrie_router_held_pages", "Those of them that the index took for held there.", "replica"
         )
+        self._hints = self._counter(
+            "eyrie_router_hints",
+            "Places to fetch from that requests were told: a peer's arena or the remote store.",
+            "kind",
+        )
         self._ttft_s = self._seconds("eyrie_time_to_first_token_seconds", "Arrival to first token.")
         self._inter_token_s = self._seconds("eyrie_inter_token_seconds", "One token to the next.")
         self._duration_s = self._seconds("eyrie_request_seconds", "Arrival to last token.")
@@ -48,6 +57,10 @@ class ApiMetrics:
         gaps.labels(*self._labels).set_function(num_index_gaps)
         ready = Gauge("eyrie_ready_replicas", "Replicas that take requests.", LABELS, registry=self._registry)
         ready.labels(*self._labels).set_function(num_ready_replicas)
+
+    def watch_caches(self, read: Callable[[], Sequence[CacheFeedStats]]) -> None:
+        """Read at each scrape what the router has of the CacheServers."""
+        self._registry.register(_CacheFeedCollector(self._labels, read))
 
     # RequestRecorder
 
@@ -84,9 +97,67 @@ class ApiMetrics:
         self._pages.labels(*self._labels, replica_id).inc(num_pages)
         self._held_pages.labels(*self._labels, replica_id).inc(num_held_pages)
 
+    def hinted(self, kind: Literal["peer", "remote"]) -> None:
+        """Count one hint."""
+        self._hints.labels(*self._labels, kind).inc()
+
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(name, text, (*LABELS, *labels), registry=self._registry)
 
     def _seconds(self, name: str, text: str) -> Histogram:
         histogram = Histogram(name, text, LABELS, buckets=SECONDS_BUCKETS, registry=self._registry)
         return histogram.labels(*self._labels)
+
+
+class _CacheFeedCollector(Collector):
+    """One series a CacheServer; `cache_node` is its node, `node` is where the router is."""
+
+    def __init__(self, labels: tuple[str, str], read: Callable[[], Sequence[CacheFeedStats]]) -> None:
+        self._labels = MetricLabels(LABELS, labels)
+        self._read = read
+
+    def collect(self) -> Iterable[Metric]:
+        feeds = self._read()
+        for name, text, values in (
+            (
+                "eyrie_router_cache_heard",
+                "1 while the node's CacheServer speaks; else its pages count for nothing.",
+                {feed.node: float(feed.is_heard) for feed in feeds},
+            ),
+            (
+                "eyrie_router_relocations",
+                "Relocation counter applied.",
+                {feed.node: feed.counter for feed in feeds if feed.counter is not None},
+            ),
+            (
+                "eyrie_router_relocation_lag",
+                "Relocations known to miss.",
+                {feed.node: feed.lag for feed in feeds if feed.lag is not None},
+            ),
+            (
+                "eyrie_router_host_pages",
+                "Pages known in the node's arena.",
+                {feed.node: feed.num_host_pages for feed in feeds},
+            ),
+            (
+                "eyrie_router_remote_pages",
+                "Pages that the node told to be in the remote store.",
+                {feed.node: feed.num_remote_pages for feed in feeds},
+            ),
+        ):
+            yield self._labels.gauges(name, text, "cache_node", values)
+        yield self._labels.counters(
+            "eyrie_router_cache_restarts",
+            "Incarnations of the node's CacheServer after the first.",
+            "cache_node",
+            {feed.node: feed.num_restarts for feed in feeds},
+        )
+        resyncs = CounterMetricFamily(
+            "eyrie_router_resyncs",
+            "Questions for what was missed, by how they were answered.",
+            labels=(*self._labels.names, "cache_node", "outcome"),
+        )
+        for feed in feeds:
+            for outcome, count in feed.resyncs.items():
+                resyncs.add_metric((*self._labels.values, feed.node, outcome), count)
+        yield resyncs

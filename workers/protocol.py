@@ -123,6 +123,12 @@ class LoadReport(msgspec.Struct, frozen=True, array_like=True):
     num_free_pages: int
     num_cached_pages: int
     step_s: float
+    load_page_s: float | None = None
+    """Seconds that a page takes from the node's arena to the device; None: not measured. Likewise below."""
+    peer_page_s: float | None = None
+    """From a peer's arena into the node's."""
+    remote_page_s: float | None = None
+    """From the remote store into the node's arena."""
 
 
 class RequestOutput(msgspec.Struct, frozen=True, array_like=True):

@@ -30,6 +30,7 @@ from cluster.api_keys import read_api_keys
 from cluster.config import ClusterConfig
 from cluster.metrics import ApiMetrics
 from cluster.replica import ReplicaUnavailableError
+from cluster.router.host_index import CacheAddress
 from cluster.router.router import Router
 from workers.card import ModelCard, load_card
 from workers.protocol import ReplicaId
@@ -94,9 +95,15 @@ class ApiServer:
             self._socket = _listen(self._config.host, self._config.port)
         return self._url()
 
-    async def start(self, endpoints: Mapping[ReplicaId, str], targets: Sequence[ScrapeTarget]) -> ApiStarted:
-        """Connect to the replicas' inboxes and serve; `targets` are the workers' metrics.
+    async def start(
+        self,
+        endpoints: Mapping[ReplicaId, str],
+        targets: Sequence[ScrapeTarget],
+        caches: Mapping[ReplicaId, CacheAddress],
+    ) -> ApiStarted:
+        """Connect to the replicas' inboxes and serve; `targets` are the other processes' metrics.
 
+        `caches` says which CacheServer the node of each replica has; empty where there is no host cache.
         Raise ModelError, ApiKeysError or ApiStartError (no port, no replica in time).
         """
         await self.bind()
@@ -112,9 +119,11 @@ class ApiServer:
             f"api-{boot_id}",
             card_digest=card.digest(),
             recorder=recorder,
+            caches=caches,
             lease_s=config.replica_lease_s,
         )
         recorder.watch(lambda: router.num_index_gaps, lambda: router.num_ready)
+        recorder.watch_caches(router.cache_feeds)
         all_targets = [ScrapeTarget(self._scrape_address(), {"node": self._node}), *targets]
         service = Service(
             model=model,

@@ -6,6 +6,7 @@ Reports arrive in the replica's receiver thread and end leases there; leases beg
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cluster.router.ways import PageTimes
 from workers.protocol import LoadReport, RequestId
 
 REPORT_TTL_S = 1.0
@@ -57,6 +58,12 @@ class LoadBook:
     def release(self, request_id: RequestId) -> None:
         """Take a lease back: the request was not sent."""
         self._leases.pop(request_id, None)
+
+    @property
+    def page_times(self) -> PageTimes:
+        """What copies of pages take there, as it told last, however long ago."""
+        report = self._report
+        return PageTimes() if report is None else PageTimes.measured(report[0])
 
     def load(self, now_s: float) -> Load:
         """Return report and leases together."""

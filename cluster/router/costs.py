@@ -6,6 +6,7 @@ Pure functions and one running mean; called on the event loop.
 from dataclasses import dataclass
 
 from cluster.router.books import Load
+from cluster.router.ways import Way
 
 FIRST_PREFILL_TOKEN_S = 1e-3
 """Until measured: a small model on a CPU."""
@@ -43,16 +44,19 @@ class Cost:
     queue_s: float
     """Prefill that stands before the request."""
     prefill_s: float
-    """Of what is not cached there."""
+    """Of what is computed there."""
     kv_wait_s: float
     """Until pages that others hold come free."""
     slowdown_s: float
-    """What the running requests, and the next to come, lose to its prefill, all together."""
+    """What the running requests, and the next to come, lose to its prefill, all together. Copies run beside
+    the steps: they cost the others nothing."""
+    copy_s: float = 0.0
+    """Of pages that are loaded, or fetched and loaded."""
 
     @property
     def own_s(self) -> float:
         """What the request itself waits for its first token."""
-        return self.queue_s + self.prefill_s + self.kv_wait_s
+        return self.queue_s + self.copy_s + self.prefill_s + self.kv_wait_s
 
     @property
     def total_s(self) -> float:
@@ -60,10 +64,8 @@ class Cost:
         return self.own_s + self.slowdown_s
 
 
-def placement_cost(
-    load: Load, num_uncached_tokens: int, num_new_pages: int, page_size: int, token_s: float
-) -> Cost:
-    """Return what the placement costs.
+def placement_cost(load: Load, way: Way, num_new_pages: int, page_size: int, token_s: float) -> Cost:
+    """Return what it costs to place a request there that comes to its KV this way.
 
     Pages that are lacking are priced as the computation they displace: whoever holds them is preempted and
     computes them again, or the request waits about as long.
@@ -71,10 +73,11 @@ def placement_cost(
     num_lacking = 0
     if load.num_available_pages is not None:
         num_lacking = max(0, num_new_pages - load.num_available_pages)
-    prefill_s = num_uncached_tokens * token_s
+    prefill_s = way.num_computed_tokens * token_s
     return Cost(
         queue_s=load.num_prefill_tokens * token_s,
         prefill_s=prefill_s,
         kv_wait_s=num_lacking * page_size * token_s,
         slowdown_s=prefill_s * (load.num_running + 1),
+        copy_s=way.copy_s,
     )

@@ -8,17 +8,23 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Literal, Protocol
+
+import msgspec
 
 from cache_service.keys import NamespaceDigest, PageKey, page_keys, salted
 from cluster.api.ports import NoReplicaError, OverloadedError
 from cluster.replica import REPLICA_LOST, Replica, ReplicaStream, ReplicaUnavailableError
 from cluster.router.books import LoadBook
+from cluster.router.cache_feed import CacheFeed, CacheFeedStats
 from cluster.router.costs import Cost, PrefillRate, placement_cost
+from cluster.router.host_index import CacheAddress, HostIndex
 from cluster.router.prefix_index import OVERLAY_S, PrefixIndex
+from cluster.router.routed_stream import RoutedStream
+from cluster.router.ways import ways
 from workers.protocol import (
     REPLICA_FAILED,
-    FinishReason,
+    FetchHint,
     KVEventBatch,
     LoadReport,
     ReplicaId,
@@ -33,6 +39,7 @@ logger = logging.getLogger(__name__)
 INLINE_KEY_TOKENS = 2_048
 """Keys of longer prompts (about 1 us a page) are computed in a thread."""
 RETRY_AFTER_S = 1.0
+MAX_HINTS = 3
 QUEUE_FULL = "queue_full"
 PASSED_OVER = (QUEUE_FULL, REPLICA_LOST, REPLICA_FAILED)
 """Error codes of a replica's answer after which another replica may still serve the request."""
@@ -43,6 +50,9 @@ class PlacementRecorder(Protocol):
 
     def placed(self, replica_id: ReplicaId, num_pages: int, num_held_pages: int) -> None:
         """Count one placement: the prompt's whole pages, and those thought to be there."""
+
+    def hinted(self, kind: Literal["peer", "remote"]) -> None:
+        """Count one hint that went with a placed request."""
 
 
 @dataclass
@@ -59,54 +69,15 @@ class _Candidate:
     place: _Place
     keys: list[PageKey]
     num_held: int
+    num_held_tokens: int | None
+    """On the device; None: it is thought to have pages copied."""
     num_uncached: int
+    """Tokens that are to be computed."""
+    hints: list[FetchHint]
     num_tokens: int
     """To prefill before it, and its whole prompt."""
     num_requests: int
     cost: Cost
-
-
-class RoutedStream:
-    """A replica's stream, its first output read already, that measures the prefill rate while it is read."""
-
-    def __init__(
-        self,
-        stream: ReplicaStream,
-        answer: RequestOutput,
-        rate: PrefillRate,
-        num_tokens: int,
-        clock: Callable[[], float],
-    ) -> None:
-        self._stream = stream
-        self._answer: RequestOutput | None = answer
-        self._rate = rate
-        self._num_tokens = num_tokens
-        self._clock = clock
-        self._sent_s = clock()
-        self._awaits_token = True
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> RequestOutput:
-        if self._answer is not None:
-            output, self._answer = self._answer, None
-        else:
-            output = await anext(self._stream)
-        if self._awaits_token and output.token_ids:
-            self._awaits_token = False
-            num_computed = self._num_tokens - output.num_cached_tokens
-            self._rate.observe(num_computed, self._clock() - self._sent_s)
-        return output
-
-    async def abort(self, finish_reason: FinishReason = "abort") -> None:
-        """End the request; its last output says `finish_reason`."""
-        await self._stream.abort(finish_reason)
-
-    async def aclose(self) -> None:
-        """Release the stream; aborts when unfinished."""
-        self._answer = None
-        await self._stream.aclose()
 
 
 class _Feed:
@@ -137,7 +108,8 @@ class _Feed:
 class Router:
     """Implements cluster.api.ports.RequestRouter over the workers at `endpoints`.
 
-    `overlay_s` and `takes_kv_events` are switches for tests; no configuration reaches them.
+    `caches` says which CacheServer the node of each replica has, if any. `overlay_s`, `takes_kv_events` and
+    `takes_relocations` are switches for tests; no configuration reaches them.
     """
 
     def __init__(
@@ -148,14 +120,24 @@ class Router:
         *,
         card_digest: str,
         recorder: PlacementRecorder,
+        caches: Mapping[ReplicaId, CacheAddress] | None = None,
+        is_store_shared: bool = True,
         lease_s: float = 20.0,
         clock: Callable[[], float] = time.monotonic,
         overlay_s: float = OVERLAY_S,
         takes_kv_events: bool = True,
+        takes_relocations: bool = True,
     ) -> None:
         self._clock = clock
         self._recorder = recorder
         self._index = PrefixIndex(list(endpoints), overlay_s=overlay_s, takes_kv_events=takes_kv_events)
+        addresses = (caches or {}) if takes_relocations else {}
+        feeds = {address: CacheFeed(address, cluster_secret, clock=clock) for address in addresses.values()}
+        self._feeds = list(feeds.values())
+        self._hosts = HostIndex(
+            {replica_id: feeds[address] for replica_id, address in addresses.items()},
+            is_store_shared=is_store_shared,
+        )
         self._places: list[_Place] = []
         for replica_id, endpoint in endpoints.items():
             book = LoadBook()
@@ -174,7 +156,12 @@ class Router:
         self._num_placed = 0
 
     async def start(self, timeout_s: float) -> None:
-        """Connect to every replica; raise ReplicaUnavailableError when one does not answer in time."""
+        """Connect to every replica; raise ReplicaUnavailableError when one does not answer in time.
+
+        CacheServers are not waited for: a silent one costs hits.
+        """
+        for feed in self._feeds:
+            feed.start()
         for place in self._places:
             await place.replica.start()
         async with asyncio.TaskGroup() as group:
@@ -183,7 +170,11 @@ class Router:
 
     async def close(self) -> None:
         """Disconnect; open streams end with `error`."""
-        await asyncio.gather(*(place.replica.close() for place in self._places))
+        loop = asyncio.get_running_loop()
+        await asyncio.gather(
+            *(place.replica.close() for place in self._places),
+            *(loop.run_in_executor(None, feed.close) for feed in self._feeds),
+        )
 
     def leave(self, replica_id: ReplicaId, why: str) -> None:
         """Send nothing to a replica that has lost its worker, until `move`; its requests end."""
@@ -213,6 +204,10 @@ class Router:
         """Snapshots the prefix index had to ask for."""
         return self._index.num_gaps
 
+    def cache_feeds(self) -> list[CacheFeedStats]:
+        """Return what is known of each CacheServer."""
+        return [feed.stats() for feed in self._feeds]
+
     @property
     def max_context_len(self) -> int | None:
         """Tokens that every connected replica holds for one request; None before the first Welcome."""
@@ -232,7 +227,7 @@ class Router:
             # Before it is sent: the answer, which ends the lease, comes in another thread.
             place.book.lease(request.request_id, candidate.num_uncached, now_s)
             try:
-                stream = place.replica.submit(request)
+                stream = place.replica.submit(msgspec.structs.replace(request, hints=candidate.hints))
             except ReplicaUnavailableError:
                 place.book.release(request.request_id)
                 continue
@@ -243,8 +238,12 @@ class Router:
                 refused = answer.error if answer.error_code == QUEUE_FULL else refused
                 continue
             self._recorder.placed(place.replica_id, len(candidate.keys), candidate.num_held)
+            for hint in candidate.hints:
+                self._recorder.hinted("remote" if hint.peer is None else "peer")
             self._num_placed += 1
-            return RoutedStream(stream, answer, self._rate, candidate.num_tokens, self._clock)
+            return RoutedStream(
+                stream, answer, self._rate, candidate.num_tokens, candidate.num_held_tokens, self._clock
+            )
         if refused is not None:
             raise OverloadedError(RETRY_AFTER_S, refused)
         raise NoReplicaError(self.ready() or "the replicas went away while the request was placed")
@@ -294,19 +293,23 @@ class Router:
             page_size = welcome.page_size
             keys = keys_by_kind.get((welcome.namespace, page_size), [])
             num_held = self._index.num_held(place.replica_id, keys, now_s)
-            num_uncached = max(1, prompt_len - num_held * page_size)
+            residence = self._hosts.residence(place.replica_id, keys, num_held, now_s)
+            token_s = self._rate.token_s
+            open_ways = ways(residence, prompt_len, page_size, token_s, place.book.page_times)
+            hints = [way.hint for way in open_ways if way.hint is not None][:MAX_HINTS]
             load = place.book.load(now_s)
-            num_pages = -(-prompt_len // page_size)
-            cost = placement_cost(load, num_uncached, num_pages - num_held, page_size, self._rate.token_s)
+            num_new_pages = -(-prompt_len // page_size) - num_held
             candidates.append(
                 _Candidate(
                     place,
                     keys,
                     num_held,
-                    num_uncached,
+                    num_held * page_size if len(open_ways) == 1 else None,
+                    open_ways[0].num_computed_tokens,
+                    hints,
                     load.num_prefill_tokens + prompt_len,
                     load.num_running + load.num_waiting + load.num_sent,
-                    cost,
+                    placement_cost(load, open_ways[0], num_new_pages, page_size, token_s),
                 )
             )
         return candidates

@@ -91,7 +91,7 @@ def run_api(cluster_secret, endpoint):
 
     async def serve():
         server = ApiServer(config, folder / "secret", folder / "keys")
-        started = await server.start({ReplicaId("bench"): endpoint}, [])
+        started = await server.start({ReplicaId("bench"): endpoint}, [], {})
         print(f"ready {started.url}", flush=True)
         await asyncio.Event().wait()
 

@@ -158,15 +158,21 @@ def write(client, page_key, parent=None):
     return Entry(grant.slot, grant.epoch, page_key, parent, 16)
 
 
-def store_chain(client, names, parent=None):
-    """Write and commit pages, each continuing the one before; return keys, and where they are said to be."""
-    keys, entries = [key(name) for name in names], []
+def store_keys(client, keys, parent=None):
+    """Write and commit pages, each continuing the one before; return where they are said to be."""
+    entries = []
     for page_key in keys:
         entries.append(write(client, page_key, parent))
         parent = page_key
     client.commit(entries)
     eventually(lambda: all(client.locate(page_key) for page_key in keys))
-    return keys, [client.locate(page_key) for page_key in keys]
+    return [client.locate(page_key) for page_key in keys]
+
+
+def store_chain(client, names, parent=None):
+    """Store pages of these names; return their keys, and where they are said to be."""
+    keys = [key(name) for name in names]
+    return keys, store_keys(client, keys, parent)
 
 
 def is_intact(client, page_key, location):

@@ -49,6 +49,19 @@ class NoRecorder:
         pass
 
 
+class RecordingInbox(Inbox):
+    """Keeps what has come."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.received = []
+
+    def drain(self, timeout_s):
+        received = super().drain(timeout_s)
+        self.received += received
+        return received
+
+
 class ThreadReplica:
     """One replica in a thread of this process."""
 
@@ -76,7 +89,7 @@ class ThreadReplica:
             )
 
         self.engine = FakeEngine(step_s, token_s)
-        self.inbox = Inbox("127.0.0.1", cluster_secret, welcome)
+        self.inbox = RecordingInbox("127.0.0.1", cluster_secret, welcome)
         self.endpoint = self.inbox.endpoint
         self.loop = StepLoop(
             self.scheduler,

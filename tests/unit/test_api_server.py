@@ -29,7 +29,7 @@ async def test_it_names_its_node_as_the_workers_of_an_own_cluster_do(tmp_path, h
     model = str(tiny_model(tmp_path / "tiny"))
     config = ClusterConfig(host=host, port=0, log_level="warning", worker=WorkerConfig(model=model))
     server = ApiServer(config, secret_file, keys_file, "127.0.0.1")
-    started = await server.start({}, [])
+    started = await server.start({}, [], {})
     try:
         port = started.url.rpartition(":")[2]
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:

@@ -9,6 +9,7 @@ from cluster.api.ports import NoReplicaError, OverloadedError
 from cluster.router.books import LoadBook
 from cluster.router.costs import PrefillRate, placement_cost
 from cluster.router.router import Router
+from cluster.router.ways import Way
 from tests.unit.replica_threads import ThreadReplica
 from workers.config import WorkerConfig
 from workers.protocol import LoadReport, RequestId, SamplingParams, SubmitRequest
@@ -27,6 +28,9 @@ class Placements:
     def placed(self, replica_id, num_pages, num_held_pages):
         self.replicas.append(replica_id)
         self.num_pages.append((num_pages, num_held_pages))
+
+    def hinted(self, kind):
+        raise AssertionError("nobody told of a page elsewhere")
 
 
 def request(name, token_ids=(1, 2, 3), max_tokens=4):
@@ -58,14 +62,14 @@ def test_reports_older_than_a_second_are_ignored():
 def test_the_cost_of_a_placement_is_what_everyone_waits():
     book = LoadBook()
     book.report(REPORT, now_s=0.0)
-    cost = placement_cost(
-        book.load(0.0), num_uncached_tokens=200, num_new_pages=20, page_size=16, token_s=0.001
-    )
+    way = Way(num_computed_tokens=200, copy_s=0.05)
+    cost = placement_cost(book.load(0.0), way, num_new_pages=20, page_size=16, token_s=0.001)
     assert cost.queue_s == pytest.approx(0.1)
+    assert cost.copy_s == pytest.approx(0.05)
     assert cost.prefill_s == pytest.approx(0.2)
     assert cost.kv_wait_s == pytest.approx(5 * 16 * 0.001)
-    assert cost.own_s == pytest.approx(0.38)
-    assert cost.slowdown_s == pytest.approx(0.2 * 3)
+    assert cost.own_s == pytest.approx(0.43)
+    assert cost.slowdown_s == pytest.approx(0.2 * 3), "copies slow nobody down"
 
 
 def test_the_prefill_rate_is_a_running_mean_of_first_tokens():

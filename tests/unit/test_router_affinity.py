@@ -1,42 +1,53 @@
-"""Chats stay with the replica that holds their pages, though it is the busier one; blind, they do not."""
+"""Requests go where their pages are cheapest to have: on the device, though its replica is the busier one; in
+the node's arena; at a peer, told in a hint. Blind, they do not.
+"""
 
 import asyncio
-import secrets
+import contextlib
 from collections import Counter
 
 import pytest
 
+from cache_service.keys import page_keys
+from cluster.router.host_index import CacheAddress
 from cluster.router.router import Router
-from tests.unit.replica_threads import ThreadReplica
+from tests.unit.cache_nodes import SECRET, eventually, new_client, serving, store_keys
+from tests.unit.replica_threads import NAMESPACE, ThreadReplica
 from workers.protocol import RequestId, SamplingParams, SubmitRequest
 
 NUM_CHATS = 20
 FIRST_TURN_LEN = 256
 ANSWER_LEN = 8
+PAGE_SIZE = 16
+PREFIX_LEN = 96
+NUM_PROMPTS = 6
+NUM_STORED = NUM_PROMPTS * PREFIX_LEN // PAGE_SIZE
 
 
 class Placements:
     def __init__(self):
         self.replicas = []
+        self.hints = []
 
     def placed(self, replica_id, num_pages, num_held_pages):
         self.replicas.append(replica_id)
 
+    def hinted(self, kind):
+        self.hints.append(kind)
+
 
 @pytest.fixture
 def replicas():
-    cluster_secret = secrets.token_bytes(32)
-    made = [ThreadReplica(f"replica-{n}", cluster_secret, token_s=2e-5) for n in range(2)]
-    yield cluster_secret, made
+    made = [ThreadReplica(f"replica-{n}", SECRET, token_s=2e-5) for n in range(2)]
+    yield made
     for replica in made:
         replica.stop()
 
 
 async def make_router(replicas, recorder, **switches):
-    cluster_secret, made = replicas
     router = Router(
-        {replica.replica_id: replica.endpoint for replica in made},
-        cluster_secret,
+        {replica.replica_id: replica.endpoint for replica in replicas},
+        SECRET,
         "api",
         card_digest="card",
         recorder=recorder,
@@ -150,3 +161,105 @@ async def test_a_prefix_the_index_is_wrong_about_is_computed_by_the_worker(repli
         await router.close()
     assert recorder.replicas[-1] == liar.replica_id
     assert (again, cached) == (tokens, 0)
+
+
+class Node:
+    """A replica's node with a cache server, whose arena has what the test puts there."""
+
+    def __init__(self, server, client):
+        self.server = server
+        self.client = client
+        self.address = CacheAddress(server.core.endpoint, server.core.endpoint, server.core.broadcasts)
+
+    def store(self, prompt):
+        store_keys(self.client, page_keys(NAMESPACE, prompt, PAGE_SIZE))
+
+
+@pytest.fixture
+def nodes(tmp_path):
+    with contextlib.ExitStack() as stack:
+        made = []
+        for name in ("node-0", "node-1"):
+            (tmp_path / name).mkdir()
+            server = stack.enter_context(serving(tmp_path / name))
+            made.append(
+                Node(server, stack.enter_context(contextlib.closing(new_client(server.core.endpoint))))
+            )
+        yield made
+
+
+async def make_cached_router(replicas, nodes, recorder, **switches):
+    """A router that has heard all that the nodes' arenas have."""
+    caches = {replica.replica_id: node.address for replica, node in zip(replicas, nodes, strict=True)}
+    router = await make_router(replicas, recorder, caches=caches, overlay_s=0.0, **switches)
+    num_pages = [node.server.core.stats().num_ready for node in nodes]
+
+    def has_heard():
+        return [feed.num_host_pages for feed in router.cache_feeds()] == num_pages
+
+    if switches.get("takes_relocations", True):
+        await asyncio.to_thread(eventually, has_heard)
+    return router
+
+
+async def play_prompts_of_one_node(replicas, nodes, recorder, **switches):
+    """Prompts whose pages are in node 1's arena, and on no device."""
+    prompts = [[1 + (n * 41 + i) % 997 for i in range(PREFIX_LEN)] for n in range(NUM_PROMPTS)]
+    for prompt in prompts:
+        nodes[1].store(prompt)
+    await asyncio.to_thread(eventually, lambda: nodes[1].server.core.stats().num_ready == NUM_STORED)
+    router = await make_cached_router(replicas, nodes, recorder, **switches)
+    try:
+        for n, prompt in enumerate(prompts):
+            await finish(await router.submit(request(f"hosted/{n}", [*prompt, 5, 6, 7])))
+    finally:
+        await router.close()
+
+
+async def test_prompts_go_to_the_node_whose_arena_has_them(replicas, nodes):
+    recorder = Placements()
+    await play_prompts_of_one_node(replicas, nodes, recorder)
+    assert recorder.replicas == ["replica-1"] * NUM_PROMPTS
+    assert recorder.hints == [], "the node has all there is"
+
+
+async def test_without_relocations_prompts_go_past_the_arena(replicas, nodes):
+    recorder = Placements()
+    await play_prompts_of_one_node(replicas, nodes, recorder, takes_relocations=False)
+    assert set(recorder.replicas) == {"replica-0", "replica-1"}
+
+
+async def play_with_a_busy_holder(replicas, nodes, recorder, **switches):
+    """A prompt in node 1's arena while its replica is busy; return the request as replica 0 got it."""
+    prompt = [1 + i % 997 for i in range(PREFIX_LEN)]
+    nodes[1].store(prompt)
+    await asyncio.to_thread(eventually, lambda: nodes[1].server.core.stats().num_ready)
+    router = await make_cached_router(replicas, nodes, recorder, **switches)
+    try:
+        holder = router._places[1].replica
+        busy = [holder.submit(request(f"busy{n}", [7 + n], 10_000)) for n in range(3)]
+        for stream in busy:
+            await anext(stream)
+        await asyncio.sleep(0.01)  # a step: the load has been reported
+        await finish(await router.submit(request("hinted", [*prompt, *range(1, 21)])))
+        for stream in busy:
+            await stream.aclose()
+    finally:
+        await router.close()
+    assert recorder.replicas == ["replica-0"]
+    return next(got for got in replicas[0].inbox.received if got.request_id == "hinted")
+
+
+async def test_a_busy_holders_prompt_goes_elsewhere_with_a_hint_that_names_its_cache_server(replicas, nodes):
+    recorder = Placements()
+    got = await play_with_a_busy_holder(replicas, nodes, recorder)
+    assert [(hint.peer, hint.num_pages) for hint in got.hints] == [
+        (nodes[1].server.core.endpoint, PREFIX_LEN // PAGE_SIZE)
+    ]
+    assert recorder.hints == ["peer"]
+
+
+async def test_without_relocations_nobody_is_told_of_the_holder(replicas, nodes):
+    recorder = Placements()
+    got = await play_with_a_busy_holder(replicas, nodes, recorder, takes_relocations=False)
+    assert got.hints == [] and recorder.hints == []
