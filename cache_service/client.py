@@ -133,8 +133,7 @@ class CacheClient:
             endpoint, cluster_secret, attach, self, patience or Patience(), clock
         )
         """For metrics; calls go through the client's own methods."""
-        self.fetches = FetchCalls(self.connection, clock)
-        """For metrics too."""
+        self._fetches = FetchCalls(self.connection, clock)
 
     def start(self, timeout_s: float) -> None:
         """Attach to the server and map the arena.
@@ -239,11 +238,11 @@ class CacheClient:
 
     def fetch(self, pages: Sequence[messages.WantedPage], peer: str | None, timeout_s: float) -> int:
         """Have pages brought into the arena from elsewhere; return a number for `take_fetched`."""
-        return self.fetches.begin(pages, peer, timeout_s)
+        return self._fetches.begin(pages, peer, timeout_s)
 
     def take_fetched(self) -> list[FetchAnswer]:
         """Return what has come of FETCHes since the last call."""
-        return self.fetches.take()
+        return self._fetches.take()
 
     def close(self) -> None:
         """Leave the arena. What is still leased stays so until this process is gone. Idempotent."""

@@ -4,7 +4,7 @@ No call blocks; a FETCH that comes to nothing says why.
 """
 
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -33,8 +33,6 @@ class FetchCalls:
         self._clock = clock
         self._num_begun = 0
         self._answers: deque[FetchAnswer] = deque()
-        self.pages: Counter[str] = Counter()
-        """Pages asked for, by their FetchStatus or why there was no answer. The IO thread writes it."""
 
     def begin(self, pages: Sequence[WantedPage], peer: str | None, timeout_s: float) -> int:
         """Have the node's server bring pages into its arena; return the FETCH's number.
@@ -61,11 +59,8 @@ class FetchCalls:
         results: Sequence[FetchResult] | CallFailure
         if isinstance(outcome, Fetched) and len(outcome.results) == num_pages:
             results = outcome.results
-            self.pages.update(result.status.name.lower() for result in results)
         elif isinstance(outcome, CallFailure):
             results = outcome
-            self.pages[outcome.reason] += num_pages
         else:
             results = CallFailure("refused", f"{type(outcome).__name__} to a FETCH of {num_pages} pages")
-            self.pages["refused"] += num_pages
         self._answers.append(FetchAnswer(number, results, self._clock() - begun_s))

@@ -13,11 +13,10 @@ from cache_service.metrics import CacheClientCollector, MetricLabels
 from workers.config import WorkerConfig
 from workers.engine.engine import Engine
 from workers.kvcache.fetch_costs import FetchCosts
-from workers.kvcache.host_tier import HostTier
 from workers.kvcache.manager import KVCacheManager
 from workers.kvcache.page_mover import MoverError, PageMover
-from workers.kvcache.prefetcher import Prefetcher, PrefetchOptions
-from workers.metrics import LABELS, RankLabels
+from workers.kvcache.prefetcher import PrefetchOptions
+from workers.metrics import LABELS, RankLabels, TierSources, count_tier
 from workers.parallel import TPGroup
 
 logger = logging.getLogger(__name__)
@@ -56,9 +55,6 @@ class HostPages:
         )
         self._config = config
         self._page_bytes = engine.layout.bundle_bytes * group.size
-        self.tier: HostTier | None = None
-        self.prefetcher: Prefetcher | None = None
-        """Both rank 0's, once it leads."""
         try:
             self.client.start(ATTACH_TIMEOUT_S)
             self.mover = PageMover(
@@ -72,21 +68,23 @@ class HostPages:
         except (CacheAttachError, MoverError):
             self.client.close()
             raise
+        self.figures = TierSources(self.mover.stats)
         engine.attach(self.mover)
         self._group = group
 
     def lead(self, cache: KVCacheManager) -> None:
         """Rank 0: have the cache manager save, load and fetch pages."""
         config = self._config
-        self.tier = cache.attach_tier(self.client, self._group.moves, config.write_policy)
-        self.prefetcher = cache.attach_prefetcher(
+        self.figures.tier = cache.attach_tier(self.client, self._group.moves, config.write_policy)
+        self.figures.prefetcher = cache.attach_prefetcher(
             self.client,
             FetchCosts(self._page_bytes, config.page_size),
             PrefetchOptions(config.prefetch_policy, config.prefetch_timeout_s),
         )
 
     def count(self, registry: CollectorRegistry, labels: RankLabels) -> None:
-        """Declare the client's metrics."""
+        """Declare the metrics of the client, the mover and, on rank 0, of what it decides."""
+        count_tier(registry, labels, self.figures)
         registry.register(CacheClientCollector(MetricLabels(LABELS, labels.values), self.client))
 
     def close(self) -> None:

@@ -1,25 +1,33 @@
 """Metrics of one rank: histograms written by the step loop's thread, the rest read when scraped.
 
-Rank 0 has requests, tokens, pages and the time of a step; every rank counts how its steps ran.
+Rank 0 has requests, tokens, pages and the time of a step, and decides what moves; every rank counts how its
+steps ran and what its own moves came to.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from cache_service.metrics import SECONDS_BUCKETS
+from cache_service.metrics import SECONDS_BUCKETS, MetricLabels
 from workers.engine.graph_guard import EagerReason, Outcome
 from workers.inbox import Inbox
+from workers.kvcache.host_tier import HostTier
 from workers.kvcache.manager import KVCacheManager
+from workers.kvcache.moves import MoveStats
+from workers.kvcache.prefetcher import Prefetcher
 from workers.plan import BatchPlan, Mode
 from workers.protocol import LoadReport
 from workers.scheduler.stats import SchedulerStats
 
 StepCounts = Mapping[tuple[Mode, Outcome], int]
 ReasonCounts = Mapping[tuple[Mode, EagerReason], int]
+
+_Name = TypeVar("_Name", bound=str)
 
 LABELS = ("model", "replica", "rank", "node")
 
@@ -47,6 +55,20 @@ class LeaderSources:
     cache: KVCacheManager
     inbox: Inbox
     load: LoadReport = field(default_factory=lambda: LoadReport(0, 0, 0, 0, 0, 0, 0.0))
+
+
+@dataclass
+class TierSources:
+    """What a rank's metrics of the cache tier read; the last two are rank 0's."""
+
+    moves: MoveStats
+    tier: HostTier | None = None
+    prefetcher: Prefetcher | None = None
+
+
+def count_tier(registry: CollectorRegistry, labels: RankLabels, sources: TierSources) -> None:
+    """Declare what a rank that is attached to a host cache has on `registry`."""
+    registry.register(_TierCollector(labels, sources))
 
 
 def count_steps(
@@ -150,6 +172,15 @@ class _LeaderCollector(Collector):
             ("eyrie_preemptions", "Requests that lost their slot to go on later.", stats.num_preemptions),
         ):
             yield self._counter(name, text, count)
+        prefix = CounterMetricFamily(
+            "eyrie_prefix_tokens",
+            "Prompt tokens by where their KV was found: device, host, host after a FETCH from a peer or from"
+            " the remote store; or computed.",
+            labels=[*LABELS, "origin"],
+        )
+        for origin, count in dict(stats.prefix_tokens).items():
+            prefix.add_metric([*self._values, origin], count)
+        yield prefix
 
     def _pages(self) -> Iterable[Metric]:
         pages = self._sources.cache.stats()
@@ -175,3 +206,87 @@ class _LeaderCollector(Collector):
         family = CounterMetricFamily(name, text, labels=LABELS)
         family.add_metric(self._values, value)
         return family
+
+
+class _TierCollector(Collector):
+    """Figures are copied before they are read: other threads add keys."""
+
+    def __init__(self, labels: RankLabels, sources: TierSources) -> None:
+        self._labels = MetricLabels(LABELS, labels.values)
+        self._sources = sources
+
+    def collect(self) -> Iterable[Metric]:
+        yield from self._moves(self._sources.moves)
+        tier, prefetcher = self._sources.tier, self._sources.prefetcher
+        if tier is not None and prefetcher is not None:
+            yield from self._decisions(tier, prefetcher)
+            yield from self._fetches(prefetcher)
+
+    def _moves(self, stats: MoveStats) -> Iterable[Metric]:
+        moves = CounterMetricFamily(
+            "eyrie_moves", "This rank's copies of pages that are over.", labels=[*LABELS, "kind", "outcome"]
+        )
+        for (kind, status), count in dict(stats.counts).items():
+            moves.add_metric([*self._labels.values, kind, status.name.lower()], count)
+        yield moves
+        counters = self._labels.counters
+        yield counters("eyrie_move_bytes", "Bytes copied by moves.", "kind", _figures(stats.num_bytes))
+        yield counters(
+            "eyrie_move_seconds", "Time that threads spent on moves.", "kind", _figures(stats.seconds)
+        )
+
+    def _decisions(self, tier: HostTier, prefetcher: Prefetcher) -> Iterable[Metric]:
+        stats, fetches = tier.stats, prefetcher.stats
+        pages = CounterMetricFamily(
+            "eyrie_tier_pages",
+            "Pages saved, loaded and fetched, or not and why, on all ranks of the replica.",
+            labels=[*LABELS, "kind", "outcome", "reason"],
+        )
+
+        def add(kind: str, outcome: str, count: int, reason: str = "") -> None:
+            pages.add_metric([*self._labels.values, kind, outcome, reason], count)
+
+        add("save", "done", stats.num_saved_pages)
+        add("load", "done", stats.num_loaded_pages)
+        add("fetch", "done", sum(dict(fetches.fetched_pages).values()))
+        for kind, outcome, counts in (
+            ("save", "failed", stats.failed_saves),
+            ("load", "failed", stats.failed_loads),
+            ("save", "skipped", stats.skipped_saves),
+            ("fetch", "skipped", fetches.skipped_pages),
+        ):
+            for reason, count in dict(counts).items():
+                add(kind, outcome, count, reason)
+        failed_fetches: Counter[str] = Counter()
+        for (_, reason), count in dict(fetches.failed_pages).items():
+            failed_fetches[reason] += count
+        for reason, count in failed_fetches.items():
+            add("fetch", "failed", count, reason)
+        yield pages
+        yield self._labels.counter(
+            "eyrie_tier_lost_pages", "Pages evicted from the device without a copy.", stats.num_lost_pages
+        )
+        yield self._labels.gauges(
+            "eyrie_moves_in_flight",
+            "Moves that some rank is at; pages that are being fetched.",
+            "kind",
+            {
+                "save": tier.num_saves_in_flight,
+                "load": tier.num_loads_in_flight,
+                "fetch": prefetcher.num_pages_in_flight,
+            },
+        )
+
+    def _fetches(self, prefetcher: Prefetcher) -> Iterable[Metric]:
+        stats = prefetcher.stats
+        for name, text, values in (
+            ("eyrie_fetches", "FETCHes begun.", _figures(stats.num_fetches)),
+            ("eyrie_fetched_pages", "Pages that FETCHes brought.", _figures(stats.fetched_pages)),
+            ("eyrie_fetch_bytes", "Bytes of these.", _figures(stats.num_bytes)),
+            ("eyrie_fetch_seconds", "Time from FETCHes to their answers.", _figures(stats.seconds)),
+        ):
+            yield self._labels.counters(name, text, "source", values)
+
+
+def _figures(values: Mapping[_Name, float]) -> dict[str, float]:
+    return {str(name): float(value) for name, value in dict(values).items()}

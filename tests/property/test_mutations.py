@@ -70,6 +70,9 @@ NEED_A_DELAY = {
     "rolls_back": "test_mutations_tier.py",
     "commits_in_order": "test_mutations_tier.py",
     "busy_stays": "test_mutations_tier.py",
+    "awaits_fetches": "test_mutations_fetch.py",
+    "fetch_deadlines": "test_mutations_fetch.py",
+    "weighs_fetches": "test_mutations_fetch.py",
 }
 
 

@@ -50,7 +50,6 @@ def test_each_fetch_has_a_number_and_a_result_for_each_page(server, client):
     assert [result.status for result in results] == [FetchStatus.PRESENT] * 2
     assert [result.location for result in results] == locations
     assert [result.location for result in answers[second].outcome] == [None]
-    assert client.fetches.pages["present"] == 2
     assert client.take_fetched() == []
     assert all(0 < answer.seconds < TIMEOUT_S for answer in answers.values())
 
@@ -64,7 +63,6 @@ def test_a_server_that_does_not_answer_is_a_failure_in_time(server, client):
     (answer,) = take_all(client)
     assert answer.number == number and answer.outcome == CallFailure("timeout")
     assert answer.seconds >= 0.05 + ANSWER_S
-    assert client.fetches.pages == {"timeout": 2}
     server.before_turn = None
     go_on.set()
     eventually(lambda: client.connection.breaker.state == "closed")

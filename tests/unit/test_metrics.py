@@ -9,17 +9,22 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.api.ports import RequestSummary
 from cluster.metrics import ApiMetrics
+from tests.unit.fetch_fakes import PAGE_BYTES, Desk, prompt
 from tests.unit.replica_threads import NAMESPACE
+from tests.unit.tier_fakes import Bench, tokens
 from workers.kvcache.manager import KVCacheManager
-from workers.metrics import LeaderMetrics, LeaderSources, RankLabels, count_steps
+from workers.kvcache.moves import Move, MoveStats
+from workers.metrics import LeaderMetrics, LeaderSources, RankLabels, TierSources, count_steps, count_tier
+from workers.move_board import MoveStatus
 from workers.plan import BatchPlan, RelocationVersion
-from workers.protocol import LoadReport, ReplicaId
+from workers.protocol import FetchHint, LoadReport, ReplicaId
 from workers.scheduler.stats import SchedulerStats
 
 ROOT = Path(__file__).resolve().parents[2]
 ALLOWED_LABELS = {
     "model", "replica", "rank", "node",
     "finish_reason", "route", "status", "mode", "outcome", "reason", "state", "le",
+    "origin", "kind", "source",
 }  # fmt: skip
 
 
@@ -54,6 +59,25 @@ def api():
     return text.decode()
 
 
+def tier_sources():
+    moves = MoveStats()
+    moves.finished(Move(1, "load", 3, 4, 2, b"k"), MoveStatus.DONE, 1000, 0.25)
+    moves.finished(Move(2, "save", 3, 4, 2, b"k"), MoveStatus.FAILED_STALE, 1000, 0.5)
+    bench = Bench()
+    bench.run(0, tokens(13))
+    stats = bench.tier.stats
+    stats.num_saved_pages, stats.num_lost_pages = 3, 2
+    stats.skipped_saves["no_grant"] = 4
+    stats.failed_loads["corrupt"] = 5
+    desk = Desk()
+    desk.begin(prompt(10), [FetchHint("tcp://a", 10)])
+    desk.remote.answer(1, num_first=6)
+    desk.prefetcher.settle(0.1)
+    desk.begin(prompt(3, 500))
+    desk.begin(prompt(2, 1000), [FetchHint("tcp://b", 2)])
+    return TierSources(moves, bench.tier, desk.prefetcher)
+
+
 @pytest.fixture
 def rank():
     registry = CollectorRegistry()
@@ -61,12 +85,14 @@ def rank():
     stats.num_finished["abort"] = 2
     stats.num_refused["queue_full"] = 7
     stats.num_preemptions = 1
-    stats.num_prompt_tokens, stats.num_cached_tokens, stats.num_generated_tokens = 100, 60, 30
+    stats.num_prompt_tokens, stats.num_generated_tokens = 100, 30
+    stats.prompted(100, 60, {"device": 32, "host": 16, "peer": 12})
     stats.queue_s = [0.01, 0.02]
     cache = KVCacheManager(16, 16, NAMESPACE, 1)
     sources = LeaderSources(stats, cache, FakeInbox())
     labels = RankLabels("tiny", "replica-0", 0, "10.0.0.1")
     count_steps(registry, labels, {("decode", "replay"): 5}, {("mixed", "mixed"): 4})
+    count_tier(registry, labels, tier_sources())
     metrics = LeaderMetrics(registry, labels, sources)
     metrics.stepped(BatchPlan(1, RelocationVersion(1, 0), [], [0], [0], [1], [5], [0]), 0.02)
     metrics.stepped(BatchPlan(2, RelocationVersion(1, 0), [], [], [], [], [], []), 0.0)
@@ -107,6 +133,35 @@ def test_a_leader_counts_what_its_scheduler_and_engine_did(rank):
     assert value(rank, "eyrie_graph_steps_total", mode="decode", outcome="replay") == 5
     assert value(rank, "eyrie_graph_eager_total", mode="mixed", reason="mixed") == 4
     assert value(rank, "eyrie_step_seconds_count", mode="decode") == 1, "steps without rows are no steps"
+
+
+def test_a_leader_counts_what_its_tier_did(rank):
+    origins = {"computed": 40, "device": 32, "host": 16, "peer": 12}
+    for origin, count in origins.items():
+        assert value(rank, "eyrie_prefix_tokens_total", origin=origin) == count
+    assert value(rank, "eyrie_moves_total", kind="load", outcome="done") == 1
+    assert value(rank, "eyrie_moves_total", kind="save", outcome="failed_stale") == 1
+    assert value(rank, "eyrie_moves_total", kind="load", outcome="failed_torn") == 0
+    assert value(rank, "eyrie_move_bytes_total", kind="load") == 1000
+    assert value(rank, "eyrie_move_seconds_total", kind="save") == 0.5
+    pages = {
+        ("save", "done", ""): 3,
+        ("fetch", "done", ""): 6,
+        ("load", "failed", "corrupt"): 5,
+        ("save", "skipped", "no_grant"): 4,
+        ("fetch", "failed", "timed_out"): 4,
+        ("fetch", "skipped", "no_source"): 3,
+    }
+    for (kind, outcome, reason), count in pages.items():
+        assert value(rank, "eyrie_tier_pages_total", kind=kind, outcome=outcome, reason=reason) == count
+    assert value(rank, "eyrie_tier_lost_pages_total") == 2
+    in_flight = {"save": 3, "load": 0, "fetch": 2}
+    for kind, count in in_flight.items():
+        assert value(rank, "eyrie_moves_in_flight", kind=kind) == count
+    assert value(rank, "eyrie_fetches_total", source="peer") == 2
+    assert value(rank, "eyrie_fetched_pages_total", source="peer") == 6
+    assert value(rank, "eyrie_fetch_bytes_total", source="peer") == 6 * PAGE_BYTES
+    assert value(rank, "eyrie_fetch_seconds_total", source="peer") == pytest.approx(0.1)
 
 
 def test_queue_times_are_observed_once_a_step(rank):

@@ -105,9 +105,14 @@ class HostTier:
         """What FETCHes have brought, as the Prefetcher tells."""
 
     @property
-    def num_moves_in_flight(self) -> int:
-        """Moves that some rank may still be at."""
-        return len(self._saves) + len(self._loads)
+    def num_saves_in_flight(self) -> int:
+        """SAVEs that some rank may still be at."""
+        return len(self._saves)
+
+    @property
+    def num_loads_in_flight(self) -> int:
+        """LOADs that some rank may still be at."""
+        return len(self._loads)
 
     @property
     def busy_pages(self) -> list[int]:
