@@ -78,7 +78,7 @@ class HostPages:
         self.figures.tier = cache.attach_tier(self.client, self._group.moves, config.write_policy)
         self.figures.prefetcher = cache.attach_prefetcher(
             self.client,
-            FetchCosts(self._page_bytes, config.page_size),
+            FetchCosts(self._page_bytes, config.page_size, moves=self.mover.stats),
             PrefetchOptions(config.prefetch_policy, config.prefetch_timeout_s),
         )
 

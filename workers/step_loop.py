@@ -76,7 +76,7 @@ class StepScheduler(Protocol):
     def stepped(self, plan: BatchPlan, duration_s: float, now_s: float) -> None:
         """Note how long a committed step took."""
 
-    def load(self, step_s: float) -> LoadReport:
+    def load(self, step_s: float, now_s: float) -> LoadReport:
         """Return the load after the last step."""
         ...
 
@@ -287,7 +287,7 @@ class StepLoop:
 
     def _publish(self, outputs: list[RequestOutput]) -> None:
         self._spoke_s = self._clock()
-        self._load = self._scheduler.load(self._step_s)
+        self._load = self._scheduler.load(self._step_s, self._spoke_s)
         self._recorder.loaded(self._load)
         self._inbox.publish(
             outputs,

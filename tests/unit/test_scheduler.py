@@ -241,13 +241,13 @@ def test_the_load_tells_what_is_left_to_compute_and_what_is_to_be_had():
     for number in range(3):
         group.submit([number] * 20, greedy(4))
     group.step()
-    load = group.scheduler.load(0.5)
+    load = group.scheduler.load(0.5, group.now_s)
     assert (load.num_running, load.num_waiting, load.step_s) == (1, 2, 0.5)
     assert load.num_prefill_tokens == 4 + 40
     assert (load.num_pages, load.num_free_pages, load.num_cached_pages) == (20, 15, 0)
     group.run()
     group.settle()
-    load = group.scheduler.load(0.5)
+    load = group.scheduler.load(0.5, group.now_s)
     assert load.num_free_pages + load.num_cached_pages == 20 and load.num_cached_pages > 0
 
 

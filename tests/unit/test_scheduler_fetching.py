@@ -43,6 +43,8 @@ def test_a_prompt_that_a_peer_has_is_loaded_instead_of_computed():
     assert group.num_cached[again] == 20
     assert prefix_tokens(group) == {"peer": 20, "device": 20, "computed": 4}
     assert len(group.tier.sources.fetches) == 1
+    report = group.scheduler.load(0.5, group.now_s)
+    assert report.peer_page_s == 0.5 and report.remote_page_s is None
     group.settle()
 
 

@@ -78,7 +78,7 @@ class FakeScheduler:
     def stepped(self, plan, duration_s, now_s):
         self.durations.append((plan.step, duration_s, now_s))
 
-    def load(self, step_s):
+    def load(self, step_s, now_s):
         return LOAD
 
 

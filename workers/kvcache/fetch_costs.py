@@ -4,8 +4,10 @@ Owned by the Prefetcher in rank 0's step loop thread. Time is an argument.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from workers.kvcache.arrivals import SourceKind
+from workers.kvcache.moves import MoveStats
 
 FORGET_S = 60.0
 """A source not measured for so long counts as unknown: it may have been slow for a while only."""
@@ -27,6 +29,14 @@ class FirstGuesses:
     prefill_tokens_per_s: float = 2_000.0
 
 
+class PageTimes(NamedTuple):
+    """Seconds a page, as measured; None: not measured, or too long ago."""
+
+    load_s: float | None
+    peer_s: float | None
+    remote_s: float | None
+
+
 class Pace:
     """Seconds a unit: a running mean weighted by amount, in which the newest samples count most."""
 
@@ -46,7 +56,12 @@ class Pace:
 
     def seconds(self, amount: float, now_s: float) -> float:
         """Return what so much will take."""
-        return amount * (self._seconds / self._amount if self._is_known(now_s) else self._first)
+        known = self.known(now_s)
+        return amount * (self._first if known is None else known)
+
+    def known(self, now_s: float) -> float | None:
+        """Return the measured seconds of a unit."""
+        return self._seconds / self._amount if self._is_known(now_s) else None
 
     def _is_known(self, now_s: float) -> bool:
         is_old = self._forget_s is not None and now_s - self._measured_s > self._forget_s
@@ -54,11 +69,18 @@ class Pace:
 
 
 class FetchCosts:
-    """`page_bytes` is a page's size, all ranks together. A fetched page's LOAD is not counted."""
+    """`page_bytes` is a page's size, all ranks together; `moves` are those of this process's rank."""
 
-    def __init__(self, page_bytes: int, page_size: int, guesses: FirstGuesses | None = None) -> None:
+    def __init__(
+        self,
+        page_bytes: int,
+        page_size: int,
+        guesses: FirstGuesses | None = None,
+        moves: MoveStats | None = None,
+    ) -> None:
         guesses = guesses or FirstGuesses()
         self.page_bytes = page_bytes
+        self._moves = moves
         self._page_size = page_size
         self._latency_s: dict[SourceKind, float] = {
             "peer": guesses.peer_latency_s,
@@ -71,8 +93,9 @@ class FetchCosts:
         self._prefill = Pace(1 / guesses.prefill_tokens_per_s)
 
     def fetch_s(self, kind: SourceKind, num_pages: int, num_ahead: int, now_s: float) -> float:
-        """Return what a FETCH of so many pages will take behind those that are under way from its kind."""
-        return self._latency_s[kind] + self._sources[kind].seconds(num_pages + num_ahead, now_s)
+        """Return what a FETCH of pages will take behind those under way from its kind, LOADs included."""
+        load_s = (self._load_page_s or 0.0) * num_pages
+        return self._latency_s[kind] + self._sources[kind].seconds(num_pages + num_ahead, now_s) + load_s
 
     def compute_s(self, num_pages: int, now_s: float) -> float:
         """Return what computing so many pages will take."""
@@ -88,3 +111,12 @@ class FetchCosts:
         """Take in how long a step took that computed so many tokens of prompts."""
         if num_tokens >= MIN_PREFILL_TOKENS:
             self._prefill.measured(num_tokens, seconds, now_s)
+
+    def page_times(self, now_s: float) -> PageTimes:
+        """Return what the router wants to know."""
+        peer, remote = self._sources["peer"], self._sources["remote"]
+        return PageTimes(self._load_page_s, peer.known(now_s), remote.known(now_s))
+
+    @property
+    def _load_page_s(self) -> float | None:
+        return None if self._moves is None else self._moves.page_s("load")

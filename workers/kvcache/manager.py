@@ -60,6 +60,8 @@ class KVCacheManager:
         self._planned_step = 0
         self._tier: HostTier | None = None
         self._prefetcher: Prefetcher | None = None
+        self.costs = FetchCosts(0, page_size)
+        """What getting pages takes, as measured; with a prefetcher it decides by them."""
         self._failed: list[Node] = []
 
     def attach_tier(self, host: HostCache, moves: MoveStatuses, policy: WritePolicy) -> HostTier:
@@ -76,6 +78,7 @@ class KVCacheManager:
         """Fetch pages into the tier's arena from now on; return the prefetcher, whose stats it keeps."""
         assert self._tier is not None, "attach the tier first"
         reach, arrivals = self._tier.reach, self._tier.arrivals
+        self.costs = costs
         self._prefetcher = Prefetcher(remote, reach, arrivals, costs, self.page_size, options, self._safety)
         return self._prefetcher
 
@@ -119,11 +122,6 @@ class KVCacheManager:
         """Take in what has come of FETCHes."""
         if self._prefetcher is not None:
             self._prefetcher.settle(now_s)
-
-    def prefilled(self, num_tokens: int, seconds: float, now_s: float) -> None:
-        """Note how long a step took that computed so many tokens of prompts."""
-        if self._prefetcher is not None:
-            self._prefetcher.costs.prefilled(num_tokens, seconds, now_s)
 
     def num_lacking(
         self, tokens: KeyedTokens, num_tokens: int, num_spare_pages: int, closing: Sequence[int] = ()

@@ -53,6 +53,11 @@ class MoveStats:
     seconds: dict[MoveKind, float] = field(default_factory=lambda: dict.fromkeys(_KINDS, 0.0))
     """Time that threads spent on moves: verification and copy, not the queue."""
 
+    def page_s(self, kind: MoveKind) -> float | None:
+        """Return a thread's seconds for each page so far; None: there was none."""
+        num_pages = self.counts[kind, MoveStatus.DONE]
+        return self.seconds[kind] / num_pages if num_pages else None
+
     def finished(self, move: Move, status: MoveStatus, num_bytes: int, seconds: float) -> None:
         """Count a move that is over."""
         self.counts[move.kind, status] += 1

@@ -187,11 +187,12 @@ class Scheduler:
 
     def stepped(self, plan: BatchPlan, duration_s: float, now_s: float) -> None:
         """Note how long a committed step took: it tells what computing prompts takes."""
-        self._cache.prefilled(sum(length for length in plan.lens if length > 1), duration_s, now_s)
+        num_tokens = sum(length for length in plan.lens if length > 1)
+        self._cache.costs.prefilled(num_tokens, duration_s, now_s)
 
-    def load(self, step_s: float) -> LoadReport:
+    def load(self, step_s: float, now_s: float) -> LoadReport:
         """Report the load. Free and cached pages together are what new requests can have at once."""
-        pages = self._cache.stats()
+        pages, times = self._cache.stats(), self._cache.costs.page_times(now_s)
         return LoadReport(
             num_running=len(self._running),
             num_waiting=len(self._waiting),
@@ -201,6 +202,9 @@ class Scheduler:
             num_free_pages=pages.num_free_pages,
             num_cached_pages=pages.num_evictable_pages,
             step_s=step_s,
+            load_page_s=times.load_s,
+            peer_page_s=times.peer_s,
+            remote_page_s=times.remote_s,
         )
 
     def check(self) -> None:
