@@ -292,6 +292,7 @@ class Fetcher:
         self._jobs.remove(job)
         is_found = [result.status is GetStatus.FOUND for result in results]
         self._counts["fetch_bytes", job.kind] += sum(is_found) * access.arena.spec.slot_bytes
+        self._counts["fetch_batches", job.kind] += 1
         self._counts["fetch_us", job.kind] += int((self._clock() - job.began_s) * 1e6)
         self._release([page.grant for page, found in zip(job.pages, is_found, strict=True) if not found], job)
         ready: deque[tuple[_Page, FetchStatus]] = deque()

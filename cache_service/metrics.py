@@ -26,6 +26,16 @@ _SERVER_COUNTERS = {
     "evictions_refused": ("eyrie_cache_evictions_refused", "Evictions that a lease refused.", None),
     "dropped": ("eyrie_cache_dropped_pages", "Pages dropped, by why.", "reason"),
     "recovered": ("eyrie_cache_recovered_pages", "Pages taken over from a former server.", None),
+    "fetched": ("eyrie_cache_fetched_pages", "Pages that fetches asked for, by what came of it.", "status"),
+    "fetches_refused": ("eyrie_cache_fetches_refused", "Fetches cut short at once, by why.", "reason"),
+    "fetch_batches": ("eyrie_cache_fetch_batches", "Questions to peers and stores.", "source"),
+    "fetch_bytes": ("eyrie_cache_fetched_bytes", "Bytes that came in whole pages, by where from.", "source"),
+    "remote_leases": ("eyrie_cache_remote_leases", "Leases given to peers, and those fenced.", "outcome"),
+    "unconfirmed_corruption": (
+        "eyrie_cache_unconfirmed_corruption",
+        "Pages that peers found wrong and that are right here: wire or memory of theirs is at fault.",
+        None,
+    ),
 }
 """Of StatsReply.counts: name -> metric, its text, and what its reason is called."""
 
@@ -92,8 +102,24 @@ class CacheServerCollector(Collector):
             ("eyrie_cache_leased_slots", "Slots that some process reads.", stats.num_leased),
             ("eyrie_cache_oldest_lease_seconds", "Longest a slot is seen leased.", stats.oldest_lease_s),
             ("eyrie_cache_readers", "Processes that have the arena mapped.", stats.num_readers),
+            ("eyrie_cache_fetches", "Fetches under way.", stats.num_fetches),
+            ("eyrie_cache_lingering_slots", "Slots that failed fetches may write.", stats.num_lingering),
+            ("eyrie_cache_lent_pages", "Pages that peers read.", stats.num_lent),
+            ("eyrie_cache_oldest_lent_seconds", "Age of a peer's oldest lease.", stats.oldest_lent_s),
         ):
             yield labels.gauge(name, text, value)
+        yield labels.gauges(
+            "eyrie_cache_peers",
+            "Peers that are fetched from, and those of them left alone after failures.",
+            "state",
+            {"used": stats.num_peers - stats.num_peers_avoided, "avoided": stats.num_peers_avoided},
+        )
+        yield labels.counters(
+            "eyrie_cache_fetch_seconds",
+            "Seconds that questions to peers and stores took.",
+            "source",
+            {count.reason: count.value / 1e6 for count in stats.counts if count.name == "fetch_us"},
+        )
         for key, (name, text, label) in _SERVER_COUNTERS.items():
             counts = {count.reason: count.value for count in stats.counts if count.name == key}
             if label is None:

@@ -7,9 +7,9 @@ import msgspec
 
 from cache_service import messages
 from cache_service.in_process_transfer import InProcessNetwork, InProcessTransfer
-from cache_service.messages import Fetch, WantedPage
+from cache_service.messages import Fetch, LeasePages, WantedPage
 from cache_service.peer_source import PeerPatience
-from tests.unit.arenas import key
+from tests.unit.arenas import FINGERPRINT, key
 from tests.unit.cache_nodes import BUNDLE_BYTES, CONFIG, ServerThread, eventually
 from tests.unit.raw_cache_client import RawClient, commit_chain
 
@@ -135,6 +135,20 @@ def chain(names, parent=None):
         wanted.append(WantedPage(key(name), parent, 16))
         parent = key(name)
     return wanted
+
+
+def lease(names, incarnation=1, **changes):
+    """A peer's question for pages; what its reader is may be changed."""
+    fields = {
+        "protocol_version": messages.PROTOCOL_VERSION,
+        "reader": "10.0.0.9",
+        "incarnation": incarnation,
+        "fingerprint": FINGERPRINT,
+        "bundle_bytes": BUNDLE_BYTES,
+        "num_ranks": 1,
+        "keys": [key(name) for name in names],
+    }
+    return LeasePages(**fields | changes)
 
 
 @contextlib.contextmanager

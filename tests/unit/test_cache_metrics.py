@@ -5,9 +5,12 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cache_service import messages
 from cache_service.metrics import CacheClientCollector, CacheServerCollector, MetricLabels
+from tests.unit.arenas import key
 from tests.unit.cache_nodes import BUNDLE_BYTES, NUM_SLOTS, eventually, new_client, serving, store_chain
+from tests.unit.peer_nodes import lease, two_nodes
+from tests.unit.raw_cache_client import RawClient
 
-ALLOWED_LABELS = {"node", "rank", "state", "reason", "status", "outcome", "call"}
+ALLOWED_LABELS = {"node", "rank", "state", "reason", "status", "outcome", "call", "source"}
 
 
 def exposed(collector):
@@ -53,3 +56,23 @@ def test_server_and_client_tell_what_they_have_and_did(tmp_path):
         assert mine["resyncs_total", "snapshot"] >= 1
         client.release([locations[0].slot])
         client.close()
+
+
+def test_a_server_tells_what_it_fetched_and_what_it_lends(tmp_path):
+    with two_nodes(tmp_path) as (owner, reader), RawClient(owner.server) as peer:
+        assert set(reader.fetch("abc", owner)) == {messages.FetchStatus.FETCHED}
+        reader.transfer.on_wire = lambda data: data.__setitem__(0, data[0] ^ 1)
+        reader.fetch("de", owner, parent=key("c"))
+        peer.ask(lease("ab"))
+        stats = reader.raw.ask(messages.Stats())
+        seen = exposed(CacheServerCollector("127.0.0.1", lambda: stats))
+        assert seen["fetched_pages_total", "fetched"] == 3 and seen["fetched_pages_total", "corrupt"] == 2
+        assert seen["fetched_bytes_total", "peer"] == 3 * BUNDLE_BYTES
+        assert seen["fetch_batches_total", "peer"] == 2 and seen["fetch_seconds_total", "peer"] > 0
+        assert (seen["peers", "used"], seen["peers", "avoided"]) == (1, 0)
+        assert seen[("fetches",)] == seen[("lingering_slots",)] == seen[("lent_pages",)] == 0
+        stats = eventually(lambda: (found := owner.raw.ask(messages.Stats())).oldest_lent_s > 0 and found)
+        lent = exposed(CacheServerCollector("127.0.0.1", lambda: stats))
+        assert lent[("lent_pages",)] == 2 and lent[("oldest_lent_seconds",)] > 0
+        assert lent["remote_leases_total", "granted"] == 3
+        assert lent[("unconfirmed_corruption_total",)] == 2

@@ -2,15 +2,13 @@
 
 import time
 
-import msgspec
 import pytest
 
 from cache_service import messages
 from cache_service.config import CacheConfig
-from cache_service.messages import FetchStatus, LeasePages, ReleasePages
-from tests.unit.arenas import FINGERPRINT, key
+from cache_service.messages import FetchStatus, ReleasePages
 from tests.unit.cache_nodes import BUNDLE_BYTES, NUM_SLOTS, eventually
-from tests.unit.peer_nodes import TIMEOUT_S, two_nodes
+from tests.unit.peer_nodes import TIMEOUT_S, lease, two_nodes
 from tests.unit.raw_cache_client import RawClient
 
 FETCHED, PRESENT, MISSING, CORRUPT, NO_SLOT, TIMED_OUT, FAILED = FetchStatus
@@ -22,19 +20,6 @@ def nodes(tmp_path):
         yield nodes
         for node in nodes:
             node.check()
-
-
-def lease(names, incarnation=1, **changes):
-    fields = {
-        "protocol_version": messages.PROTOCOL_VERSION,
-        "reader": "10.0.0.9",
-        "incarnation": incarnation,
-        "fingerprint": FINGERPRINT,
-        "bundle_bytes": BUNDLE_BYTES,
-        "num_ranks": 1,
-        "keys": [key(name) for name in names],
-    }
-    return LeasePages(**fields | changes)
 
 
 def test_pages_arrive_as_they_are_and_the_leases_end(nodes):
@@ -246,12 +231,3 @@ def test_another_layout_with_transfers_under_way_is_safe(tmp_path):
             assert isinstance(owner.raw.attach(bundle_bytes=2 * BUNDLE_BYTES), messages.Attached)
             assert peer.ask(ReleasePages([leased.lease_id])) == messages.Done(0)
         owner.check()
-
-
-def test_peers_come_with_figures(nodes):
-    owner, _ = nodes
-    with RawClient(owner.server) as peer:
-        peer.ask(lease("abc"))
-        stats = eventually(lambda: (found := owner.raw.ask(messages.Stats())).oldest_lent_s > 0 and found)
-        assert stats.num_lent == 3
-        assert msgspec.msgpack.decode(msgspec.msgpack.encode(stats), type=messages.StatsReply) == stats
