@@ -39,6 +39,9 @@ class FakeStore:
         self.hanging = threading.Semaphore(0)
         """Released by each call that hangs."""
         self.batch_sizes = []
+        self.lingers = False
+        """Batches of puts are not quiet when they end, but once they are let go."""
+        self.lingering = []
         self.is_closed = False
         self._layout = layout
         self._writer, self._reader = RemoteWorker("fake-writer"), RemoteWorker("fake-reader")
@@ -51,6 +54,9 @@ class FakeStore:
             for place, page in enumerate(pages):
                 if not batch.is_cancelled and not self.is_closed:
                     batch.fill(place, self._put(page))
+            if self.lingers:
+                batch.hold()
+                self.lingering.append(batch)
 
         return run_put(self._writer, work, pages, timeout_s, self.stats)
 

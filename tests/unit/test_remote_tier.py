@@ -1,6 +1,7 @@
 """A store attached to a node's arena, detached and failing, with puts and gets under way."""
 
 import itertools
+import select
 from collections import Counter
 
 import pytest
@@ -207,6 +208,37 @@ def test_a_slow_store_stalls_nobody_and_what_does_not_fit_is_counted(tmp_path):
     node.close()
 
 
+def test_slots_stay_leased_until_their_batch_is_quiet_and_the_next_batch_waits(tmp_path):
+    node = Node(tmp_path, limits=PutLimits(max_batch_pages=2))
+    store = node.attached()
+    store.lingers = True
+    node.commit(4)
+    node.until(lambda: node.tier.num_known == 2)
+    assert not node.tier.source.wait_until_quiet(0.3)
+    node.turn()
+    assert (node.leases.num_leased, store.batch_sizes) == (2, [2])
+    store.lingers = False
+    store.lingering[0].let_go()
+    node.until(lambda: node.tier.num_known == 4)
+    node.until(lambda: node.leases.num_leased == 0)
+    node.close()
+
+
+def test_bytes_that_are_not_what_was_saved_are_not_put(tmp_path):
+    node = Node(tmp_path, limits=PutLimits(max_batch_pages=1))
+    store = node.attached()
+    store.goes_on.clear()
+    good, bad = node.commit(2)
+    assert store.hanging.acquire(timeout=TIMEOUT_S)
+    (location,) = node.store.lookup([bad])
+    node.arena.slot_data(location.slot)[100] ^= 1
+    store.goes_on.set()
+    node.until(lambda: node.counts["puts", "corrupt"] == 1)
+    assert store.put_keys == [good]
+    assert node.store.lookup([bad]) == [None]
+    node.close()
+
+
 def test_a_store_that_refuses_puts_is_left_alone_for_a_while(tmp_path):
     node = Node(tmp_path, limits=PutLimits(max_batch_pages=1))
     store = node.attached()
@@ -362,6 +394,25 @@ def test_a_detach_ends_what_is_under_way_and_loses_no_slot(tmp_path):
     node.turn()
     assert node.tier.num_known == 0
     node.close()
+
+
+def test_what_a_get_found_in_a_store_detached_meanwhile_is_not_told(node):
+    node.attached()
+    keys = node.commit(1)
+    node.until(lambda: node.tier.num_known == 1)
+    batch = node.tier.source.get([PageBuffer(keys[0], memoryview(bytearray(256)))], TIMEOUT_S)
+    assert [result.status for result in batch.results] == [GetStatus.FOUND]
+    node.tier.detach(lambda why: None)
+    node.turn()
+    assert node.tier.num_known == 0 and not node.heard().is_remote(keys[0])
+
+
+def test_a_store_that_was_opened_the_moment_before_a_detach_is_closed(bare):
+    bare.tier.attach(ADDRESS, lambda why: None)
+    assert select.select([bare.inbox.descriptor], [], [], TIMEOUT_S)[0]
+    assert bare.answer(bare.ask(bare.tier.detach)) is None
+    bare.until(lambda: bare.opener.store.is_closed)
+    assert bare.tier.address == ""
 
 
 def test_a_detach_does_not_wait_for_ever_and_the_slots_stay_leased_until_the_end(tmp_path):
