@@ -2,6 +2,7 @@
 
 import threading
 
+import numpy
 import pytest
 import torch
 
@@ -14,7 +15,7 @@ from workers.engine.mechanisms import Mechanisms
 from workers.kvcache.kv_pool import KVPool
 from workers.kvcache.layout import target_only
 from workers.kvcache.moves import MoveInjection
-from workers.kvcache.page_mover import MoverError, MoveTimeoutError
+from workers.kvcache.page_mover import PIECE_BYTES, MoverError, MoveTimeoutError
 from workers.move_board import MoveStatus
 
 ENQUEUED, DONE = MoveStatus.ENQUEUED, MoveStatus.DONE
@@ -63,6 +64,18 @@ def test_a_page_comes_back_byte_for_byte_into_another_page_on_every_rank(tmp_pat
             assert tier.leases[part].num_leased == 0
         assert not tier.arena.leases.any()
         tier.store.check()
+
+
+def test_a_page_of_several_pieces_comes_back_whole(tmp_path) -> None:
+    layout = target_only(15, 16, 5, 64, "float32")
+    assert layout.bundle_bytes > PIECE_BYTES and layout.bundle_bytes % PIECE_BYTES
+    large = KVPool(layout, 2, CPU)
+    large.data[1] = torch.from_numpy(
+        numpy.random.default_rng(0).integers(0, 256, layout.bundle_bytes, numpy.uint8)
+    )
+    with Tier(tmp_path, [large]) as tier:
+        assert tier.run(tier.load_op([2], tier.save([1], keys(1)), keys(1))) == [DONE]
+        assert copies([large], 1, 2)
 
 
 def test_ranks_parts_are_told_apart(tmp_path) -> None:
