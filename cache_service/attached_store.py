@@ -147,19 +147,25 @@ class AttachedStore:
 
     def _put(self, pages: list[PutPage]) -> None:
         """Put a batch, and tell when it has ended and when it is quiet. In the put's thread."""
+        began_s = self._clock()
         statuses: list[PutStatus | None] = [None] * len(pages)
         intact = [place for place, page in enumerate(pages) if page.is_intact()]
         batch = self.store.put([pages[place].record for place in intact], PUT_TIMEOUT_S)
         for place, status in zip(intact, batch.results, strict=True):
             statuses[place] = status
-        self._inbox.put(lambda: self._ended(pages, statuses))
+        seconds = self._clock() - began_s
+        self._inbox.put(lambda: self._ended(pages, statuses, seconds))
         while not batch.quiet.wait(QUIET_LOOK_S):
             continue  # the slots may be read still (I7)
         self._at_rest.set()
         self._inbox.put(lambda: self._rested(pages))
 
-    def _ended(self, pages: list[PutPage], statuses: list[PutStatus | None]) -> None:
+    def _ended(self, pages: list[PutPage], statuses: list[PutStatus | None], seconds: float) -> None:
         self._count_failures()
+        num_stored = statuses.count(PutStatus.STORED)
+        self._counts["put_batches", ""] += 1
+        self._counts["put_us", ""] += int(seconds * 1e6)
+        self._counts["put_bytes", ""] += num_stored * pages[0].record.data.nbytes
         if self._is_over:
             self._counts["puts", "detached"] += len(pages)
             return

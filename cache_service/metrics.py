@@ -30,6 +30,12 @@ _SERVER_COUNTERS = {
     "fetches_refused": ("eyrie_cache_fetches_refused", "Fetches cut short at once, by why.", "reason"),
     "fetch_batches": ("eyrie_cache_fetch_batches", "Questions to peers and stores.", "source"),
     "fetch_bytes": ("eyrie_cache_fetched_bytes", "Bytes that came in whole pages, by where from.", "source"),
+    "puts": ("eyrie_cache_put_pages", "Pages to be put into the store, by what came of it.", "status"),
+    "put_batches": ("eyrie_cache_put_batches", "Calls that put pages.", None),
+    "put_bytes": ("eyrie_cache_put_bytes", "Bytes that were put, of pages new to the store.", None),
+    "gets": ("eyrie_cache_got_pages", "Pages that the store was asked for, by its answer.", "status"),
+    "stores": ("eyrie_cache_stores", "Remote stores attached, detached, and not to be had.", "outcome"),
+    "store_failures": ("eyrie_cache_store_failures", "Failures that the store told, by why.", "reason"),
     "remote_leases": ("eyrie_cache_remote_leases", "Leases given to peers, and those fenced.", "outcome"),
     "unconfirmed_corruption": (
         "eyrie_cache_unconfirmed_corruption",
@@ -104,6 +110,9 @@ class CacheServerCollector(Collector):
             ("eyrie_cache_readers", "Processes that have the arena mapped.", stats.num_readers),
             ("eyrie_cache_fetches", "Fetches under way.", stats.num_fetches),
             ("eyrie_cache_lingering_slots", "Slots that failed fetches may write.", stats.num_lingering),
+            ("eyrie_cache_store_attached", "1 while there is a remote store.", float(bool(stats.store))),
+            ("eyrie_cache_known_remote_pages", "Pages it is known to have.", stats.num_known_remote),
+            ("eyrie_cache_waiting_puts", "Pages that wait to be put into it.", stats.num_put_waiting),
             ("eyrie_cache_lent_pages", "Pages that peers read.", stats.num_lent),
             ("eyrie_cache_oldest_lent_seconds", "Age of a peer's oldest lease.", stats.oldest_lent_s),
         ):
@@ -120,6 +129,8 @@ class CacheServerCollector(Collector):
             "source",
             {count.reason: count.value / 1e6 for count in stats.counts if count.name == "fetch_us"},
         )
+        put_us = sum(count.value for count in stats.counts if count.name == "put_us")
+        yield labels.counter("eyrie_cache_put_seconds", "Seconds that calls took to put pages.", put_us / 1e6)
         for key, (name, text, label) in _SERVER_COUNTERS.items():
             counts = {count.reason: count.value for count in stats.counts if count.name == key}
             if label is None:

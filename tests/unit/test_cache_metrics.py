@@ -5,8 +5,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cache_service import messages
 from cache_service.metrics import CacheClientCollector, CacheServerCollector, MetricLabels
+from cache_service.remote import PutStatus
 from tests.unit.arenas import key
 from tests.unit.cache_nodes import BUNDLE_BYTES, NUM_SLOTS, eventually, new_client, serving, store_chain
+from tests.unit.fake_store import ADDRESS, FakeOpener
 from tests.unit.peer_nodes import lease, two_nodes
 from tests.unit.raw_cache_client import RawClient
 
@@ -55,6 +57,36 @@ def test_server_and_client_tell_what_they_have_and_did(tmp_path):
         assert mine[("relocations",)] == 4 and mine[("relocation_lag",)] == 0
         assert mine["resyncs_total", "snapshot"] >= 1
         client.release([locations[0].slot])
+        client.close()
+
+
+def test_a_server_tells_what_it_put_got_and_lost(tmp_path):
+    opener = FakeOpener()
+    with serving(tmp_path, open_store=opener) as server:
+        client = new_client(server.core.endpoint)
+        server.ask(messages.AttachStore(ADDRESS))
+        keys, _ = store_chain(client, "ab")
+        eventually(lambda: server.ask(messages.Stats()).num_known_remote == 2)
+        opener.store.status = PutStatus.FULL
+        store_chain(client, "c", keys[1])
+        server.ask(messages.Clear())
+        client.fetch([messages.WantedPage(keys[0], None, 16)], None, 20.0)
+        eventually(client.take_fetched)
+        stats = eventually(
+            lambda: (
+                (found := server.ask(messages.Stats())).num_ready == 1
+                and messages.Count("puts", 1, "full") in found.counts
+                and found
+            )
+        )
+        seen = exposed(CacheServerCollector("127.0.0.1", lambda: stats))
+        assert (seen["put_pages_total", "stored"], seen["put_pages_total", "full"]) == (2, 1)
+        assert seen[("put_bytes_total",)] == 2 * BUNDLE_BYTES
+        assert seen[("put_batches_total",)] >= 2 and seen[("put_seconds_total",)] > 0
+        assert seen["got_pages_total", "found"] == 1 and seen["stores_total", "attached"] == 1
+        assert seen["store_failures_total", "put: as the test wants"] == 1
+        assert seen[("store_attached",)] == 1 and seen[("known_remote_pages",)] == 2
+        assert seen[("waiting_puts",)] == 0
         client.close()
 
 
