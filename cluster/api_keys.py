@@ -10,19 +10,22 @@ class ApiKeysError(Exception):
     """API keys cannot be used; the message says why, and shows no key."""
 
 
-def read_api_keys(file: Path) -> tuple[str, ...]:
-    """Return the keys of a file: a line each, empty lines and those that begin with # left out."""
+def read_api_keys(file: Path, option: str = "api_keys_file") -> tuple[str, ...]:
+    """Return the keys of a file: a line each, empty lines and those that begin with # left out.
+
+    Raise ApiKeysError, which names the file by its `option`.
+    """
     try:
         mode = file.stat().st_mode
         lines = file.read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise ApiKeysError(f"api_keys_file {file}: {error.strerror}") from None
+        raise ApiKeysError(f"{option} {file}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise ApiKeysError(f"api_keys_file {file}: not UTF-8 text") from None
+        raise ApiKeysError(f"{option} {file}: not UTF-8 text") from None
     if mode & 0o077:
-        raise ApiKeysError(f"api_keys_file {file}: mode {mode & 0o777:o} lets others in; chmod 600 it")
+        raise ApiKeysError(f"{option} {file}: mode {mode & 0o777:o} lets others in; chmod 600 it")
     keys = tuple(line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#"))
-    check_api_keys(keys, f"api_keys_file {file}")
+    check_api_keys(keys, f"{option} {file}")
     return keys
 
 

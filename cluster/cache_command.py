@@ -1,4 +1,4 @@
-"""`eyrie cache`: shows, checks and clears a node's host cache, by a call to its running CacheServer."""
+"""`eyrie cache`: shows, checks, clears a node's host cache, and gives it a store, by a call to its server."""
 
 import json
 from pathlib import Path
@@ -13,6 +13,11 @@ if TYPE_CHECKING:
 cache_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="A node's host cache, while a service runs."
 )
+
+store_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="The remote store behind a node's host cache."
+)
+cache_app.add_typer(store_app, name="store")
 
 FAILURE_EXIT_CODE = 1
 TIMEOUT_S = 30.0
@@ -63,6 +68,30 @@ def clear(secret_file: SecretFile, endpoint: Endpoint = None) -> None:
     done = _call(secret_file, endpoint, Clear())
     assert isinstance(done, Done)
     typer.echo(f"removed {done.count} pages")
+
+
+@store_app.command("attach")
+def attach_store(
+    address: Annotated[
+        str, typer.Argument(metavar="ADDRESS", help="As `--store` of `eyrie serve` is written.")
+    ],
+    secret_file: SecretFile,
+    endpoint: Endpoint = None,
+) -> None:
+    """Put pages into a store from now on, and fetch from it; one that is attached is detached first."""
+    from cache_service.messages import AttachStore
+
+    _call(secret_file, endpoint, AttachStore(address))
+    typer.echo(f"attached {address}")
+
+
+@store_app.command("detach")
+def detach_store(secret_file: SecretFile, endpoint: Endpoint = None) -> None:
+    """Use no store any more. What is under way there ends; its pages stay there."""
+    from cache_service.messages import DetachStore
+
+    _call(secret_file, endpoint, DetachStore())
+    typer.echo("no store is attached")
 
 
 def _call(secret_file: Path, endpoint: str | None, request: "Request") -> "Answer":

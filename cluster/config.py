@@ -60,6 +60,9 @@ class ClusterConfig:
     api_keys_file: Path | None = None
     """File of API keys, one a line, # begins a comment, mode 600. Not given: only the keys in the environment
     variable EYRIE_API_KEYS, if any."""
+    admin_keys_file: Path | None = None
+    """File of the keys that may change the running service (`/admin`), as `api_keys_file` is written. Not
+    given: nobody may."""
     secret_file: Path | None = None
     """File of the cluster secret, 64 hex digits, mode 600, on every node. Not given: one made for this run,
     on this node only."""

@@ -144,6 +144,8 @@ def _check(config: ClusterConfig) -> tuple[str, ...]:
         check_api_keys(keys, API_KEYS_VARIABLE)
         if config.api_keys_file is not None:
             keys += read_api_keys(config.api_keys_file)
+        if config.admin_keys_file is not None:
+            read_api_keys(config.admin_keys_file, "admin_keys_file")
         if config.secret_file is not None:
             read_cluster_secret(config.secret_file)
         if config.ray_address is None:

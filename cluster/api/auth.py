@@ -70,6 +70,23 @@ class Authenticator:
         return found
 
 
+class AdminKeys:
+    """Checks who may change the running service. Without keys nobody may: API keys are no authority here."""
+
+    def __init__(self, keys: Sequence[str], cluster_secret: bytes) -> None:
+        self._keys = Authenticator(keys, cluster_secret)
+
+    def check(self, authorization: bytes | None) -> None:
+        """Raise ApiError unless a header bears an admin key: 401, 403 where there is none."""
+        if self._keys.is_open:
+            raise ApiError(
+                403,
+                "This server has no admin keys, so nobody may do this; start it with admin_keys_file.",
+                code="no_admin_keys",
+            )
+        self._keys.tenant(authorization)
+
+
 def _fingerprint(key: bytes) -> bytes:
     # Equal lengths, so that compare_digest does not tell a key's.
     return hashlib.sha256(key).digest()

@@ -13,6 +13,7 @@ from cluster.api.allowed import allowed, nearest
 ErrorType = Literal[
     "invalid_request_error",
     "authentication_error",
+    "permission_error",
     "not_found_error",
     "rate_limit_error",
     "server_error",
@@ -24,6 +25,7 @@ RETRY_AFTER_S = 1
 
 _TYPE_OF_STATUS: dict[int, ErrorType] = {
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     429: "rate_limit_error",
     500: "server_error",

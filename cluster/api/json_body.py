@@ -27,9 +27,24 @@ Body = TypeVar("Body", bound=SamplingFields)
 async def read_body(request: Request, schema: type[Body], threads: TextThreads) -> Body:
     """Return the checked body of a call.
 
+    Raises ApiError as `read_json_bytes` does, 503 when the prompts' threads are too busy to parse it, 400 for
+    what is not JSON or does not fit the schema; ClientDisconnect when the client leaves while sending.
+    """
+    raw = await read_json_bytes(request)
+    parse = _parser(schema)
+    if len(raw) <= _INLINE_BYTES:
+        return parse(raw)
+    try:
+        return await threads.run_prompt(lambda: parse(raw), PROMPT_TIMEOUT_S)
+    except TimeoutError:
+        raise prompt_timeout(PROMPT_TIMEOUT_S) from None
+
+
+async def read_json_bytes(request: Request) -> bytes:
+    """Return the body of a call that says it is JSON, unparsed.
+
     Raises ApiError: 415 for another media type, 413 for a body over MAX_BODY_BYTES (refused by its
-    Content-Length, or as soon as that many bytes came), 408 when it does not arrive in time, 503 when the
-    prompts' threads are too busy to parse it, 400 for what is not JSON or does not fit the schema. Raises
+    Content-Length, or as soon as that many bytes came), 408 when it does not arrive in time. Raises
     ClientDisconnect when the client leaves while sending.
     """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -42,18 +57,11 @@ async def read_body(request: Request, schema: type[Body], threads: TextThreads) 
         )
     try:
         async with asyncio.timeout(_BODY_TIMEOUT_S):
-            raw = await _read_bounded(request)
+            return await _read_bounded(request)
     except TimeoutError:
         raise ApiError(
             408, f"The request's body did not arrive within {_BODY_TIMEOUT_S:.0f} s.", code="body_timeout"
         ) from None
-    parse = _parser(schema)
-    if len(raw) <= _INLINE_BYTES:
-        return parse(raw)
-    try:
-        return await threads.run_prompt(lambda: parse(raw), PROMPT_TIMEOUT_S)
-    except TimeoutError:
-        raise prompt_timeout(PROMPT_TIMEOUT_S) from None
 
 
 async def _read_bounded(request: Request) -> bytes:

@@ -1,7 +1,6 @@
 """The table of routes: which path and method goes to which endpoint, and 404 and 405 for the rest."""
 
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -23,12 +22,8 @@ _MODELS = "/v1/models/"
 _MODEL_PATH = "/v1/models/{model}"
 
 
-@dataclass(frozen=True)
-class Route:
-    """One endpoint and its method (GET includes HEAD)."""
-
-    method: str
-    endpoint: ASGIApp
+Route = Mapping[str, ASGIApp]
+"""The endpoints of a path by method; GET includes HEAD."""
 
 
 class Routes:
@@ -36,15 +31,17 @@ class Routes:
 
     def __init__(self, service: Service) -> None:
         probes = Probes(service)
+        admin = service.cache_admin
         self._routes: Mapping[str, Route] = {
-            "/v1/chat/completions": Route("POST", ChatCompletions(service)),
-            "/v1/completions": Route("POST", Completions(service)),
-            "/v1/models": _get(probes.models),
-            _MODEL_PATH: _get(probes.model),
-            "/health": _get(probes.health),
-            "/ready": _get(probes.ready),
-            "/metrics": _get(probes.metrics),
-            "/metrics/targets": _get(probes.metrics_targets),
+            "/v1/chat/completions": {"POST": ChatCompletions(service)},
+            "/v1/completions": {"POST": Completions(service)},
+            "/v1/models": {"GET": _app(probes.models)},
+            _MODEL_PATH: {"GET": _app(probes.model)},
+            "/health": {"GET": _app(probes.health)},
+            "/ready": {"GET": _app(probes.ready)},
+            "/metrics": {"GET": _app(probes.metrics)},
+            "/metrics/targets": {"GET": _app(probes.metrics_targets)},
+            "/admin/cache/store": {"POST": _app(admin.attach), "DELETE": _app(admin.detach)},
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -59,14 +56,16 @@ class Routes:
             raise ApiError(404, f"There is no such path here; paths are {allowed}.", code="unknown_path")
         scope[ROUTE_KEY] = path
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
-        if method != route.method:
-            raise ApiError(405, f"'{path}' takes {route.method} only.", code="method_not_allowed")
-        await route.endpoint(scope, receive, send)
+        endpoint = route.get(method)
+        if endpoint is None:
+            allowed = " and ".join(route)
+            raise ApiError(405, f"'{path}' takes {allowed} only.", code="method_not_allowed")
+        await endpoint(scope, receive, send)
 
 
-def _get(endpoint: Callable[[Request], Awaitable[Response]]) -> Route:
+def _app(endpoint: Callable[[Request], Awaitable[Response]]) -> ASGIApp:
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         response = await endpoint(Request(scope, receive))
         await response(scope, receive, send)
 
-    return Route("GET", answer)
+    return answer

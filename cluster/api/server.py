@@ -19,8 +19,9 @@ import uvicorn
 
 from cache_service.curve import read_cluster_secret
 from cache_service.log_format import set_up_logging
+from cluster.api.admin import CacheAdmin
 from cluster.api.app import create_app
-from cluster.api.auth import Authenticator
+from cluster.api.auth import AdminKeys, Authenticator
 from cluster.api.bounded_http import BoundedHttpProtocol
 from cluster.api.ports import ScrapeTarget
 from cluster.api.prompts import ServedModel
@@ -131,6 +132,11 @@ class ApiServer:
             recorder=recorder,
             scrape_targets=lambda: all_targets,
             authenticator=Authenticator(api_keys, cluster_secret),
+            cache_admin=CacheAdmin(
+                AdminKeys(_admin_keys(config), cluster_secret),
+                {cache.node: cache.calls for cache in caches.values()},
+                cluster_secret,
+            ),
             request_ids=RequestIds(boot_id),
             started_at_s=time.time(),
         )
@@ -226,6 +232,12 @@ def _listen(host: str, port: int) -> socket.socket:
         ) from None
     listener.setblocking(False)
     return listener
+
+
+def _admin_keys(config: ClusterConfig) -> tuple[str, ...]:
+    """Read them where they are: on this node, the command's."""
+    file = config.admin_keys_file
+    return () if file is None else read_api_keys(file, "admin_keys_file")
 
 
 def _load_model(config: ClusterConfig) -> tuple[ModelCard, ServedModel]:

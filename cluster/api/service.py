@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from cluster.api.admin import CacheAdmin
 from cluster.api.auth import Authenticator
 from cluster.api.lifecycle import Lifecycle
 from cluster.api.ports import RequestRecorder, RequestRouter, ScrapeTargets
@@ -21,6 +22,7 @@ class Service:
     recorder: RequestRecorder
     scrape_targets: ScrapeTargets
     authenticator: Authenticator
+    cache_admin: CacheAdmin
     request_ids: RequestIds
     started_at_s: float
     """Unix time; what `/v1/models` calls `created`."""

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as LibraryTokenizer
 
-from cluster.api.auth import Authenticator
+from cluster.api.admin import CacheAdmin
+from cluster.api.auth import AdminKeys, Authenticator
 from cluster.api.chat_template import ChatTemplate
 from cluster.api.ports import RequestSummary, ScrapeTarget
 from cluster.api.prompts import ServedModel
@@ -181,7 +182,12 @@ def _logprobs(token_id: int, num_top: int) -> TokenLogprobs:
 
 
 def make_service(
-    router: FakeRouter, *, api_keys: Sequence[str] = (), context_len: int = 128, boot_id: str = "b00t"
+    router: FakeRouter,
+    *,
+    api_keys: Sequence[str] = (),
+    context_len: int = 128,
+    boot_id: str = "b00t",
+    cache_admin: CacheAdmin | None = None,
 ) -> tuple[Service, FakeRecorder]:
     recorder = FakeRecorder()
     service = Service(
@@ -190,6 +196,7 @@ def make_service(
         recorder=recorder,
         scrape_targets=lambda: [ScrapeTarget("127.0.0.1:9000", {"replica": "r0"})],
         authenticator=Authenticator(api_keys, b"cluster secret"),
+        cache_admin=cache_admin or CacheAdmin(AdminKeys((), b"cluster secret"), {}, b"cluster secret"),
         request_ids=RequestIds(boot_id),
         started_at_s=1_700_000_000.0,
         wall_clock=lambda: 1_800_000_000.0,

@@ -63,6 +63,18 @@ def test_the_server_of_this_node_is_found(server, secret_file):
     assert run("check", "--secret-file", secret_file) == (0, "ok: 3 pages\n")
 
 
+def test_a_store_is_attached_and_detached(server, secret_file, tmp_path):
+    where = ("--secret-file", secret_file, "--endpoint", server.core.endpoint)
+    address = f"disk:{tmp_path}/store?gb=0.1"
+    assert run("store", "attach", address, *where) == (0, f"attached {address}\n")
+    shown = json.loads(run("show", *where, "--json")[1])
+    assert shown["store"] == address and shown["stores{attached}"] == 1
+    code, text = run("store", "attach", "s3:bucket", *where)
+    assert code == 1 and "store 's3:bucket' is neither a disk nor Mooncake" in text
+    assert run("store", "detach", *where) == (0, "no store is attached\n")
+    assert json.loads(run("show", *where, "--json")[1])["store"] == ""
+
+
 def test_without_a_server_the_command_says_what_to_do(secret_file, tmp_path):
     code, text = run("show", "--secret-file", secret_file)
     assert code == 1 and "0 cache servers of this secret run on this node" in text and "--endpoint" in text
