@@ -8,8 +8,9 @@ import msgspec
 from cache_service import messages
 from cache_service.in_process_transfer import InProcessNetwork, InProcessTransfer
 from cache_service.messages import Fetch, LeasePages, WantedPage
+from cache_service.page_records import Entry
 from cache_service.peer_source import PeerPatience
-from tests.unit.arenas import FINGERPRINT, key
+from tests.unit.arenas import FINGERPRINT, fill, key
 from tests.unit.cache_nodes import BUNDLE_BYTES, CONFIG, ServerThread, eventually
 from tests.unit.raw_cache_client import RawClient, commit_chain
 
@@ -82,6 +83,19 @@ class PeerNode:
     def commit(self, names):
         return commit_chain(self.server, self.raw, names)
 
+    def commit_what_fits(self, names):
+        """Store a chain, or as much of it as there are slots for."""
+        grants = self.raw.ask(messages.GrantSlots(len(names))).grants
+        parent, entries = None, []
+        for grant, name in zip(grants, names, strict=False):
+            fill(self.arena, grant.slot, key(name))
+            entries.append(Entry(grant.slot, grant.epoch, key(name), parent, 16))
+            parent = key(name)
+        return self.raw.ask(messages.Commit(entries)).results
+
+    def stats(self):
+        return self.raw.ask(messages.Stats())
+
     def fetch(self, names, peer, timeout_s=TIMEOUT_S, parent=None):
         """Fetch a chain; return statuses."""
         answer = self.raw.ask(Fetch(chain(names, parent), peer.endpoint, timeout_s))
@@ -112,7 +126,7 @@ class PeerNode:
         )
 
     def counts(self):
-        stats = self.raw.ask(messages.Stats())
+        stats = self.stats()
         return {(count.name, count.reason): count.value for count in stats.counts}
 
     def check(self):
