@@ -69,6 +69,10 @@ class ArenaHost:
             self.leases = LeaseRow(self.owned.arena, num_ranks)  # the decider's; each rank has its own
         return ArenaPlace(self.owned.arena.path, self.owned.arena.spec, self._injection)
 
+    def cache_of(self, attached: Arena) -> Self:
+        """Return what the tier of a group asks whose rank 0 is attached."""
+        return self
+
     def locate(self, key: PageKey) -> Location | None:
         return None if self.is_hidden else self.store.lookup([key])[0]
 

@@ -9,6 +9,7 @@ from typing import Self
 import torch
 
 from tests.arena_host import ArenaPlace
+from tests.node_host import NodePlace
 from workers.card import load_card
 from workers.config import WorkerConfig
 from workers.engine.engine import Engine
@@ -45,7 +46,7 @@ class Followers:
             assert process.exitcode == 0, f"a follower ended with {process.exitcode}"
 
     @contextmanager
-    def group(self, config: WorkerConfig, place: ArenaPlace | None = None) -> Iterator[TPGroup]:
+    def group(self, config: WorkerConfig, place: ArenaPlace | NodePlace | None = None) -> Iterator[TPGroup]:
         """Yield rank 0's membership of a group with all followers, who must see no error.
 
         At `place` is their arena, if they have one.

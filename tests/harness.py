@@ -21,20 +21,25 @@ import msgspec
 import torch
 from tokenizers import Tokenizer, models
 
+from cache_service.client import CacheClient
 from tests.arena_host import ArenaHost
 from tests.followers import TIMEOUT_S, Followers
+from tests.node_host import NodeHost
 from workers.card import ModelCard, load_card
 from workers.config import WorkerConfig
 from workers.engine.engine import Engine
 from workers.engine.mechanisms import ALL_ON, Mechanisms
+from workers.kvcache.fetch_costs import FetchCosts
 from workers.kvcache.host_tier import WritePolicy
 from workers.kvcache.layout import target_only
 from workers.kvcache.manager import KVCacheManager
 from workers.kvcache.page_pool import Safety
+from workers.kvcache.prefetcher import PrefetchOptions
 from workers.models.sharding import kv_shape
 from workers.parallel import TPGroup
 from workers.plan import BatchPlan, StepOutput
 from workers.protocol import (
+    FetchHint,
     FinishReason,
     RequestId,
     RequestOutput,
@@ -115,7 +120,7 @@ class Harness:
         mechanisms: Mechanisms = ALL_ON,
         safety: Safety | None = None,
         followers: Followers | None = None,
-        host: ArenaHost | None = None,
+        host: ArenaHost | NodeHost | None = None,
         write_policy: WritePolicy = "write_through",
     ) -> None:
         """`followers` and `host` are borrowed; without the former a group of several ranks starts its own."""
@@ -123,7 +128,6 @@ class Harness:
         self.host = host
         self.answers: dict[str, Answer] = {}
         self.plans: list[BatchPlan] = []
-        self._num_steps = 0
         with ExitStack() as stack:
             torch.set_num_threads(max(config.num_threads, 1))
             card = load_card(config.model)
@@ -144,10 +148,10 @@ class Harness:
                 safety=safety,
             )
             if place is not None:
-                arena, mover = place.attach(self.engine, self._group)
-                stack.callback(arena.close)
+                attached, mover = place.attach(self.engine, self._group)
+                stack.callback(attached.close)
                 stack.callback(mover.close)
-                self.tier = self.cache.attach_tier(host, self._group.moves, write_policy)
+                self.attach(host.cache_of(attached), write_policy)
             self.scheduler = Scheduler(
                 config,
                 self.cache,
@@ -169,6 +173,18 @@ class Harness:
         """End the log; the other ranks' processes end with it."""
         self._resources.close()
 
+    def attach(self, cache: ArenaHost | CacheClient, policy: WritePolicy) -> None:
+        """Have pages saved and loaded, and fetched where there is a server that can."""
+        self.tier = self.cache.attach_tier(cache, self._group.moves, policy)
+        if isinstance(cache, CacheClient):
+            self.client = cache
+            config, page_bytes = self.config, self.engine.layout.bundle_bytes * self._group.size
+            self.prefetcher = self.cache.attach_prefetcher(
+                cache,
+                FetchCosts(page_bytes, config.page_size),
+                PrefetchOptions(config.prefetch_policy, config.prefetch_timeout_s),
+            )
+
     def submit(
         self,
         request_id: str,
@@ -176,13 +192,16 @@ class Harness:
         *,
         priority: int = 0,
         tenant_salt: bytes = b"",
+        hints: Iterable[FetchHint] = (),
         **sampling: object,
     ) -> None:
         """Queue a request, greedy unless `sampling` says otherwise."""
         params = SamplingParams(**({"temperature": 0.0} | sampling))  # type: ignore[arg-type]
         self.answers[request_id] = Answer()
-        submit = SubmitRequest(RequestId(request_id), list(token_ids), params, priority, tenant_salt)
-        self.scheduler.add(submit, float(self._num_steps))
+        submit = SubmitRequest(
+            RequestId(request_id), list(token_ids), params, priority, tenant_salt, list(hints)
+        )
+        self.scheduler.add(submit, time.monotonic())
 
     def abort(self, request_id: str, reason: FinishReason = "abort") -> None:
         """End a request if it has not ended."""
@@ -194,9 +213,8 @@ class Harness:
 
         Ops of type `lost`, of which there must be some, do not reach the ranks.
         """
-        self._num_steps += 1
         self.scheduler.completed(self._group.board.minimum())
-        plan = self.scheduler.plan(float(self._num_steps))
+        plan = self.scheduler.plan(time.monotonic())
         if plan is None:
             time.sleep(STALL_S)  # for moves under way, if anything
             return []
