@@ -8,6 +8,11 @@ medians over rounds. Progress goes to stderr, one JSON line ends stdout:
 save_ratio_*, load_ratio_*  pages of 1 MiB and 256 KiB through PageMover, arena and board, always verified:
                             throughput over that of a memory copy of the same pages by as many threads.
                             *_cpu: the same of processor time, which holds on busy cores as well
+fetch_ratio                 128 pages out of a peer's arena, leased, verified and committed, beside Mooncake's
+                            TransferEngine by itself reading as many bytes over loopback
+ttft_hit_over_miss_*        time to the first token after 2,064 of SmolLM2-135M in bf16, 2,048 of them cached
+                            in the node's arena (host), a peer's (peer) or Mooncake Store (store), over that
+                            of computing all; miss_prefill_ratio: that arm's tokens/s beside those of bench_cpu
 decode_penalty              inter-token latency of 8 steady decodes beside 500 MB/s of SAVE and 500 MB/s of
                             LOAD, over the same without; save_mb_s, load_mb_s: the rates that came of it
 broadcast_p99_ms            from a worker's commit until each of 8 subscribed processes has the page
@@ -35,7 +40,7 @@ THREAD_ENVIRONMENT = {
     "GOMP_SPINCOUNT": "300",
 }
 """As the launcher sets for workers."""
-PARTS = ("moves", "decode", "server")
+PARTS = ("moves", "decode", "wire", "ttft", "server")
 PART_TIMEOUT_S = 900.0
 MIB = 1 << 20
 
@@ -50,6 +55,14 @@ def run_part(part, is_quick):
             from tests.bench.kv_decode import measure_decode
 
             return measure_decode(4 if is_quick else 24)
+        case "wire":
+            from tests.bench.kv_wire import measure_wire
+
+            return measure_wire(3 if is_quick else 15)
+        case "ttft":
+            from tests.bench.kv_ttft import measure_ttft
+
+            return measure_ttft(1 if is_quick else 5)
         case "server":
             from tests.bench.kv_server import measure_server
 

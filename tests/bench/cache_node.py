@@ -6,9 +6,15 @@ import time
 from pathlib import Path
 
 from cache_service.arena_files import SHARED_MEMORY
+from cache_service.arena_format import bundle_checksum
 from cache_service.client import CacheClient, ClientSpec
 from cache_service.config import CacheConfig
+from cache_service.messages import Stats
+from cache_service.one_call import call_once
+from cache_service.page_records import Entry
 from cache_service.server import CacheServerCore, Place
+from cache_service.transfer_choice import transfer_opener
+from tests.unit.arenas import key
 
 SECRET = b"k" * 32
 FINGERPRINT = b"a layout to time"
@@ -17,7 +23,8 @@ TIMEOUT_S = 60.0
 
 def _serve(config, place, started):
     began_s = time.monotonic()
-    core = CacheServerCore(config, SECRET, place, time.time_ns())
+    open_transfer = transfer_opener(config.transfer, None, place.host)
+    core = CacheServerCore(config, SECRET, place, time.time_ns(), open_transfer=open_transfer)
     started.put((core.endpoint, core.broadcasts, time.monotonic() - began_s))
     core.run()
 
@@ -25,8 +32,8 @@ def _serve(config, place, started):
 class CacheNode:
     """Use as a context manager. Nodes of one machine differ in `host`, an address of its loopback."""
 
-    def __init__(self, cache_gb, host="127.0.0.1"):
-        self._config = CacheConfig(host_cache_gb=cache_gb)
+    def __init__(self, cache_gb, host="127.0.0.1", **options):
+        self._config = CacheConfig(host_cache_gb=cache_gb, **options)
         self._host = host
         self._folder = tempfile.TemporaryDirectory(dir=SHARED_MEMORY)
         self._ports = {}
@@ -52,6 +59,13 @@ class CacheNode:
             if line.startswith("RssAnon:"):
                 return 1024 * int(line.split()[1])
         raise OSError("this kernel does not tell RssAnon")
+
+    def ask(self, request):
+        return call_once(self.endpoint, SECRET, request, TIMEOUT_S)
+
+    def count(self, name):
+        """A counter of the server's, by reason."""
+        return {count.reason: count.value for count in self.ask(Stats()).counts if count.name == name}
 
     def client(self, bundle_bytes, num_grants):
         spec = ClientSpec(FINGERPRINT, bundle_bytes, 1, group=1, num_grants=num_grants)
@@ -79,3 +93,17 @@ def eventually(holds):
             raise TimeoutError("it never came to be")
         time.sleep(0.001)
     return found
+
+
+def write_pages(client, names, parent=None, fill=None):
+    """Write pages that continue each other; return what to commit."""
+    entries = []
+    for name in names:
+        grant, page_key = eventually(client.take_grant), key(name)
+        bundle = client.arena.bundle(grant.slot, 0)
+        if fill is not None:
+            bundle[:] = fill
+        client.arena.set_checksum(grant.slot, 0, bundle_checksum(bundle, page_key, 0))
+        entries.append(Entry(grant.slot, grant.epoch, page_key, parent, 16))
+        parent = page_key
+    return entries

@@ -4,15 +4,13 @@ import itertools
 import multiprocessing
 import time
 
-from cache_service.arena_format import ArenaSpec, bundle_checksum
+from cache_service.arena_format import ArenaSpec
 from cache_service.messages import ChangesSince
 from cache_service.one_call import call_once
-from cache_service.page_records import Entry
 from cache_service.relocation_records import Stored
 from cache_service.subscriber import Subscriber
-from tests.bench.cache_node import FINGERPRINT, SECRET, TIMEOUT_S, CacheNode, eventually
+from tests.bench.cache_node import FINGERPRINT, SECRET, TIMEOUT_S, CacheNode, eventually, write_pages
 from tests.bench.measuring import quantile, say
-from tests.unit.arenas import key
 
 GIB = 1 << 30
 NUM_SUBSCRIBERS = 8
@@ -31,20 +29,6 @@ def measure_server(num_commits, num_pages, arena_gb):
     found |= _memory(num_pages)
     say(f"memory: {found['server_bytes_per_page']} bytes a page")
     return found | _recovery(arena_gb)
-
-
-def _entries(client, names, parent=None, fill=None):
-    """Write pages that continue each other; return what to commit."""
-    entries = []
-    for name in names:
-        grant, page_key = eventually(client.take_grant), key(name)
-        bundle = client.arena.bundle(grant.slot, 0)
-        if fill is not None:
-            bundle[:] = fill
-        client.arena.set_checksum(grant.slot, 0, bundle_checksum(bundle, page_key, 0))
-        entries.append(Entry(grant.slot, grant.epoch, page_key, parent, 16))
-        parent = page_key
-    return entries
 
 
 # Broadcasts.
@@ -98,7 +82,7 @@ def _broadcasts(num_commits):
             ours.recv()
         time.sleep(1.0)  # for their connections
         for number in range(num_commits):
-            entries = _entries(client, [(number, place) for place in range(PAGES_PER_COMMIT)])
+            entries = write_pages(client, [(number, place) for place in range(PAGES_PER_COMMIT)])
             committed[entries[-1].key] = time.monotonic()
             client.commit(entries)
             time.sleep(1 / COMMITS_PER_S)
@@ -141,7 +125,7 @@ def _grown_bytes(num_slots):
         client = node.client(256, 4_096)
         num_chains = 3 * num_slots // (2 * CHAIN_LEN)
         for chain in range(num_chains):
-            client.commit(_entries(client, [(chain, place) for place in range(CHAIN_LEN)]))
+            client.commit(write_pages(client, [(chain, place) for place in range(CHAIN_LEN)]))
         eventually(lambda: sum(client.stats.commits.values()) == num_chains * CHAIN_LEN)
         num_held, num_bytes = client.num_known_pages, node.anonymous_bytes() - before
         client.close()
@@ -160,7 +144,7 @@ def _recovery(arena_gb):
         for chain in itertools.count():
             if client.num_known_pages >= num_pages:
                 break
-            client.commit(_entries(client, [(chain, place) for place in range(CHAIN_LEN)], fill=fill))
+            client.commit(write_pages(client, [(chain, place) for place in range(CHAIN_LEN)], fill=fill))
             eventually(lambda told=chain: client.num_known_pages >= told * CHAIN_LEN)
         num_pages, version = client.num_known_pages, client.subscriber.follower.applied
         began_s = time.monotonic()
