@@ -132,6 +132,22 @@ class OwnedArena:
         self._descriptor = -1
 
 
+def remove_orphan(path: Path) -> bool:
+    """Remove the arena that a killed server left, if there is one; tell whether there was."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink(missing_ok=True)
+    except BlockingIOError:  # its owner lives
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
 def sweep_dead_clusters(cluster_id: str, folder: Path = SHARED_MEMORY) -> list[Path]:
     """Remove arenas that clusters left whose processes are all dead; return their paths.
 

@@ -88,13 +88,12 @@ class CacheServers:
             where = {"node": record.node, "endpoint": record.endpoint, "secret_file": self._secret_file}
             logger.info("the host cache serves", extra=where)
 
-    def endpoints(self) -> Mapping[str, str]:
-        """Return where the servers listen, by node id."""
-        return {
-            node_id: node.started.endpoint
-            for node_id, node in self._nodes.items()
-            if node.started is not None
-        }
+    def endpoint(self, node_id: str) -> str | None:
+        """Return where a node's server listens or will again; None: it has none, or one that cannot start."""
+        node = self._nodes.get(node_id)
+        if node is None or node.started is None or node.num_rounds_left:
+            return None
+        return node.started.endpoint
 
     def addresses(self) -> Mapping[str, CacheAddress]:
         """Return where the servers are for the router, by node id."""

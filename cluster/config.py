@@ -55,6 +55,9 @@ class ClusterConfig:
     """Seconds that running requests get to finish at shutdown."""
     start_timeout_s: Seconds = 300.0
     """Seconds from the start, loading included, until it counts as failed."""
+    max_restarts: Annotated[int, Field(ge=0)] = 5
+    """Restarts in a row of a replica that is lost or does not start, after which it stays down; one that has
+    served for five minutes begins anew. 0: a lost replica stays down."""
     replica_lease_s: Seconds = 20.0
     """Seconds after which a silent replica is taken for dead."""
     api_keys_file: Path | None = None

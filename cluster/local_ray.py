@@ -3,15 +3,22 @@
 Used by the CLI's process only. `ray` is imported here once the environment is set: it reads it on import.
 """
 
+import contextlib
 import logging
 import os
 import secrets
+import signal
 import socket
+from collections.abc import Iterable
 
+import psutil
+
+from cache_service.processes import ProcessId
 from cluster.run_folder import RunFolder
 
 OBJECT_STORE_BYTES = 80 << 20
 """Ray's least: nothing big travels as Ray objects."""
+DAEMONS = ("gcs_server", "raylet")
 PROBE_S = 5.0
 SYSTEM_ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",  # Ray's ports listen on all interfaces: others shall not submit work
@@ -21,6 +28,55 @@ SYSTEM_ENVIRONMENT = {
 }
 
 
+class OwnRay:
+    """The processes of an own cluster: tells when Ray is gone, and ends what outlives it.
+
+    A signal to all processes at once, as a service manager sends it, ends Ray's before ours; its GCS may then
+    hang, deaf, and actors live on, orphans in process groups of their own. `daemons` are Ray's own processes,
+    `gcs_address` is where the first of them listens.
+    """
+
+    def __init__(self, daemons: Iterable[ProcessId], gcs_address: str) -> None:
+        self._daemons = list(daemons)
+        self._gcs_address = gcs_address
+        self._actors: set[ProcessId] = set()
+        self._is_gone = False
+
+    def is_gone(self) -> bool:
+        """Tell whether one of Ray's own processes has ended or the GCS refuses to be spoken to.
+
+        Call it now and then: it also notes which actors there are.
+        """
+        if not self._is_gone:
+            self._note_actors()
+            self._is_gone = not all(daemon.is_alive() for daemon in self._daemons) or self._is_refused()
+        return self._is_gone
+
+    def end(self) -> None:
+        """Kill all that is left."""
+        for process in [*self._daemons, *self._actors]:
+            if process.is_alive():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGKILL)
+
+    def _note_actors(self) -> None:
+        """Note the daemons' children while that can be seen: orphans have other parents."""
+        for daemon in self._daemons:
+            with contextlib.suppress(psutil.Error):
+                children = [ProcessId.of(child.pid) for child in psutil.Process(daemon.pid).children()]
+                self._actors.update(child for child in children if child is not None)
+
+    def _is_refused(self) -> bool:
+        host, _, port = self._gcs_address.rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), PROBE_S).close()
+        except ConnectionRefusedError:
+            return True
+        except OSError:  # busy
+            return False
+        return False
+
+
 def tell_plainly(*, has_colour: bool) -> None:
     """Make what Ray prints here fit for users: no traceback of calls nobody awaits, colour where wanted."""
     os.environ["RAY_IGNORE_UNHANDLED_ERRORS"] = "1"
@@ -28,7 +84,7 @@ def tell_plainly(*, has_colour: bool) -> None:
         os.environ["RAY_COLOR_PREFIX"] = "0"
 
 
-def start_local_ray(folder: RunFolder, num_cpus: int, num_gpus: int) -> None:
+def start_local_ray(folder: RunFolder, num_cpus: int, num_gpus: int) -> OwnRay:
     """Start Ray in the run's folder and connect to it. Its processes end with this one, however it ends.
 
     `num_cpus` is what actors may claim; it is bookkeeping, not cores.
@@ -59,6 +115,9 @@ def start_local_ray(folder: RunFolder, num_cpus: int, num_gpus: int) -> None:
         # Ray's node took over 30 s to start; what of it has begun ends with this process.
         reason = str(error).strip().partition("\n")[0]
         raise ConnectionError(f"{reason} Try again when the machine is less busy.") from None
+    daemons = [child for child in psutil.Process().children() if child.name() in DAEMONS]
+    found = [process for process in (ProcessId.of(daemon.pid) for daemon in daemons) if process is not None]
+    return OwnRay(found, ray.get_runtime_context().gcs_address)
 
 
 def join_ray(address: str) -> None:
@@ -74,8 +133,10 @@ def join_ray(address: str) -> None:
     ray.init(address=address, logging_level=logging.WARNING, log_to_driver=True)
 
 
-def leave_ray() -> None:
-    """Disconnect; an own cluster's processes end. Idempotent."""
+def leave_ray(own: OwnRay | None = None) -> None:
+    """Disconnect; an own cluster's processes end, whatever they do. Idempotent."""
     import ray
 
     ray.shutdown()
+    if own is not None:
+        own.end()

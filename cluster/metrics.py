@@ -39,6 +39,10 @@ class ApiMetrics:
             "Places to fetch from that requests were told: a peer's arena or the remote store.",
             "kind",
         )
+        self._losses = self._counter(
+            "eyrie_replica_losses", "Losses of a replica, failed restarts included.", "replica"
+        )
+        self._restarts = self._counter("eyrie_replica_restarts", "Restarts that serve again.", "replica")
         self._ttft_s = self._seconds("eyrie_time_to_first_token_seconds", "Arrival to first token.")
         self._inter_token_s = self._seconds("eyrie_inter_token_seconds", "One token to the next.")
         self._duration_s = self._seconds("eyrie_request_seconds", "Arrival to last token.")
@@ -61,6 +65,14 @@ class ApiMetrics:
     def watch_caches(self, read: Callable[[], Sequence[CacheFeedStats]]) -> None:
         """Read at each scrape what the router has of the CacheServers."""
         self._registry.register(_CacheFeedCollector(self._labels, read))
+
+    def replica_lost(self, replica_id: ReplicaId) -> None:
+        """Count the loss of a replica, or a restart that failed."""
+        self._losses.labels(*self._labels, replica_id).inc()
+
+    def replica_restarted(self, replica_id: ReplicaId) -> None:
+        """Count a replica that serves again."""
+        self._restarts.labels(*self._labels, replica_id).inc()
 
     # RequestRecorder
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
 Handle = Any
 """Of an actor: Ray makes its methods at run time. Results are typed where they are awaited."""
@@ -49,7 +49,13 @@ class Pings:
         self._pings: dict[str, _Ping] = {}
 
     def lost(self, members: Sequence[Member]) -> dict[str, str]:
-        """Look at the answers so far, ask again who has answered; return why who is lost, by name."""
+        """Look at the answers so far, ask again who has answered; return why who is lost, by name.
+
+        Who is left out is forgotten: under its name another actor may come.
+        """
+        self._pings = {
+            member.name: self._pings[member.name] for member in members if member.name in self._pings
+        }
         for member in members:
             if member.name not in self._pings:
                 self._pings[member.name] = _Ping(member.actor.ping.remote())
@@ -75,3 +81,10 @@ class Pings:
         except RayError as error:
             return f"{type(error).__name__}: its process is gone or failed"
         return None if is_well else "it does not do its work any more"
+
+
+def failure_of(error: RayError) -> str:
+    """Return why a call failed: the actor's own words, where it had any."""
+    if isinstance(error, RayTaskError):
+        return str(error.cause)
+    return f"an actor died while it started: {str(error).strip().splitlines()[0]}"

@@ -119,8 +119,8 @@ class Replica:
     """Client of one worker inbox; itself the ConnectionListener of its Connection.
 
     A restarted worker is another inbox, to which `move` leads. Whatever ends the connection (disconnect,
-    `lease_s` of silence, another incarnation, a refusal) ends every open stream with finish_reason `error` and
-    code `replica_lost`.
+    `lease_s` of silence, another incarnation, a refusal) ends every open stream with finish_reason `error`
+    and code `replica_lost`.
     """
 
     def __init__(

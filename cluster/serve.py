@@ -13,24 +13,30 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from ipaddress import ip_address
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from cache_service.arena_files import arena_path, remove_orphan
 from cache_service.curve import SecretFileError, read_cluster_secret
+from cache_service.identity import cluster_id_of
 from cache_service.log_format import set_up_logging
 from cluster.api_keys import ApiKeysError, check_api_keys, read_api_keys
 from cluster.config import API_KEYS_VARIABLE, ClusterConfig, describe, take_environment_keys
-from cluster.local_ray import join_ray, leave_ray, start_local_ray, tell_plainly
+from cluster.local_ray import OwnRay, join_ray, leave_ray, start_local_ray, tell_plainly
 from cluster.run_folder import RunFolder
 from workers.card import ModelError, load_card
 
 if TYPE_CHECKING:
-    from cluster.launcher import Launcher, Placement
+    from cluster.launcher import Launcher
+    from cluster.replica_actors import Placement
 
 logger = logging.getLogger(__name__)
 
 WATCH_S = 1.0
 SIGNAL_POLL_S = 0.1
+SIGNAL_LAG_S = 1.0
+"""A signal to all processes at once ends Ray's, and may reach this one last."""
 LOOPBACK = "127.0.0.1"
 INCARNATION_BITS = 62
 
@@ -97,7 +103,7 @@ def serve(
     folder = RunFolder()
     try:
         secret_file, keys_file = folder.place_secrets(config, api_keys)
-        with _ray(config, folder, progress):
+        with _ray(config, folder, secret_file, progress) as own_ray:
             signals.install()  # Ray has taken SIGTERM
             if signals.has_first():
                 logger.info("start given up")
@@ -112,6 +118,7 @@ def serve(
                 incarnations=lambda: secrets.randbits(INCARNATION_BITS),
                 progress=progress,
                 is_cancelled=signals.has_first,
+                is_ray_gone=lambda: own_ray is not None and own_ray.is_gone(),
             )
             try:
                 url = launcher.start()
@@ -170,33 +177,42 @@ def _check_port(host: str, port: int) -> None:
 
 
 @contextmanager
-def _ray(config: ClusterConfig, folder: RunFolder, progress: Callable[[str | None], None]) -> Iterator[None]:
-    """Have a Ray connection for the while."""
+def _ray(
+    config: ClusterConfig, folder: RunFolder, secret_file: Path, progress: Callable[[str | None], None]
+) -> Iterator[OwnRay | None]:
+    """Have a Ray connection for the while; yield the own cluster, None where another was joined.
+
+    Of an own one nothing is left afterwards.
+    """
     try:
-        _connect(config, folder, progress)
+        own_ray = _connect(config, folder, progress)
     except (ConnectionError, RuntimeError, ValueError) as error:
         leave_ray()
         raise ServeError(f"cannot use Ray: {error}") from None
     try:
-        yield
+        yield own_ray
     finally:
-        leave_ray()
+        leave_ray(own_ray)
+        if own_ray is not None and not config.cache.keep_arena:
+            _remove_orphan(secret_file)
 
 
-def _connect(config: ClusterConfig, folder: RunFolder, progress: Callable[[str | None], None]) -> None:
+def _connect(
+    config: ClusterConfig, folder: RunFolder, progress: Callable[[str | None], None]
+) -> OwnRay | None:
     if config.ray_address is not None:
         progress(f"joining Ray at {config.ray_address}")
         join_ray(config.ray_address)
-        return
+        return None
     progress("starting a local Ray cluster")
     num_ranks = config.num_replicas * config.worker.tp_size
     num_gpus = num_ranks if config.worker.device == "cuda" else 0
-    start_local_ray(folder, num_ranks, num_gpus)
+    return start_local_ray(folder, num_ranks, num_gpus)
 
 
 def _placement(config: ClusterConfig) -> "Placement":
     """Share the cores among the ranks of a node."""
-    from cluster.launcher import Placement
+    from cluster.replica_actors import Placement
 
     num_ranks = config.num_replicas * config.worker.tp_size
     num_cores = len(os.sched_getaffinity(0))
@@ -218,8 +234,21 @@ def _watch(launcher: "Launcher", signals: StopSignals) -> None:
             continue
         looked_s = time.monotonic()
         failure = launcher.failure()
-        if failure is not None:
+        if failure is not None and not _comes(signals.has_first, SIGNAL_LAG_S):
             raise ServeError(failure)
+
+
+def _comes(condition: Callable[[], bool], timeout_s: float) -> bool:
+    deadline_s = time.monotonic() + timeout_s
+    while not condition() and time.monotonic() < deadline_s:
+        time.sleep(SIGNAL_POLL_S)
+    return condition()
+
+
+def _remove_orphan(secret_file: Path) -> None:
+    """Remove the arena of a cache server that was killed before it could."""
+    if remove_orphan(arena_path(cluster_id_of(read_cluster_secret(secret_file)), LOOPBACK)):
+        logger.info("removed the arena of a cache server that was killed")
 
 
 def _is_loopback(host: str) -> bool:

@@ -31,7 +31,7 @@ from cluster.api_keys import read_api_keys
 from cluster.config import ClusterConfig
 from cluster.metrics import ApiMetrics
 from cluster.replica import ReplicaUnavailableError
-from cluster.router.host_index import CacheAddress
+from cluster.router.host_index import CacheAddress, FetchScope
 from cluster.router.router import Router
 from workers.card import ModelCard, load_card
 from workers.protocol import ReplicaId
@@ -66,6 +66,7 @@ class _Running:
 
     service: Service
     router: Router
+    recorder: ApiMetrics
     server: uvicorn.Server
     serving: asyncio.Task[None]
 
@@ -88,6 +89,8 @@ class ApiServer:
         self._keys_file = keys_file
         self._node: str = node_address or ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         self._socket: socket.socket | None = None
+        self._targets: list[ScrapeTarget] = []
+        """Of the other processes."""
         self._running: _Running | None = None
 
     async def bind(self) -> str:
@@ -121,16 +124,17 @@ class ApiServer:
             card_digest=card.digest(),
             recorder=recorder,
             caches=caches,
+            scope=FetchScope.of(config.cache),
             lease_s=config.replica_lease_s,
         )
         recorder.watch(lambda: router.num_index_gaps, lambda: router.num_ready)
         recorder.watch_caches(router.cache_feeds)
-        all_targets = [ScrapeTarget(self._scrape_address(), {"node": self._node}), *targets]
+        self._targets = list(targets)
         service = Service(
             model=model,
             router=router,
             recorder=recorder,
-            scrape_targets=lambda: all_targets,
+            scrape_targets=self._scrape_targets,
             authenticator=Authenticator(api_keys, cluster_secret),
             cache_admin=CacheAdmin(
                 AdminKeys(_admin_keys(config), cluster_secret),
@@ -155,13 +159,28 @@ class ApiServer:
         )
         assert self._socket is not None, "bound above"
         serving = asyncio.create_task(server.serve(sockets=[self._socket]))
-        self._running = _Running(service, router, server, serving)
+        self._running = _Running(service, router, recorder, server, serving)
         await self._becomes_ready(self._running)
         return ApiStarted(url=self._url(), node=self._node, pid=os.getpid())
 
     async def ping(self) -> bool:
         """Tell that the event loop runs and the server serves."""
         return self._running is not None and not self._running.serving.done()
+
+    async def replica_lost(self, replica_id: ReplicaId, why: str) -> None:
+        """Send a replica nothing until it serves again; what runs there ends with an error."""
+        if self._running is not None:
+            self._running.router.leave(replica_id, why)
+            self._running.recorder.replica_lost(replica_id)
+
+    async def replica_serves(
+        self, replica_id: ReplicaId, endpoint: str, targets: Sequence[ScrapeTarget]
+    ) -> None:
+        """Take back a replica that was started again; `targets` are now the other processes' metrics."""
+        if self._running is not None:
+            self._targets = list(targets)
+            self._running.router.move(replica_id, endpoint)
+            self._running.recorder.replica_restarted(replica_id)
 
     async def drain(self, drain_s: float) -> None:
         """Refuse new work, let running calls finish for `drain_s`, end the rest with `shutdown`."""
@@ -200,6 +219,9 @@ class ApiServer:
             await starting
         except* ReplicaUnavailableError as errors:
             raise ApiStartError("; ".join(str(error) for error in errors.exceptions)) from None
+
+    def _scrape_targets(self) -> list[ScrapeTarget]:
+        return [ScrapeTarget(self._scrape_address(), {"node": self._node}), *self._targets]
 
     def _url(self) -> str:
         return f"http://{self._address()}"

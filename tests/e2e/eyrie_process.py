@@ -1,5 +1,6 @@
 """Runs `eyrie serve` as a user does, in a process group of its own, and looks for what it leaves behind."""
 
+import contextlib
 import json
 import os
 import queue
@@ -7,12 +8,15 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
 
 import psutil
 
+from cache_service.curve import SecretFileError, read_cluster_secret
+from cache_service.identity import cluster_id_of
 from workers.card import load_card
 
 START_S = 240.0
@@ -72,6 +76,7 @@ class EyrieProcess:
         self.stdout: list[str] = []
         self.stderr: list[str] = []
         self.family: dict[int, psutil.Process] = {}
+        self.cluster_id = ""
         self._ready: queue.Queue[str | None] = queue.Queue()
         self._readers = [
             threading.Thread(target=self._read, args=(stream, lines), daemon=True)
@@ -111,7 +116,10 @@ class EyrieProcess:
         return url
 
     def remember_family(self):
-        """Note all processes under it, to look for them once it is gone."""
+        """Note all processes under it and its cluster's name, to look for what is theirs once it is gone."""
+        for folder in _run_folders(self.process.pid):
+            with contextlib.suppress(OSError, SecretFileError):
+                self.cluster_id = cluster_id_of(read_cluster_secret(folder / "cluster.secret"))
         try:
             for process in psutil.Process(self.process.pid).children(recursive=True):
                 self.family[process.pid] = process
@@ -144,6 +152,14 @@ class EyrieProcess:
         self.remember_family()
         os.killpg(self.process.pid, signal.SIGTERM)
 
+    def terminate_each(self):
+        """What another one does: SIGTERM to each process, whatever its group."""
+        self.remember_family()
+        for process in self.family.values():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()
+        self.process.send_signal(signal.SIGTERM)
+
     def wait(self, timeout_s: float = 60.0) -> int:
         code = self.process.wait(timeout_s)
         for reader in self._readers:
@@ -151,18 +167,29 @@ class EyrieProcess:
         return code
 
     def leftovers(self, timeout_s: float = 15.0) -> list[str]:
-        """Processes and shared memory that are still there."""
+        """Processes, shared memory and folders that are still there."""
         deadline = time.monotonic() + timeout_s
         while True:
             left = [f"process {p.pid}" for p in self.family.values() if _lives(p)]
-            left += [str(path) for path in _shared_memory() - self.shared_memory_before]
+            left += [str(path) for path in self._shared_memory()]
+            left += [str(path) for path in _run_folders(self.process.pid)]
             if not left or time.monotonic() > deadline:
                 return left
             time.sleep(0.1)
 
+    def _shared_memory(self) -> list[Path]:
+        """Files that came meanwhile, but for the arenas of others."""
+        new = _shared_memory() - self.shared_memory_before
+        return [path for path in new if path.suffix != ".arena" or self.cluster_id in path.name]
+
 
 def _shared_memory() -> set[Path]:
     return {path for path in Path("/dev/shm").iterdir() if "eyrie" in path.name or "plasma" in path.name}
+
+
+def _run_folders(pid: int) -> list[Path]:
+    roots = {Path(tempfile.gettempdir()), Path("/tmp")}
+    return [path for root in roots for path in root.glob(f"eyrie-{os.getuid()}-{pid}-*")]
 
 
 def _lives(process: psutil.Process) -> bool:

@@ -1,4 +1,7 @@
-"""A killed rank: its requests end with a documented error, nothing hangs, the other replica serves on."""
+"""A killed rank that is not restarted: its requests end with a documented error, the other replica serves on.
+
+And signals to every process at once.
+"""
 
 import concurrent.futures
 import json
@@ -57,6 +60,7 @@ def complete(url, model):
 
 def test_one_of_two_replicas_dies_then_the_other(model):
     flags = ["--load-format", "dummy", "--port", "0", "--kv-gb", "0.05", "--num-replicas", "2"]
+    flags += ["--max-restarts", "0"]
     with EyrieProcess(model, *flags) as eyrie, concurrent.futures.ThreadPoolExecutor() as pool:
         url = eyrie.url()
         workers = eyrie.members("ray::Worker")
@@ -81,6 +85,7 @@ def test_one_of_two_replicas_dies_then_the_other(model):
 def test_a_dead_follower_ends_its_group(model):
     """Rank 0 cannot go on alone: it says so to its clients and ends."""
     flags = ["--load-format", "dummy", "--port", "0", "--kv-gb", "0.05", "--tp-size", "2"]
+    flags += ["--max-restarts", "0"]
     with EyrieProcess(model, *flags) as eyrie, concurrent.futures.ThreadPoolExecutor() as pool:
         url = eyrie.url()
         assert complete(url, model).status_code == 200
@@ -95,11 +100,30 @@ def test_a_dead_follower_ends_its_group(model):
         assert eyrie.leftovers() == []
 
 
-def test_a_signal_to_every_process_at_once_ends_all(model):
+@pytest.mark.parametrize("reach", ["group", "each"])
+def test_a_signal_to_every_process_at_once_ends_all(model, reach):
     """As a service manager stops a group: Ray's own processes end before Eyrie can ask them anything."""
-    with EyrieProcess(model, "--load-format", "dummy", "--port", "0", "--kv-gb", "0.05") as eyrie:
+    flags = ["--load-format", "dummy", "--port", "0", "--kv-gb", "0.05", "--host-cache-gb", "0.03"]
+    with EyrieProcess(model, *flags) as eyrie, concurrent.futures.ThreadPoolExecutor() as pool:
         url = eyrie.url()
         assert complete(url, model).status_code == 200
-        eyrie.terminate_group()
-        eyrie.wait()
+        running = start_streams(pool, url, model, ["one way", "and the other"])
+        if reach == "group":
+            eyrie.terminate_group()
+        else:
+            eyrie.terminate_each()
+        assert eyrie.wait() == 0
         assert eyrie.leftovers() == []
+        for one in running:  # whether with last words or cut off
+            assert one.exception(60) is None or isinstance(one.exception(), httpx.HTTPError)
+
+
+def test_a_killed_ray_ends_the_service(model):
+    flags = ["--load-format", "dummy", "--port", "0", "--kv-gb", "0.05", "--host-cache-gb", "0.03"]
+    with EyrieProcess(model, *flags) as eyrie:
+        eyrie.url()
+        [raylet] = [process for process in eyrie.family.values() if process.name() == "raylet"]
+        raylet.kill()
+        assert eyrie.wait() == 1
+        assert eyrie.leftovers() == []
+    assert any("Ray's own processes have ended" in line for line in eyrie.stderr)

@@ -13,7 +13,13 @@ import pytest
 
 from cache_service import arena_format
 from cache_service.arena import Arena, ArenaMismatchError
-from cache_service.arena_files import ArenaOwnedError, OwnedArena, arena_path, sweep_dead_clusters
+from cache_service.arena_files import (
+    ArenaOwnedError,
+    OwnedArena,
+    arena_path,
+    remove_orphan,
+    sweep_dead_clusters,
+)
 from cache_service.arena_format import ArenaSizeError, ArenaSpec
 from cache_service.host_memory import HostMemory
 from cache_service.prefault import Prefault
@@ -171,6 +177,18 @@ def test_sweeping_takes_dead_clusters_and_leaves_everything_else(tmp_path):
     assert left == {
         "eyrie-ours", "eyrie-kept", "eyrie-read", "eyrie-alive", "eyrie-foreign-1.arena", "something-else",
     }  # fmt: skip
+
+
+def test_an_orphan_is_removed_and_the_arena_of_a_living_owner_is_not(tmp_path):
+    kill(open_arena(tmp_path, spec(cluster_id="dead")))
+    process = owner_process(tmp_path, "alive")
+    try:
+        assert remove_orphan(arena_path("dead", "127.0.0.1", tmp_path))
+        assert not remove_orphan(arena_path("dead", "127.0.0.1", tmp_path)), "it is gone"
+        assert not remove_orphan(arena_path("alive", "127.0.0.1", tmp_path))
+        assert [path.name for path in tmp_path.iterdir()] == ["eyrie-alive-127.0.0.1.arena"]
+    finally:
+        end(process)
 
 
 def test_a_kept_arena_is_adopted_and_then_no_longer_kept(tmp_path):

@@ -92,7 +92,8 @@ def servers(ray):
 
 def test_each_node_has_one_server(ray, servers):
     assert [server.node_id for server in ray.made] == ["a" * 56, "b" * 56]
-    assert servers.endpoints() == {"a" * 56: "tcp://10.0.0.1:7000", "b" * 56: "tcp://10.0.0.1:7001"}
+    found = [servers.endpoint(letter * 56) for letter in "abc"]
+    assert found == ["tcp://10.0.0.1:7000", "tcp://10.0.0.1:7001", None]
     assert servers.scrape_targets()[1] == ScrapeTarget(
         "10.0.0.1:9001", {"process": "cache", "node": "10.0.0.1"}
     )
@@ -115,7 +116,7 @@ def test_a_lost_server_is_started_again_on_its_ports(ray, servers, why):
     assert ray.num_made == 3
     heir.answer = heir.record
     servers.keep()
-    assert servers.endpoints()["a" * 56] == "tcp://10.0.0.1:7000"
+    assert servers.endpoint("a" * 56) == "tcp://10.0.0.1:7000"
     assert servers.actors == [heir, ray.made[1]]
     heir.ping_answer = False
     servers.keep()
@@ -128,6 +129,7 @@ def test_a_start_that_fails_is_tried_again_after_a_pause(ray, servers):
     servers.keep()
     servers.keep()
     assert ray.num_made <= 4
+    assert servers.endpoint("b" * 56) is None, "nobody shall wait for one that cannot start"
     for _ in range(2 * PAUSE_ROUNDS + 2):
         servers.keep()
     assert ray.num_made == 5

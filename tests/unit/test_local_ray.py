@@ -9,12 +9,17 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
+from cache_service.processes import ProcessId
+from cluster.local_ray import OwnRay
 from cluster.run_folder import MAX_SOCKET_PATH_LEN, RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,6 +40,10 @@ def init(**options):
         print("initialised")
     if os.getenv("FAKE_RAY") == "fails":
         raise RuntimeError("\\033[36mray::Worker\\033[39m died")
+class Context:
+    gcs_address = "127.0.0.1:1"
+def get_runtime_context():
+    return Context
 def shutdown():
     pass
 """
@@ -171,6 +180,65 @@ def test_rays_sockets_fit_into_a_sockets_path(tmp_path, monkeypatch, root_len):
     finally:
         folder.remove()
         root.rmdir()
+
+
+PARENT = """
+import subprocess, sys
+subprocess.run([sys.executable, "-c", "import time; time.sleep(600)"], process_group=0)
+"""
+
+
+@pytest.fixture
+def daemon():
+    """A process with a child in a group of its own, as raylet and worker; yields both."""
+    process = subprocess.Popen([sys.executable, "-c", PARENT])
+    deadline_s = time.monotonic() + 30
+    while not psutil.Process(process.pid).children():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+    children = psutil.Process(process.pid).children()
+    yield ProcessId.of(process.pid), ProcessId.of(children[0].pid)
+    for one in (*children, process):
+        one.kill()
+    process.wait(10)
+
+
+@pytest.fixture
+def gcs():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener
+
+
+def address(listener):
+    return f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+def until(condition):
+    deadline_s = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+
+
+def test_ray_is_gone_once_one_of_its_processes_is_and_what_outlives_it_is_ended(daemon, gcs):
+    raylet, actor = daemon
+    own = OwnRay([raylet], address(gcs))
+    assert not own.is_gone()
+    os.kill(raylet.pid, signal.SIGKILL)
+    until(own.is_gone)
+    assert actor.is_alive(), "an orphan"
+    own.end()
+    until(lambda: not actor.is_alive())
+
+
+def test_ray_is_gone_once_its_gcs_is_deaf_though_it_lives(daemon, gcs):
+    raylet, actor = daemon
+    own = OwnRay([raylet], address(gcs))
+    assert not own.is_gone()
+    gcs.close()
+    assert own.is_gone()
+    own.end()
+    until(lambda: not raylet.is_alive() and not actor.is_alive())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

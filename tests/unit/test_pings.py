@@ -59,6 +59,14 @@ def test_the_silent_are_lost_after_a_while_and_hide_nobody(pings):
     assert well.num_pings == 3
 
 
+def test_under_the_name_of_one_that_was_left_out_another_is_asked_anew(pings):
+    silent, heir = FakeActor(None), FakeActor()
+    for _ in range(3):
+        pings.lost([Member("rank 0", silent)])
+    assert pings.lost([]) == {}
+    assert pings.lost([Member("rank 0", heir)]) == {} and heir.num_pings == 1
+
+
 def test_the_slow_are_not_lost(pings):
     slow = FakeActor(None)
     for _ in range(5):
