@@ -1,6 +1,6 @@
 """The cache tier's speed and memory, each figure beside what it is measured against.
 
-    python tests/bench/bench_kv_tiers.py [--json] [--quick] [--parts moves,decode,server]
+    python tests/bench/bench_kv_tiers.py [--json] [--quick] [--parts moves,wire]
 
 Each part runs in a process of its own, one after another; within it the arms take turns, and figures are
 medians over rounds. Progress goes to stderr, one JSON line ends stdout:
@@ -12,7 +12,7 @@ fetch_ratio                 128 pages out of a peer's arena, leased, verified an
                             TransferEngine by itself reading as many bytes over loopback
 ttft_hit_over_miss_*        time to the first token after 2,064 of SmolLM2-135M in bf16, 2,048 of them cached
                             in the node's arena (host), a peer's (peer) or Mooncake Store (store), over that
-                            of computing all; miss_prefill_ratio: that arm's tokens/s beside those of bench_cpu
+                            of computing all; miss_prefill_ratio: that arm's tokens/s over bench_cpu's
 decode_penalty              inter-token latency of 8 steady decodes beside 500 MB/s of SAVE and 500 MB/s of
                             LOAD, over the same without; save_mb_s, load_mb_s: the rates that came of it
 broadcast_p99_ms            from a worker's commit until each of 8 subscribed processes has the page
