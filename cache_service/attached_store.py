@@ -140,9 +140,9 @@ class AttachedStore:
             return
         if not self._put_breaker.allows(self._clock()):
             return
-        pages = self._queue.take()
         self._is_putting = True
         self._at_rest.clear()
+        pages = self._queue.take()
         self._threads.run(lambda: self._put(pages))
 
     def _put(self, pages: list[PutPage]) -> None:

@@ -16,7 +16,8 @@ from cache_service.remote import (
     RecordLayout,
     RemoteStore,
 )
-from tests.unit.remote_store_contract import LAYOUT, TIMEOUT_S, RemoteStoreContract, key_of, record_of
+from tests.unit.page_contract import LAYOUT, TIMEOUT_S, key_of, record_of
+from tests.unit.remote_store_contract import RemoteStoreContract
 
 RECORD_BYTES = RECORD_HEADER_BYTES + LAYOUT.slot_bytes
 

@@ -13,7 +13,8 @@ import pytest
 
 from cache_service.remote import GetStatus, PageBuffer, PutStatus, RecordLayout, RemoteStore
 from tests.unit.mooncake_master import MooncakeMaster, free_port, has_mooncake
-from tests.unit.remote_store_contract import LAYOUT, TIMEOUT_S, RemoteStoreContract, key_of, record_of
+from tests.unit.page_contract import LAYOUT, TIMEOUT_S, key_of, record_of
+from tests.unit.remote_store_contract import RemoteStoreContract
 
 if not has_mooncake():
     pytest.skip("Mooncake cannot be imported: no wheel or no libibverbs1", allow_module_level=True)
