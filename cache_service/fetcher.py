@@ -20,6 +20,10 @@ from cache_service.remote import GetResult, GetStatus, PageBuffer
 from cache_service.remote_worker import Batch
 from cache_service.task_threads import TaskThreads
 
+MAX_TIMEOUT_S = 60.0
+"""A fetch that wants longer is answered by then."""
+_RETURN_S = 0.02
+"""Sources have less time than callers by so much: what has come by then is to be in the answer."""
 _END_S = 2.0
 """How long the end of an arena waits for transfers into it."""
 _STATUS_OF = {
@@ -171,7 +175,9 @@ class Fetcher:
     def fetch(self, request: Fetch, reply: Callable[[Fetched], None]) -> None:
         """Bring pages here; `reply` gets the answer by the deadline, or at once."""
         now_s = self._clock()
-        call = _Call([None] * len(request.pages), now_s + request.timeout_s, reply)
+        is_short = request.timeout_s < MAX_TIMEOUT_S  # NaN is not
+        timeout_s = request.timeout_s if is_short else MAX_TIMEOUT_S
+        call = _Call([None] * len(request.pages), now_s + timeout_s, reply)
         access = self._access
         if access is None:
             self._calls.append(call)
@@ -272,6 +278,7 @@ class Fetcher:
     def _ask(self, job: _Job, source: Source, buffers: list[PageBuffer]) -> None:
         """Ask a source, and tell the core what came of it."""
         left_s = job.deadline_s - self._clock()
+        left_s -= min(_RETURN_S, left_s / 10)
         results = [GetResult(GetStatus.TIMED_OUT if left_s <= 0 else GetStatus.FAILED)] * len(buffers)
         try:
             if left_s > 0:

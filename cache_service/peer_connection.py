@@ -34,8 +34,6 @@ class PeerConnection:
     """Connects when first asked, and again after a loss. For one thread."""
 
     def __init__(self, endpoint: str, cluster_secret: bytes, clock: Callable[[], float]) -> None:
-        self.incarnation = time.time_ns()
-        """Of the present connection, or of the next one."""
         self.num_lost = 0
         self._endpoint = endpoint
         self._cluster_secret = cluster_secret
@@ -46,6 +44,12 @@ class PeerConnection:
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(Reply)
         self._call_id = UNANSWERED
+        self._incarnation = time.time_ns()
+
+    def connect(self) -> int:
+        """Have a connection; return its incarnation. Raise PeerLostError where there can be none."""
+        self._connected()
+        return self._incarnation
 
     def ask(self, request: Request, end_s: float, is_over: Callable[[], bool]) -> Answer:
         """Send a call and return its answer; raise PeerLostError where none comes by `end_s`.
@@ -96,7 +100,7 @@ class PeerConnection:
             self._socket.close(linger=0)
             self._socket = self._monitor = None
             self.num_lost += 1
-            self.incarnation = max(time.time_ns(), self.incarnation + 1)
+            self._incarnation = max(time.time_ns(), self._incarnation + 1)
 
     def close(self) -> None:
         """Give everything back."""

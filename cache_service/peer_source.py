@@ -75,6 +75,7 @@ class PeerSource:
         self._clock = clock
         self._lock = threading.Lock()
         self._num_calls = 0
+        self._has_ended = threading.Event()
         self._segment = ""
         self._connection = PeerConnection(endpoint, cluster_secret, clock)
         self._worker = RemoteWorker("peer-source", at_end=self._leave)
@@ -83,6 +84,11 @@ class PeerSource:
     def is_idle(self) -> bool:
         """Nobody waits for it."""
         return not self._num_calls
+
+    @property
+    def has_ended(self) -> bool:
+        """Its thread and its connection are gone."""
+        return self._has_ended.is_set()
 
     def get(self, pages: Sequence[PageBuffer], timeout_s: float) -> Batch[GetResult]:
         """See Source."""
@@ -144,7 +150,7 @@ class PeerSource:
             LeasePages(
                 PROTOCOL_VERSION,
                 self._reader,
-                self._connection.incarnation,
+                self._connection.connect(),
                 self._layout.fingerprint,
                 self._layout.bundle_bytes,
                 self._layout.num_ranks,
@@ -205,6 +211,7 @@ class PeerSource:
         if self._segment:
             self._transfer.forget(self._segment)
         self._connection.close()
+        self._has_ended.set()
 
 
 def _parts(pages: Sequence[PageBuffer], page_bytes: int) -> Iterator[tuple[int, int]]:

@@ -77,7 +77,7 @@ class Peers:
         for source in list(self._sources.values()):
             if source.is_idle and now_s - source.used_s >= IDLE_S:
                 self._close(source)
-        self._closing = [source for source in self._closing if not source.close(0.0)]
+        self._closing = [source for source in self._closing if not source.has_ended]
 
     def states(self) -> Counter[BreakerState]:
         """Return how many peers' breakers are in each state."""

@@ -7,7 +7,7 @@ import pytest
 
 from cache_service.arena_safety import ArenaSafety
 from cache_service.arena_user import ArenaAccess
-from cache_service.fetcher import Fetcher, FetchLimits
+from cache_service.fetcher import MAX_TIMEOUT_S, Fetcher, FetchLimits
 from cache_service.inbox import Inbox
 from cache_service.lease_row import LeaseRow
 from cache_service.messages import Fetch, FetchStatus, WantedPage
@@ -283,3 +283,13 @@ def test_the_arenas_end_answers_every_fetch_and_says_what_still_goes_on(tmp_path
     node.source.go.set()
     eventually(lambda: node.source.batches)
     node.close()
+
+
+@pytest.mark.parametrize("timeout_s", [float("inf"), float("nan"), 1e9])
+def test_no_fetch_waits_for_ever(node, timeout_s):
+    node.source.go.clear()
+    answers = node.fetch(chain("a"), timeout_s)
+    assert node.fetcher.next_deadline_s == MAX_TIMEOUT_S
+    eventually(lambda: node.source.asked)
+    node.now_s = MAX_TIMEOUT_S
+    assert node.statuses(answers) == [TIMED_OUT]

@@ -124,6 +124,19 @@ def test_late_bytes_find_their_slots_still_granted(nodes):
     eventually(lambda: reader.fetch("abc", owner) == [FETCHED] * 3)
 
 
+def test_what_came_before_the_deadline_is_kept(tmp_path):
+    config = CacheConfig(host_cache_gb=2_200 * BUNDLE_BYTES / 2**30)
+    with two_nodes(tmp_path, {"config": config}, {"config": config}) as (owner, reader):
+        owner.commit(range(400))
+        first_part = iter([True])
+        reader.transfer.on_wire = lambda data: next(first_part, False) and reader.transfer.go.clear()
+        assert reader.fetch(range(400), owner, 1.0) == [FETCHED] * 256 + [TIMED_OUT] * 144
+        reader.transfer.on_wire = None
+        reader.transfer.go.set()
+        eventually(lambda: reader.fetch(range(400), owner) == [PRESENT] * 256 + [FETCHED] * 144)
+        assert reader.holds(range(400))
+
+
 def test_a_peer_that_dies_while_it_is_read_is_a_failure(tmp_path):
     with two_nodes(tmp_path) as (owner, reader):
         reader.transfer.go.clear()
