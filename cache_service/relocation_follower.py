@@ -149,13 +149,14 @@ class RelocationFollower:
     @property
     def lag(self) -> int | None:
         """How many changes are known to be missing; None: another incarnation, or none yet, nobody knows."""
-        if self._applied is None:
+        applied, newest = self._applied, self._newest  # as they are now: others read this too
+        if applied is None:
             return None
-        if self._newest is None:
+        if newest is None:
             return 0
-        if self._newest.incarnation != self._applied.incarnation:
+        if newest.incarnation != applied.incarnation:
             return None
-        return max(self._newest.counter - self._applied.counter, 0)
+        return max(newest.counter - applied.counter, 0)
 
     def silence_s(self, now_s: float) -> float | None:
         """Return how long ago the owner was last heard; None: never."""

@@ -70,16 +70,16 @@ class CacheFeed:
         self._subscriber.close()
 
     def is_heard(self, now_s: float) -> bool:
-        """Tell whether the CacheServer speaks: what a silent one told counts for nothing."""
+        """Tell whether the CacheServer speaks, and is the one that told what is known."""
         follower = self._subscriber.follower
         silence_s = follower.silence_s(now_s)
-        is_heard = follower.applied is not None and silence_s is not None and silence_s < self._silence_s
+        is_heard = follower.lag is not None and silence_s is not None and silence_s < self._silence_s
         if is_heard != self._was_heard:
             self._was_heard = is_heard
             if is_heard:
-                logger.info("a cache server is heard", extra={"node": self.address.node})
+                logger.info("follows a cache server", extra={"node": self.address.node})
             else:
-                logger.warning("a cache server is silent", extra={"node": self.address.node})
+                logger.warning("no longer follows a cache server", extra={"node": self.address.node})
         return is_heard
 
     def stats(self) -> CacheFeedStats:

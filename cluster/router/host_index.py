@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from cache_service.config import CacheConfig
 from cache_service.keys import PageKey
 from cache_service.relocation_records import Change, Removed, Standing, Stored, StoredRemotely
+from cache_service.store_address import DiskAddress, parse_store_address
 from cluster.router.ways import Residence
 from workers.protocol import FetchHint, ReplicaId
 
@@ -25,6 +27,24 @@ class CacheAddress:
     """Endpoint for calls, its name in hints too."""
     broadcasts: str
     """Endpoint of its relocations."""
+
+
+@dataclass(frozen=True)
+class FetchScope:
+    """From where the nodes can fetch."""
+
+    reads_peers: bool = True
+    """They read pages out of each other's arenas."""
+    is_store_shared: bool = True
+    """What one node put into the remote store, all can have; else each has its own."""
+
+    @staticmethod
+    def of(config: CacheConfig) -> "FetchScope":
+        """Return what a configuration allows. A store that is attached later counts as shared."""
+        has_own_stores = config.store is not None and isinstance(
+            parse_store_address(config.store), DiskAddress
+        )
+        return FetchScope(config.transfer != "off", not has_own_stores)
 
 
 class HostPages:
@@ -85,20 +105,17 @@ class KnownNode(Protocol):
         ...
 
     def is_heard(self, now_s: float) -> bool:
-        """Tell whether the CacheServer speaks: what a silent one told counts for nothing."""
+        """Tell whether the CacheServer speaks, and is the one that told what is known; else that is void."""
         ...
 
 
 class HostIndex:
-    """`nodes` says which CacheServer a replica's node has; replicas of one node have the same object.
+    """`nodes` says which CacheServer a replica's node has; replicas of one node have the same object."""
 
-    `is_store_shared`: what one node put into the remote store, all can have; else each has its own store.
-    """
-
-    def __init__(self, nodes: Mapping[ReplicaId, KnownNode], *, is_store_shared: bool = True) -> None:
+    def __init__(self, nodes: Mapping[ReplicaId, KnownNode], scope: FetchScope) -> None:
         self._nodes = nodes
         self._all = list(dict.fromkeys(nodes.values()))
-        self._is_store_shared = is_store_shared
+        self._scope = scope
 
     def residence(
         self, replica_id: ReplicaId, keys: Sequence[PageKey], num_on_device: int, now_s: float
@@ -111,9 +128,11 @@ class HostIndex:
         num_in_arena = own.pages.num_leading(keys)
         num_on_node = max(num_on_device, num_in_arena)
         elsewhere = [
-            FetchHint(node.address.calls, node.pages.num_leading(keys)) for node in heard if node is not own
+            FetchHint(node.address.calls, node.pages.num_leading(keys))
+            for node in heard
+            if node is not own and self._scope.reads_peers
         ]
-        stores = heard if self._is_store_shared else [own]
+        stores = heard if self._scope.is_store_shared else [own]
         elsewhere.append(FetchHint(None, _num_with_remote(stores, keys, num_in_arena)))
         return Residence(
             num_on_device, num_in_arena, [hint for hint in elsewhere if hint.num_pages > num_on_node]

@@ -18,10 +18,10 @@ from cluster.replica import REPLICA_LOST, Replica, ReplicaStream, ReplicaUnavail
 from cluster.router.books import LoadBook
 from cluster.router.cache_feed import CacheFeed, CacheFeedStats
 from cluster.router.costs import Cost, PrefillRate, placement_cost
-from cluster.router.host_index import CacheAddress, HostIndex
+from cluster.router.host_index import CacheAddress, FetchScope, HostIndex
 from cluster.router.prefix_index import OVERLAY_S, PrefixIndex
 from cluster.router.routed_stream import RoutedStream
-from cluster.router.ways import ways
+from cluster.router.ways import hints, ways
 from workers.protocol import (
     REPLICA_FAILED,
     FetchHint,
@@ -39,7 +39,6 @@ logger = logging.getLogger(__name__)
 INLINE_KEY_TOKENS = 2_048
 """Keys of longer prompts (about 1 us a page) are computed in a thread."""
 RETRY_AFTER_S = 1.0
-MAX_HINTS = 3
 QUEUE_FULL = "queue_full"
 PASSED_OVER = (QUEUE_FULL, REPLICA_LOST, REPLICA_FAILED)
 """Error codes of a replica's answer after which another replica may still serve the request."""
@@ -108,8 +107,8 @@ class _Feed:
 class Router:
     """Implements cluster.api.ports.RequestRouter over the workers at `endpoints`.
 
-    `caches` says which CacheServer the node of each replica has, if any. `overlay_s`, `takes_kv_events` and
-    `takes_relocations` are switches for tests; no configuration reaches them.
+    `caches` says which CacheServer the node of each replica has, if any, `scope` what these can fetch.
+    `overlay_s` and the two `takes_` are switches for tests; no configuration reaches them.
     """
 
     def __init__(
@@ -121,7 +120,7 @@ class Router:
         card_digest: str,
         recorder: PlacementRecorder,
         caches: Mapping[ReplicaId, CacheAddress] | None = None,
-        is_store_shared: bool = True,
+        scope: FetchScope | None = None,
         lease_s: float = 20.0,
         clock: Callable[[], float] = time.monotonic,
         overlay_s: float = OVERLAY_S,
@@ -135,8 +134,7 @@ class Router:
         feeds = {address: CacheFeed(address, cluster_secret, clock=clock) for address in addresses.values()}
         self._feeds = list(feeds.values())
         self._hosts = HostIndex(
-            {replica_id: feeds[address] for replica_id, address in addresses.items()},
-            is_store_shared=is_store_shared,
+            {replica_id: feeds[address] for replica_id, address in addresses.items()}, scope or FetchScope()
         )
         self._places: list[_Place] = []
         for replica_id, endpoint in endpoints.items():
@@ -296,7 +294,6 @@ class Router:
             residence = self._hosts.residence(place.replica_id, keys, num_held, now_s)
             token_s = self._rate.token_s
             open_ways = ways(residence, prompt_len, page_size, token_s, place.book.page_times)
-            hints = [way.hint for way in open_ways if way.hint is not None][:MAX_HINTS]
             load = place.book.load(now_s)
             num_new_pages = -(-prompt_len // page_size) - num_held
             candidates.append(
@@ -306,7 +303,7 @@ class Router:
                     num_held,
                     num_held * page_size if len(open_ways) == 1 else None,
                     open_ways[0].num_computed_tokens,
-                    hints,
+                    hints(open_ways),
                     load.num_prefill_tokens + prompt_len,
                     load.num_running + load.num_waiting + load.num_sent,
                     placement_cost(load, open_ways[0], num_new_pages, page_size, token_s),

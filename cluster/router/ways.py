@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from workers.protocol import FetchHint, LoadReport
 
+MAX_HINTS = 3
+"""With one request."""
 FIRST_LOAD_PAGE_S = 1e-4
 """Until a worker tells its own: a page of 1 MiB, verified and copied within a node at 10 GB/s."""
 FIRST_PEER_PAGE_S = 6e-4
@@ -100,3 +102,8 @@ def ways(
         fetch_s = times.fetch_s(hint, hint.num_pages - residence.num_in_arena)
         found.append(way(hint.num_pages, fetch_s, hint))
     return sorted(found, key=lambda way: way.seconds(token_s))
+
+
+def hints(open_ways: Sequence[Way]) -> list[FetchHint]:
+    """Return what the worker is told of a request's ways, best first. It weighs them itself."""
+    return [way.hint for way in open_ways if way.hint is not None][:MAX_HINTS]

@@ -14,7 +14,7 @@ from cache_service.messages import ChangesSince, Clear
 from cache_service.one_call import CallError
 from cache_service.relocation import Changes, Snapshot, Version
 from cluster.metrics import ApiMetrics
-from cluster.router.cache_feed import CacheFeed
+from cluster.router.cache_feed import SILENCE_S, CacheFeed
 from cluster.router.host_index import CacheAddress
 from cluster.router.router import Router
 from tests.unit.arenas import key
@@ -28,6 +28,7 @@ from tests.unit.cache_nodes import (
     serving,
     store_chain,
 )
+from tests.unit.relocation_owner import RelocationOwner
 from tests.unit.replica_threads import ThreadReplica
 from tests.unit.test_router_affinity import Placements, finish, request
 
@@ -97,13 +98,16 @@ def test_a_killed_servers_pages_count_for_nothing_until_an_heir_has_adopted_them
         eventually(lambda: knows(feed, keys))
         server.kill()
         eventually(lambda: not feed.is_heard(time.monotonic()))
-        eventually(lambda: feed.stats().resyncs["failed"] or not feed.stats().is_heard)
         assert feed.pages.num_leading(keys) == len(keys), "the same incarnation may come back"
         with serving(tmp_path, **server.ports):
             eventually(lambda: client.connection.is_attached and knows(feed, keys))
             assert feed.stats().num_restarts == 1
         said = [record.message for record in caplog.records if record.name == "cluster.router.cache_feed"]
-        assert said[:3] == ["a cache server is heard", "a cache server is silent", "a cache server is heard"]
+        assert said[:3] == [
+            "follows a cache server",
+            "no longer follows a cache server",
+            "follows a cache server",
+        ]
     arena_path(cluster_id_of(SECRET), "127.0.0.1", tmp_path).unlink(missing_ok=True)
 
 
@@ -124,6 +128,20 @@ def test_a_paused_server_is_heard_again_without_a_restart(tmp_path):
     finally:
         server.resume()
         server.kill()
+
+
+def test_what_is_known_is_void_while_an_heir_speaks_that_has_not_told_its_own(tmp_path):
+    with serving(tmp_path) as server, contextlib.closing(new_client(server.core.endpoint)) as client:
+        keys, _ = store_chain(client, "abc")
+        ports = server.ports
+        feed = CacheFeed(CacheAddress("node", server.core.endpoint, server.core.broadcasts), SECRET)
+        feed.start()
+        eventually(lambda: knows(feed, keys))
+    heir = RelocationOwner(SECRET, incarnation=2, port=ports["broadcast_port"])
+    with contextlib.closing(feed), contextlib.closing(heir):
+        eventually(lambda: feed.stats().lag is None)
+        assert not feed.is_heard(time.monotonic())
+        assert feed._subscriber.follower.silence_s(time.monotonic()) < SILENCE_S, "silence is not why"
 
 
 def test_a_server_that_never_was_is_not_heard_and_closing_does_not_wait_for_it():

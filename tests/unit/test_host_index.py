@@ -2,8 +2,9 @@
 
 import pytest
 
+from cache_service.config import CacheConfig
 from cache_service.relocation_records import Removed, RemovedRemotely, Stored, StoredRemotely
-from cluster.router.host_index import CacheAddress, HostIndex, HostPages
+from cluster.router.host_index import CacheAddress, FetchScope, HostIndex, HostPages
 from cluster.router.ways import Residence
 from workers.protocol import FetchHint, ReplicaId
 
@@ -36,7 +37,7 @@ def nodes():
 
 @pytest.fixture
 def index(nodes):
-    return HostIndex({A: nodes[0], B: nodes[1]})
+    return HostIndex({A: nodes[0], B: nodes[1]}, FetchScope())
 
 
 def test_pages_come_and_go_by_snapshot_and_changes():
@@ -66,7 +67,7 @@ def test_a_replica_sees_its_own_nodes_arena(index, nodes):
 
 def test_replicas_of_one_node_see_the_same_arena(nodes):
     nodes[0].pages.apply(stored(0, 4))
-    index = HostIndex({A: nodes[0], B: nodes[0]})
+    index = HostIndex({A: nodes[0], B: nodes[0]}, FetchScope())
     assert index.residence(B, KEYS, 0, 0.0) == Residence(0, 4, [])
 
 
@@ -97,11 +98,30 @@ def test_what_the_device_alone_has_does_not_bridge_a_gap_before_the_store(index,
 def test_a_shared_store_is_what_all_nodes_put_there_and_a_nodes_own_is_not(nodes):
     nodes[0].pages.apply(stored_remotely(0, 2))
     nodes[1].pages.apply(stored_remotely(2, 5))
-    shared = HostIndex({A: nodes[0], B: nodes[1]})
+    shared = HostIndex({A: nodes[0], B: nodes[1]}, FetchScope(is_store_shared=True))
     assert shared.residence(A, KEYS, 0, 0.0).elsewhere == [FetchHint(None, 5)]
-    apart = HostIndex({A: nodes[0], B: nodes[1]}, is_store_shared=False)
+    apart = HostIndex({A: nodes[0], B: nodes[1]}, FetchScope(is_store_shared=False))
     assert apart.residence(A, KEYS, 0, 0.0).elsewhere == [FetchHint(None, 2)]
     assert apart.residence(B, KEYS, 0, 0.0).elsewhere == []
+
+
+def test_nodes_that_do_not_read_each_other_are_not_told_of_peers(nodes):
+    nodes[1].pages.apply([*stored(0, 4), *stored_remotely(0, 2)])
+    index = HostIndex({A: nodes[0], B: nodes[1]}, FetchScope(reads_peers=False))
+    assert index.residence(A, KEYS, 0, 0.0).elsewhere == [FetchHint(None, 2)]
+
+
+@pytest.mark.parametrize(
+    ("options", "scope"),
+    [
+        ({}, FetchScope(reads_peers=False, is_store_shared=True)),
+        ({"transfer": "tcp"}, FetchScope(reads_peers=True, is_store_shared=True)),
+        ({"store": "disk:/pages?gb=1"}, FetchScope(reads_peers=False, is_store_shared=False)),
+        ({"store": "mooncake:host:1?segment_gb=1"}, FetchScope(reads_peers=False, is_store_shared=True)),
+    ],
+)
+def test_the_configuration_says_from_where_nodes_can_fetch(options, scope):
+    assert FetchScope.of(CacheConfig(host_cache_gb=1, **options)) == scope
 
 
 def test_what_a_silent_server_told_counts_for_nothing(index, nodes):

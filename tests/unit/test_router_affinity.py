@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 
 from cache_service.keys import page_keys
+from cluster.router.costs import FIRST_PREFILL_TOKEN_S
 from cluster.router.host_index import CacheAddress
 from cluster.router.router import Router
 from tests.unit.cache_nodes import SECRET, eventually, new_client, serving, store_keys
@@ -214,19 +215,22 @@ async def play_prompts_of_one_node(replicas, nodes, recorder, **switches):
             await finish(await router.submit(request(f"hosted/{n}", [*prompt, 5, 6, 7])))
     finally:
         await router.close()
+    return router._rate.token_s
 
 
 async def test_prompts_go_to_the_node_whose_arena_has_them(replicas, nodes):
     recorder = Placements()
-    await play_prompts_of_one_node(replicas, nodes, recorder)
+    token_s = await play_prompts_of_one_node(replicas, nodes, recorder)
     assert recorder.replicas == ["replica-1"] * NUM_PROMPTS
     assert recorder.hints == [], "the node has all there is"
+    assert token_s == FIRST_PREFILL_TOKEN_S, "first tokens after copies say nothing of prefills"
 
 
 async def test_without_relocations_prompts_go_past_the_arena(replicas, nodes):
     recorder = Placements()
-    await play_prompts_of_one_node(replicas, nodes, recorder, takes_relocations=False)
+    token_s = await play_prompts_of_one_node(replicas, nodes, recorder, takes_relocations=False)
     assert set(recorder.replicas) == {"replica-0", "replica-1"}
+    assert token_s != FIRST_PREFILL_TOKEN_S
 
 
 async def play_with_a_busy_holder(replicas, nodes, recorder, **switches):

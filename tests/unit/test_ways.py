@@ -6,11 +6,13 @@ from cluster.router.books import LoadBook
 from cluster.router.ways import (
     FIRST_LOAD_PAGE_S,
     FIRST_REMOTE_PAGE_S,
+    MAX_HINTS,
     PEER_LATENCY_S,
     REMOTE_LATENCY_S,
     PageTimes,
     Residence,
     Way,
+    hints,
     ways,
 )
 from workers.protocol import FetchHint, LoadReport
@@ -63,6 +65,14 @@ def test_sources_are_in_the_order_of_what_they_save():
     slow_store = PageTimes(load_s=0.001, peer_s=0.002, remote_s=0.1)
     assert [way.hint for way in ways_of(residence, times=slow_store)] == [PEER, STORE, None]
     assert ways_of(residence, token_s=1e-6)[0].hint is None, "computing is quickest"
+
+
+def test_workers_are_told_of_the_best_sources_whether_or_not_they_beat_computing():
+    peers = [FetchHint(f"tcp://peer-{n}:1", n) for n in range(2, 8)]
+    told = hints(ways_of(Residence(elsewhere=peers)))
+    assert told == peers[: -MAX_HINTS - 1 : -1], "the furthest first"
+    assert hints(ways_of(Residence(elsewhere=[PEER]), token_s=1e-6)) == [PEER]
+    assert hints(ways_of(Residence(num_in_arena=5))) == []
 
 
 def test_the_store_costs_its_own_latency():
