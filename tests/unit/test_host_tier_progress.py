@@ -1,6 +1,7 @@
 """Nothing waits for ever for a page's copy in the arena, and what is lost is counted once."""
 
 from tests.unit.tier_fakes import KEYS, PAGE_SIZE, Bench, tokens
+from workers.kvcache.host_tier import DISTRUST_STEPS
 from workers.move_board import MoveStatus
 
 
@@ -78,3 +79,52 @@ def test_as_many_pages_are_saved_as_have_to_go_and_none_is_lost_meanwhile():
     assert bench.cache.reserve(1, PAGE_SIZE)
     assert len(bench.saves()) == bench.cache.stats().num_evictions == 1
     assert bench.tier.stats.num_lost_pages == 0
+
+
+def refuse_later(bench):
+    """The server's answer to commits stays away; return how to have it say no."""
+    told = []
+    bench.host.commit = told.extend
+    return lambda: bench.host.lost.extend(entry.key for entry in told)
+
+
+def test_a_page_that_goes_before_its_commit_is_refused_is_counted_as_lost():
+    bench = Bench()
+    refuse = refuse_later(bench)
+    bench.run(0, tokens(13))
+    bench.finish()
+    bench.forget_device()
+    assert bench.tier.stats.num_lost_pages == 0, "as far as is known they are saved"
+    refuse()
+    bench.cache.settle()
+    assert bench.tier.stats.num_lost_pages == 3
+
+
+def test_a_page_that_went_after_its_commit_was_heard_of_is_evicted_from_the_arena_and_not_lost():
+    bench = Bench()
+    bench.run(0, tokens(13))
+    bench.host.is_blind = True  # the news are late
+    bench.finish()
+    bench.forget_device()
+    bench.host.is_blind = False
+    bench.cache.settle()
+    for key in reversed(KEYS):
+        bench.host.evict(key)
+    bench.cache.settle()
+    assert bench.tier.stats.num_lost_pages == 0
+
+
+def test_a_place_whose_load_failed_is_tried_again_after_a_while():
+    bench = Bench()
+    bench.run(0, tokens(5))
+    bench.finish()
+    bench.forget_device()
+    bench.open(0, tokens(5))
+    assert bench.finish(MoveStatus.FAILED_IO) == [0]
+    assert bench.open(0, tokens(5)) == 0
+    bench.cache.close(0)
+    for _ in range(DISTRUST_STEPS):
+        bench.cache.settle()
+    assert bench.open(0, tokens(5)) == 4
+    bench.finish()
+    assert bench.cache.is_readable(0)

@@ -23,8 +23,9 @@ from workers.plan import LoadPages, PlanOp, SavePages
 WritePolicy = Literal["write_through", "write_through_selective", "write_back"]
 """When a page is saved: once it is complete; once it is used again; once it would be evicted."""
 
-MAX_DISTRUSTED = 1_024
-"""Places whose load failed, remembered until the arena's own news of them comes."""
+DISTRUST_STEPS = 1_000
+"""A place whose load failed is not tried again for so many steps; by then the arena has dropped the page, if
+that was why."""
 
 
 @dataclass(slots=True, eq=False)
@@ -99,7 +100,9 @@ class HostTier:
         self._num_leaving = 0
         self._saves: deque[_Save] = deque()  # by move: committed in this order, parents before children
         self._loads: deque[_Load] = deque()
-        self._distrusted: OrderedDict[Location, None] = OrderedDict()
+        self._num_settled = 0
+        self._distrusted: OrderedDict[Location, int] = OrderedDict()  # until `_num_settled` is so many
+        self._unproven: set[PageKey] = set()  # left the device while nobody knew that the arena has them
         self.stats = TierStats()
         self.arrivals = Arrivals()
         """What FETCHes have brought, as the Prefetcher tells."""
@@ -184,6 +187,8 @@ class HostTier:
         Under `write_back` its page is saved first, unless enough others are on their way already.
         """
         if self._is_there(node):
+            if self._locate(node.key) is None:
+                self._unproven.add(node.key)
             return True
         if self._policy == "write_back":
             if self._num_leaving >= num_short:
@@ -198,12 +203,10 @@ class HostTier:
 
     def settle(self) -> Settled:
         """Read what has come of the moves, give back what they held and tell of the loads."""
-        lost = self._host.take_lost()
-        self.arrivals.forget(lost)
-        for key in lost:
-            node = self._tree.find(key)
-            if node is not None:
-                node.is_saved = False
+        self._num_settled += 1
+        while self._distrusted and next(iter(self._distrusted.values())) <= self._num_settled:
+            self._distrusted.popitem(last=False)
+        self._settle_lost()
         self._settle_saves()
         return self._settle_loads()
 
@@ -271,6 +274,23 @@ class HostTier:
         location = self._locate(key) or self.arrivals.location(key)
         return None if location in self._distrusted else location
 
+    def _settle_lost(self) -> None:
+        lost = self._host.take_lost()
+        self.arrivals.forget(lost)
+        for key in lost:
+            node = self._tree.find(key)
+            if node is not None:
+                node.is_saved = False
+            elif key in self._unproven:  # its commit was under way when it went, and came to nothing
+                self._unproven.remove(key)
+                self.stats.num_lost_pages += 1
+        if self._unproven:
+            self._unproven = {
+                key
+                for key in self._unproven
+                if self._host.locate(key) is None and self._tree.find(key) is None
+            }
+
     def _settle_saves(self) -> None:
         entries: list[Entry] = []
         failed: list[Grant] = []
@@ -325,9 +345,7 @@ class HostTier:
         load.outcome = "failed"
         load.node.is_saved = False
         self.stats.failed_loads[reason_of(status)] += 1
-        self._distrusted[load.location] = None
-        while len(self._distrusted) > MAX_DISTRUSTED:
-            self._distrusted.popitem(last=False)
+        self._distrusted[load.location] = self._num_settled + DISTRUST_STEPS
         if status is MoveStatus.FAILED_CORRUPT:
             self._host.report_corrupt(load.location)
 
