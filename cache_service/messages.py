@@ -192,7 +192,7 @@ class LeasedPage(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Leased(msgspec.Struct, frozen=True, array_like=True, tag="leased"):
-    """One page a key, in order, from the first on until one is missing; `lease_id` releases them all."""
+    """One page a key, in order, from the first on; none: the first is missing. `lease_id` releases all."""
 
     lease_id: int
     segment: str
@@ -307,7 +307,7 @@ class Done(msgspec.Struct, frozen=True, array_like=True, tag="done"):
 
 RefusalCode = Literal[
     "protocol_version", "layout", "cluster", "no_reader_row", "not_attached", "pin_budget", "check_failed",
-    "undecodable", "arena_size", "arena_owned", "no_transfer", "store", "fenced",
+    "undecodable", "arena_size", "arena_owned", "no_transfer", "store", "fenced", "busy",
 ]  # fmt: skip
 
 

@@ -6,7 +6,7 @@ Asked by the Fetcher's threads; a thread of its own does the work, batch after b
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cache_service.arena_safety import ArenaSafety
@@ -131,15 +131,18 @@ class PeerSource:
 
     def _read(self, batch: Batch[GetResult], pages: Sequence[PageBuffer], end_s: float) -> bool:
         """Read part after part; what is left when one fails has failed. Tell whether none did."""
-        for start, end in _parts(pages, self._layout.slot_bytes):
-            num_found = self._read_part(batch, start, pages[start:end], end_s)
+        num_pages = max(1, min(MAX_PART_PAGES, MAX_PART_BYTES // self._layout.slot_bytes))
+        start = 0
+        while start < len(pages):
+            num_found = self._read_part(batch, start, pages[start : start + num_pages], end_s)
             if num_found is None:
                 return False
             self.breaker.succeeded()
-            if start + num_found < end:
-                for place in range(start + num_found, len(pages)):
+            if not num_found:
+                for place in range(start, len(pages)):
                     batch.fill(place, GetResult(GetStatus.MISSING))
-                break
+                return True
+            start += num_found
         return True
 
     def _read_part(
@@ -212,10 +215,3 @@ class PeerSource:
             self._transfer.forget(self._segment)
         self._connection.close()
         self._has_ended.set()
-
-
-def _parts(pages: Sequence[PageBuffer], page_bytes: int) -> Iterator[tuple[int, int]]:
-    """Yield half-open ranges of pages, each what one lease covers."""
-    num_pages = max(1, min(MAX_PART_PAGES, MAX_PART_BYTES // page_bytes))
-    for start in range(0, len(pages), num_pages):
-        yield start, min(start + num_pages, len(pages))

@@ -8,10 +8,11 @@ incarnation is fenced first, so that nobody leases, gives back or counts anythin
 import itertools
 import logging
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cache_service.arena_user import ArenaAccess
+from cache_service.keys import PageKey
 from cache_service.messages import (
     PROTOCOL_VERSION,
     Done,
@@ -105,7 +106,10 @@ class RemoteLeases:
                 "fenced",
                 f"incarnation {request.incarnation} of node {request.reader} lost its connection",
             )
-        return self._lease(identity, reader, request, access, now_s)
+        room = access.arena.spec.num_slots // _LENT_SHARE - self._num_slots
+        if room <= 0:
+            return Refused("busy", f"peers read one in {_LENT_SHARE} of this node's slots; ask again")
+        return self._lease(identity, reader, request.keys[:room], access, now_s)
 
     def release(self, identity: bytes, request: ReleasePages) -> Done:
         """Take leases back; say how many this connection held."""
@@ -151,20 +155,19 @@ class RemoteLeases:
         self,
         identity: bytes,
         reader: tuple[str, int],
-        request: LeasePages,
+        keys: Sequence[PageKey],
         access: ArenaAccess,
         now_s: float,
     ) -> Leased:
         assert self._wire is not None and self._wire.transfer is not None
         arena, segment = access.arena, self._wire.transfer.segment
-        room = max(0, arena.spec.num_slots // _LENT_SHARE - self._num_slots)
         locations = []
-        for location in access.store.lookup(request.keys[:room]):
+        for location in access.store.lookup(keys):
             if location is None:
                 break
             locations.append(location)
         if arena.safety.remote_leases:
-            del locations[access.leases.acquire(request.keys[: len(locations)], locations) :]
+            del locations[access.leases.acquire(keys[: len(locations)], locations) :]
         if not locations:
             return Leased(0, segment, [])
         slots = [location.slot for location in locations]
@@ -172,7 +175,7 @@ class RemoteLeases:
         self._leases[lease_id] = _Lease(identity, reader, slots, now_s)
         self._num_slots += len(slots)
         self._counts["remote_leases", "granted"] += 1
-        access.store.touch(request.keys[: len(slots)])
+        access.store.touch(keys[: len(slots)])
         pages = [
             LeasedPage(
                 location.slot,
