@@ -66,6 +66,20 @@ def cache_metrics(url):
     return httpx.get(f"http://{address}/metrics").text
 
 
+def await_router(url, restarts):
+    """Wait until the router follows the cache server of that many restarts, and knows its pages."""
+    end_s = time.monotonic() + WAIT_S
+    heard = re.compile(r"eyrie_router_cache_heard\{.*\} 1\.0")
+    pages = re.compile(r"eyrie_router_host_pages\{.*\} (\d+)")
+    heirs = re.compile(rf"eyrie_router_cache_restarts_total\{{.*\}} {restarts}\.0")
+    while True:
+        text = httpx.get(f"{url}/metrics").text
+        if heard.search(text) and int(pages.search(text)[1]) > 60 and heirs.search(text):
+            return
+        assert time.monotonic() < end_s, [line for line in text.splitlines() if "eyrie_router" in line]
+        time.sleep(0.1)
+
+
 @pytest.mark.timeout(300)
 def test_pages_come_back_from_the_host_also_after_its_server_was_killed(model):
     with EyrieProcess(model, *FLAGS) as eyrie:
@@ -77,6 +91,7 @@ def test_pages_come_back_from_the_host_also_after_its_server_was_killed(model):
         figures = cache_figures("\n".join(eyrie.stderr))
         assert figures["num_ready"] > 60 and figures["num_readers"] == 1
         assert 'eyrie_cache_slots{node="127.0.0.1",state="ready"}' in cache_metrics(url)
+        await_router(url, restarts=0)
 
         (server,) = eyrie.members("ray::CacheServer")
         server.kill()
@@ -91,6 +106,7 @@ def test_pages_come_back_from_the_host_also_after_its_server_was_killed(model):
         figures = cache_figures("\n".join(eyrie.stderr))
         assert figures["recovered"] > 60 and figures["num_readers"] == 1
         assert "eyrie_cache_recovered_pages_total" in cache_metrics(url), "at its old address"
+        await_router(url, restarts=1)
         eyrie.terminate()
         assert eyrie.wait() == 0
         assert eyrie.leftovers() == []
