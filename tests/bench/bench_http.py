@@ -91,8 +91,7 @@ def run_api(cluster_secret, endpoint):
 
     async def serve():
         server = ApiServer(config, folder / "secret", folder / "keys")
-        started = await server.start({ReplicaId("bench"): endpoint}, [], {})
-        print(f"ready {started.url}", flush=True)
+        print(f"ready {(await server.start({ReplicaId('bench'): endpoint}, [], {})).url}", flush=True)
         await asyncio.Event().wait()
 
     asyncio.run(serve())
