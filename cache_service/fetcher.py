@@ -24,7 +24,7 @@ MAX_TIMEOUT_S = 60.0
 """A fetch that wants longer is answered by then."""
 _RETURN_S = 0.02
 """Sources have less time than callers by so much: what has come by then is to be in the answer."""
-_END_S = 2.0
+_END_S = 1.0
 """How long the end of an arena waits for transfers into it."""
 _STATUS_OF = {
     GetStatus.MISSING: FetchStatus.MISSING,

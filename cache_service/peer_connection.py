@@ -48,15 +48,28 @@ class PeerConnection:
 
     def connect(self) -> int:
         """Have a connection; return its incarnation. Raise PeerLostError where there can be none."""
-        self._connected()
+        if self._monitor is not None and _lost(self._monitor) is not None:
+            self.drop()
+        if self._socket is None:
+            socket = open_client_socket(self._context, zmq.DEALER, self._cluster_secret)
+            socket.reconnect_ivl = _NO_RECONNECT_MS
+            self._socket, self._monitor = socket, socket.get_monitor_socket(zmq.Event.ALL)
+            try:
+                socket.connect(self._endpoint)
+            except zmq.ZMQError as error:
+                self.drop()
+                raise PeerLostError(f"cannot connect to {self._endpoint}: {error.strerror}") from None
         return self._incarnation
 
     def ask(self, request: Request, end_s: float, is_over: Callable[[], bool]) -> Answer:
         """Send a call and return its answer; raise PeerLostError where none comes by `end_s`.
 
-        Once `is_over` the answer is of no use to anybody.
+        It goes out on the connection that `connect` gave, if that still stands. Once `is_over` the answer is
+        of no use to anybody.
         """
-        socket, monitor = self._connected()
+        socket, monitor = self._socket, self._monitor
+        if socket is None or monitor is None:
+            raise PeerLostError(f"there is no connection to {self._endpoint}")
         poller = zmq.Poller()
         poller.register(socket, zmq.POLLIN)
         poller.register(monitor, zmq.POLLIN)
@@ -106,20 +119,6 @@ class PeerConnection:
         """Give everything back."""
         self.drop()
         self._context.term()
-
-    def _connected(self) -> "tuple[zmq.Socket[bytes], zmq.Socket[bytes]]":
-        if self._monitor is not None and _lost(self._monitor) is not None:
-            self.drop()
-        if self._socket is None or self._monitor is None:
-            socket = open_client_socket(self._context, zmq.DEALER, self._cluster_secret)
-            socket.reconnect_ivl = _NO_RECONNECT_MS
-            self._socket, self._monitor = socket, socket.get_monitor_socket(zmq.Event.ALL)
-            try:
-                socket.connect(self._endpoint)
-            except zmq.ZMQError as error:
-                self.drop()
-                raise PeerLostError(f"cannot connect to {self._endpoint}: {error.strerror}") from None
-        return self._socket, self._monitor
 
 
 def _lost(monitor: zmq.Socket[bytes]) -> str | None:

@@ -15,7 +15,7 @@ from cache_service.wire import Wire
 IDLE_S = 300.0
 """A peer nobody has asked for so long is closed."""
 MAX_PEERS = 64
-_END_S = 3.0
+_END_S = 1.0
 
 
 class Peers:

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 OpenTransfer = Callable[[], Transfer]
 """Raises TransferError."""
-_END_S = 3.0
+_END_S = 2.0
 
 
 class Wire:

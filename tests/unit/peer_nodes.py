@@ -18,19 +18,34 @@ QUICK_PEER = PeerPatience(max_failures=2, retry_s=0.05, max_retry_s=0.1)
 TIMEOUT_S = 20.0
 
 
+class SlowNetwork:
+    """A reader's view of the network, in which every run waits for `go`."""
+
+    def __init__(self, network, go):
+        self._network = network
+        self._go = go
+
+    def __getattr__(self, name):
+        return getattr(self._network, name)
+
+    def find(self, segment, address, num_bytes):
+        found = self._network.find(segment, address, num_bytes)
+        assert self._go.wait(TIMEOUT_S)
+        return found
+
+
 class DisturbedTransfer(InProcessTransfer):
-    """Reads wait for `go`, and what has been read passes through `on_wire`."""
+    """Bytes move once `go` is set, late if need be; what has been read in time passes through `on_wire`."""
 
     def __init__(self, network, segment):
-        super().__init__(network, segment)
         self.go = threading.Event()
         self.go.set()
         self.on_wire = None
         self.num_reads = 0
+        super().__init__(SlowNetwork(network, self.go), segment)
 
     def read(self, segment, runs, timeout_s):
         self.num_reads += 1
-        self.go.wait(TIMEOUT_S)
         batch = super().read(segment, runs, timeout_s)
         if self.on_wire is not None:
             for run in runs:
@@ -43,7 +58,7 @@ class PeerNode:
 
     def __init__(self, network, folder, name, config=CONFIG, *, transfer=DisturbedTransfer, **core):
         self.is_stopped = False
-        self.folder = folder
+        self.network, self.folder = network, folder
         folder.mkdir(exist_ok=True)
         self.transfers = []
 

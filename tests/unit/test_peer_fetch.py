@@ -220,7 +220,7 @@ def test_a_restarted_peer_is_found_again(tmp_path):
         assert reader.fetch("ab", owner) == [FETCHED] * 2
         ports = owner.server.ports
         owner.stop()
-        owner.__init__(owner.transfer._network, owner.folder, "heir", **ports)
+        owner.__init__(owner.network, owner.folder, "heir", **ports)
         owner.attach().commit("abcde")
         eventually(lambda: reader.fetch("abcd", owner)[2:] == [FETCHED] * 2)
         assert reader.holds("abcd")
@@ -244,3 +244,19 @@ def test_another_layout_with_transfers_under_way_is_safe(tmp_path):
             assert isinstance(owner.raw.attach(bundle_bytes=2 * BUNDLE_BYTES), messages.Attached)
             assert peer.ask(ReleasePages([leased.lease_id])) == messages.Done(0)
         owner.check()
+
+
+def test_a_server_stops_under_a_hanging_read_whose_bytes_do_no_harm(tmp_path):
+    with two_nodes(tmp_path) as (owner, reader):
+        reader.transfer.go.clear()
+        wait = reader.begin_fetch("abc", owner)
+        eventually(lambda: reader.transfer.num_reads)
+        begun_s = time.monotonic()
+        reader.server.stop()
+        assert time.monotonic() - begun_s < TIMEOUT_S
+        assert wait() == [FAILED] * 3
+        assert not list(reader.folder.glob("*.arena"))
+        reader.transfer.go.set()  # into memory that is still mapped
+        assert reader.transfer.close(TIMEOUT_S)
+        reader.is_stopped = True
+        reader.raw.__exit__()
