@@ -200,6 +200,8 @@ class RemoteTier:
         self._opening = opening
 
         def work() -> None:
+            if self._opening is not opening:  # another task took too long
+                return
             try:
                 store = self._open_store(
                     parse_store_address(text), access.layout, access.arena.pages(), self._node
