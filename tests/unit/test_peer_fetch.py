@@ -226,6 +226,7 @@ def test_a_restarted_peer_is_found_again(tmp_path):
         assert reader.holds("abcd")
 
 
+@pytest.mark.slow  # for what hangs is waited
 def test_another_layout_with_transfers_under_way_is_safe(tmp_path):
     with two_nodes(tmp_path) as (owner, reader):
         reader.transfer.go.clear()
@@ -246,6 +247,7 @@ def test_another_layout_with_transfers_under_way_is_safe(tmp_path):
         owner.check()
 
 
+@pytest.mark.slow  # for what hangs is waited
 def test_a_server_stops_under_a_hanging_read_whose_bytes_do_no_harm(tmp_path):
     with two_nodes(tmp_path) as (owner, reader):
         reader.transfer.go.clear()
