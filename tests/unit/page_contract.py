@@ -80,6 +80,8 @@ class PageContract:
 
     keeps_other_layouts: ClassVar[bool] = True
     """Pages of one layout are there still when those of another have been."""
+    removes_under_readers: ClassVar[bool] = False
+    """A page may be removed while it is read: the reader sees that by its checksum, a miss like any other."""
 
     @pytest.fixture
     def store(self, harness):
@@ -236,6 +238,7 @@ class PageContract:
         found: list[bool] = []
         faults: list[object] = []
         is_over = threading.Event()
+        legal_misses = {GetStatus.MISSING} | ({GetStatus.CORRUPT} if self.removes_under_readers else set())
 
         def write(records):
             for turn in range(num_rounds):
@@ -251,7 +254,7 @@ class PageContract:
                     found.append(is_found)
                     if is_found and bytes(buffer.data) not in legal[buffer.key]:
                         faults.append(buffer.key)
-                    if result.status not in (GetStatus.FOUND, GetStatus.MISSING):
+                    if not is_found and result.status not in legal_misses:
                         faults.append(result)
 
         writers = [threading.Thread(target=write, args=(records,)) for records in writes]

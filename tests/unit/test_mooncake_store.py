@@ -87,7 +87,7 @@ def harness(shared_harness):
 
 
 class TestMooncakeStore(RemoteStoreContract):
-    pass
+    removes_under_readers = True
 
 
 def test_a_master_nobody_started_is_named_at_once():
