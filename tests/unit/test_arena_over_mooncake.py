@@ -47,6 +47,8 @@ def make_harness(pool, tmp_path):
 
 
 class TestArenaOverMooncake(PageContract):
+    removes_under_readers = True
+
     @pytest.fixture
     def harness(self, make_harness):
         return make_harness(1)
@@ -54,6 +56,8 @@ class TestArenaOverMooncake(PageContract):
 
 class TestTwoArenasOverMooncake(PageContract):
     """What one node has put, the other gets."""
+
+    removes_under_readers = True
 
     @pytest.fixture
     def harness(self, make_harness):
