@@ -247,8 +247,9 @@ class Fetcher:
         elif num_allowed < len(new):
             self._counts["fetches_refused", "slots"] += 1
         allowed, refused = new[:num_allowed], new[num_allowed:]
+        status = FetchStatus.FAILED if source is None else FetchStatus.NO_SLOT
         for place in refused:
-            call.results[place] = FetchResult(FetchStatus.FAILED, None)
+            call.results[place] = FetchResult(status, None)
         grants = access.store.grant(access.group, len(allowed)) if allowed else []
         for place in allowed[len(grants) :]:
             call.results[place] = FetchResult(FetchStatus.NO_SLOT, None)

@@ -145,10 +145,10 @@ class FetchStatus(IntEnum):
     CORRUPT = 3
     """What arrived does not match its checksum."""
     NO_SLOT = 4
-    """The arena is full of pages that cannot go."""
+    """The arena is full of pages that cannot go, or as many as may be are on their way."""
     TIMED_OUT = 5
     FAILED = 6
-    """The source cannot be reached, or broke off."""
+    """There is no such source, it cannot be reached, or it broke off."""
 
 
 class FetchResult(msgspec.Struct, frozen=True, array_like=True, gc=False):

@@ -231,13 +231,13 @@ def test_too_much_at_once_is_refused(tmp_path):
     node = Node(tmp_path, FetchLimits(max_fetches=2, slots_ratio=0.5))
     node.source.go.clear()
     first = node.fetch(chain("abcde"))
-    assert node.statuses(node.fetch(chain("x"))) == [FAILED]
+    assert node.statuses(node.fetch(chain("x"))) == [NO_SLOT]
     assert node.counts["fetches_refused", "slots"] == 2
     node.source.go.set()
-    assert node.statuses(first) == [FETCHED] * 4 + [FAILED]
+    assert node.statuses(first) == [FETCHED] * 4 + [NO_SLOT]
     node.source.go.clear()
     waiting = [node.fetch(chain("p")), node.fetch(chain("q"))]
-    assert node.statuses(node.fetch(chain("r"))) == [FAILED]
+    assert node.statuses(node.fetch(chain("r"))) == [NO_SLOT]
     assert node.counts["fetches_refused", "calls"] == 1
     node.source.go.set()
     assert [node.statuses(answers) for answers in waiting] == [[FETCHED]] * 2

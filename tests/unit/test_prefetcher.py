@@ -227,6 +227,18 @@ def test_a_source_that_failed_is_left_alone_for_a_while_and_asked_again():
     assert desk.stats.failed_pages["peer", "timeout"] == 10
 
 
+def test_a_full_arena_is_not_the_sources_fault_and_no_excuse_for_it():
+    desk = Desk()
+    desk.begin(TEN, [FetchHint(PEER, 10)])
+    desk.remote.answer(1, FetchStatus.NO_SLOT)
+    desk.prefetcher.settle(0.1)
+    assert desk.begin(TEN, [FetchHint(PEER, 10)], 0.2) is not None
+    desk.remote.answer(2, FetchStatus.NO_SLOT, num_first=1)
+    desk.prefetcher.settle(0.3)
+    assert desk.begin(TEN, [FetchHint(PEER, 10)], 0.4) is None
+    assert desk.stats.failed_pages == {("peer", "no_slot"): 11, ("peer", "timed_out"): 9}
+
+
 def test_an_answer_that_comes_twice_counts_once():
     desk = Desk()
     desk.begin(TEN, [FetchHint(PEER, 10)])

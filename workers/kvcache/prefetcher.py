@@ -263,7 +263,8 @@ class Prefetcher:
         self.stats.num_bytes[fetch.kind] += num_fetched * self.costs.page_bytes
         self.stats.seconds[fetch.kind] += answer.seconds
         self.costs.fetched(fetch.kind, num_fetched, fetch.num_ahead, answer.seconds, now_s)
-        if statuses <= {FetchStatus.FAILED, FetchStatus.TIMED_OUT}:
+        told = statuses - {FetchStatus.NO_SLOT}  # which says nothing of the source
+        if told and told <= {FetchStatus.FAILED, FetchStatus.TIMED_OUT}:
             self._failed(fetch.peer, now_s)
         else:
             self._breakers.pop(fetch.peer, None)
