@@ -9,6 +9,7 @@ from cache_service.keys import NamespaceDigest, page_keys, salted
 from tests.property.fake_ranks import FakeRank, next_token
 from tests.property.fake_sources import TOKEN_S
 from tests.property.fake_tier import FakeTier, TierOptions
+from workers.completion_board import CompletionBoard
 from workers.config import WorkerConfig
 from workers.kvcache.manager import KVCacheManager
 from workers.kvcache.page_pool import Safety
@@ -54,6 +55,7 @@ class FakeGroup:
         runs_checks: bool = True,
         make_rank: RankMaker = plain_rank,
         tier: TierOptions | None = None,
+        board: type[CompletionBoard] = CompletionBoard,
     ) -> None:
         config = WorkerConfig(
             page_size=page_size,
@@ -77,6 +79,8 @@ class FakeGroup:
         )
         self.ranks = [make_rank(config, max_context_len, INCARNATION) for _ in range(num_ranks)]
         self.tier = FakeTier(tier, self.cache, self.ranks) if tier is not None else None
+        words = bytearray(64 * num_ranks)
+        self.boards = [board(rank, num_ranks, words) for rank in range(num_ranks)]
         self.now_s = 0.0
         self.submits: dict[RequestId, SubmitRequest] = {}
         self.seeds: dict[RequestId, int] = {}
@@ -155,9 +159,9 @@ class FakeGroup:
                 self._take(request_output)
             self.scheduler.stepped(plan, TOKEN_S * sum(plan.lens), self.now_s)
         lags = lags or (0,) * len(self.ranks)
-        self.scheduler.completed(
-            min(rank.finish(rank.last_step - lag) for rank, lag in zip(self.ranks, lags, strict=True))
-        )
+        for rank, board, lag in zip(self.ranks, self.boards, lags, strict=True):
+            board.publish(rank.finish(rank.last_step - lag))
+        self.scheduler.completed(self.boards[0].minimum())
         removed = self._index_events()
         if self.tier is not None:
             self.tier.check_losses(removed)
@@ -179,7 +183,8 @@ class FakeGroup:
                 token_ids[place] = outputs[misled[0]].token_ids[place]
             else:
                 assert all(output.token_ids[place] == token_ids[place] for output in outputs), "ranks differ"
-        assert all(output.relocation_version == outputs[0].relocation_version for output in outputs)
+        versions = {output.relocation_version for output in outputs}
+        assert len(versions) == 1, "ranks differ"
         return msgspec.structs.replace(outputs[0], token_ids=token_ids)
 
     def _move_on(self) -> None:

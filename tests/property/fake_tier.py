@@ -29,6 +29,7 @@ class TierOptions:
     """How often the arena evicts, loses a bit, gets a page from another replica; now and then it restarts."""
     faults: Faults = field(default_factory=Faults)
     sources: SourceOptions = field(default_factory=SourceOptions)
+    board: type[MoveBoard] = MoveBoard
     seed: int = 0
 
 
@@ -40,7 +41,7 @@ class FakeTier:
         self.chance = Random(options.seed)
         self.arena = FakeArena(options.num_slots, len(ranks), self.chance)
         words = bytearray(8 * len(ranks) * options.capacity)
-        boards = [MoveBoard(rank, len(ranks), words, options.capacity) for rank in range(len(ranks))]
+        boards = [options.board(rank, len(ranks), words, options.capacity) for rank in range(len(ranks))]
         self.client = FakeClient(self.arena, boards[0], self.chance)
         self.movers = [
             FakeMover(part, rank, self.arena, boards[part], options.faults, self.chance)

@@ -1,5 +1,6 @@
 """A replica's life with a tier, drawn from a seed: quicker than a state machine, and deeper into loads."""
 
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -9,6 +10,7 @@ from tests.property.fake_sources import SourceOptions
 from tests.property.fake_tier import TierOptions
 from tests.property.sanitized_rank import SanitizedRank
 from workers.kvcache.page_pool import Safety
+from workers.move_board import MoveBoard
 from workers.protocol import SamplingParams
 
 MAX_CONTEXT_LEN = 24
@@ -47,20 +49,18 @@ def tier_options(random: Random, seed: int) -> TierOptions:
     )
 
 
-def make_group(random: Random, seed: int, safety: Safety | None, runs_checks: bool) -> FakeGroup:
-    return FakeGroup(
-        page_size=random.choice([1, 2, 4]),
-        num_pages=random.randint(3, 16),
-        num_ranks=random.randint(1, 2),
-        max_running=random.randint(1, 5),
-        max_tokens_per_step=random.randint(1, 24),
-        lookahead=random.randint(0, 2),
-        max_context_len=MAX_CONTEXT_LEN,
-        safety=safety,
-        runs_checks=runs_checks,
-        make_rank=SanitizedRank if random.random() < 0.3 else plain_rank,
-        tier=tier_options(random, seed),
-    )
+def make_group(random: Random, seed: int, move_board: type[MoveBoard], **options: Any) -> FakeGroup:
+    drawn: dict[str, Any] = {
+        "page_size": random.choice([1, 2, 4]),
+        "num_pages": random.randint(3, 16),
+        "num_ranks": random.randint(1, 2),
+        "max_running": random.randint(1, 5),
+        "max_tokens_per_step": random.randint(1, 24),
+        "lookahead": random.randint(0, 2),
+        "make_rank": SanitizedRank if random.random() < 0.3 else plain_rank,
+        "tier": replace(tier_options(random, seed), board=move_board),
+    }
+    return FakeGroup(**{**drawn, "max_context_len": MAX_CONTEXT_LEN, **options})
 
 
 def submit(group: FakeGroup, random: Random) -> None:
@@ -83,10 +83,20 @@ def submit(group: FakeGroup, random: Random) -> None:
         )
 
 
-def live(seed: int, *, safety: Safety | None = None, runs_checks: bool = True) -> FakeGroup:
-    """Live from `seed` to the last request's end; every check is made on the way."""
+def live(
+    seed: int,
+    *,
+    safety: Safety | None = None,
+    runs_checks: bool = True,
+    move_board: type[MoveBoard] = MoveBoard,
+    **options: Any,
+) -> FakeGroup:
+    """Live from `seed` to the last request's end; every check is made on the way.
+
+    `options` of the FakeGroup take the place of those drawn.
+    """
     random = Random(seed)
-    group = make_group(random, seed, safety, runs_checks)
+    group = make_group(random, seed, move_board, safety=safety, runs_checks=runs_checks, **options)
     for _ in range(random.randint(10, 80)):
         fate = random.random()
         if fate < 0.3 and len(group.unfinished) < 10:

@@ -165,3 +165,42 @@ def test_a_page_stays_until_its_load_is_over_or_the_sanitizer_says_it_did_not(tm
         tiered.log.give_back(op.pages)
         with pytest.raises(SanitizerError, match=r"free_load: .* expected move \d+ over, found ENQUEUED"):
             tiered.log.run(tiered.engine)
+
+
+def save_a_page(folder, is_written: bool) -> None:
+    """A SAVE begins before the step that writes its page's last token, or after it (I6)."""
+    with Tiered(folder, num_slots=12) as tiered:
+        log, engine = tiered.log, tiered.engine
+        tiered.tier.store.clear()
+        log.open(1, PROMPT)
+        log.run(engine, s1=17 if is_written else 15)
+        log.num_computed[1] = 17
+        log.complete(1)
+        op = log.start_save(1)
+        log.num_computed[1] = 17 if is_written else 15
+        log.run(engine, s1=1 if is_written else 2)
+        log.commit_save(op)
+
+
+def test_a_save_comes_after_its_page_is_written_or_the_sanitizer_says_it_did_not(tmp_path) -> None:
+    save_a_page(tmp_path, is_written=True)
+    with pytest.raises(SanitizerError, match=r"complete_written: .* page \d+"):
+        save_a_page(tmp_path, is_written=False)
+
+
+def load_a_page(folder, is_fresh: bool) -> None:
+    """A LOAD's target is a page that no step writes, or one that a running request may (I6)."""
+    with Tiered(folder) as tiered:
+        log, engine = tiered.log, tiered.engine
+        log.open(1, PROMPT)
+        log.run(engine, s1=2)
+        pages = log.own(1)[0] if is_fresh else log.pages[1][:1]
+        name = log.names_of(PROMPT)[0]
+        log.ops.append(tiered.tier.load_op(pages, [log.locations[name]], [name]))
+        log.run(engine, s1=2)
+
+
+def test_a_load_comes_after_its_page_s_writers_or_the_sanitizer_says_it_did_not(tmp_path) -> None:
+    load_a_page(tmp_path, is_fresh=True)
+    with pytest.raises(SanitizerError, match=r"load_untouched: .*page \d+"):
+        load_a_page(tmp_path, is_fresh=False)

@@ -5,6 +5,7 @@ import torch
 
 from tests.unit.engine_plans import PlanLog, generate, tiny_card, tiny_engine
 from workers.engine.graph_runner import GraphRunner
+from workers.engine.mechanisms import ALL_ON, Mechanisms
 from workers.engine.model_runner import ModelRunner
 from workers.engine.recording import Arena, Recording, RecordingError, RecordingKernels
 from workers.kvcache.kv_pool import KVPool
@@ -94,8 +95,9 @@ def test_recorded_and_eager_decode_give_the_same_tokens(family: str, dtype: str)
     assert not replayed.eager_steps["decode", "capture_failed"]
 
 
-def test_logits_of_a_replay_outlive_the_next() -> None:
-    engine = tiny_engine(attention_backend="native", kv_sanitizer=False)
+def logits_kept_and_seen(mechanisms: Mechanisms) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Run four replays; return each one's logits as they are at the end and as they were then."""
+    engine = tiny_engine(mechanisms, attention_backend="native", kv_sanitizer=False)
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     replay = engine._graphs.replay
 
@@ -111,7 +113,13 @@ def test_logits_of_a_replay_outlive_the_next() -> None:
     for _ in range(4):
         log.run(engine, s0=1)
     assert len({tuple(copy.flatten().tolist()) for _, copy in seen}) == 4
-    assert all(torch.equal(logits, copy) for logits, copy in seen)
+    return seen
+
+
+def test_logits_of_a_replay_outlive_the_next() -> None:
+    assert all(torch.equal(logits, copy) for logits, copy in logits_kept_and_seen(ALL_ON))
+    torn = logits_kept_and_seen(Mechanisms(clones_outputs=False))
+    assert [torch.equal(logits, copy) for logits, copy in torn] == [False, False, False, True]
 
 
 class HostBranching:

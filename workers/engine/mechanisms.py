@@ -18,6 +18,8 @@ class Mechanisms:
     """Staging sets are a ring, each reused only after its copy; else one set, reused at once."""
     checks_version: bool = True
     """A plan whose relocation version is not the engine's own is refused."""
+    clones_outputs: bool = True
+    """Logits of a replay are a copy; else they stand where the next replay writes its own (I9)."""
     poisons_pages: bool = True
     """The sanitizer fills freed pages with NaN."""
     waits_for_loads: bool = True

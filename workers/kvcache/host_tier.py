@@ -198,7 +198,7 @@ class HostTier:
                 last.is_leaving = True
                 self._num_leaving += 1
                 return False
-        self.stats.num_lost_pages += 1
+        self._count_loss()
         return True
 
     def settle(self) -> Settled:
@@ -283,13 +283,16 @@ class HostTier:
                 node.is_saved = False
             elif key in self._unproven:  # its commit was under way when it went, and came to nothing
                 self._unproven.remove(key)
-                self.stats.num_lost_pages += 1
+                self._count_loss()
         if self._unproven:
             self._unproven = {
                 key
                 for key in self._unproven
                 if self._host.locate(key) is None and self._tree.find(key) is None
             }
+
+    def _count_loss(self) -> None:
+        self.stats.num_lost_pages += self._safety.counts_losses
 
     def _settle_saves(self) -> None:
         entries: list[Entry] = []

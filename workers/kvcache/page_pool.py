@@ -43,6 +43,8 @@ class Safety:
     """A SAVE that is over waits for those before it: its parent's may be one of them."""
     busy_stays: bool = True
     """A page is not evicted before its SAVE or LOAD is over (I11)."""
+    counts_losses: bool = True
+    """A page that leaves the device without a copy is counted (I11)."""
     awaits_fetches: bool = True
     """A request waits for its FETCH as its prefetch policy says."""
     fetch_deadlines: bool = True
