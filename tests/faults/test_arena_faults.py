@@ -1,0 +1,128 @@
+"""A worker dies in the middle of a copy; all of a full arena is leased: tokens stay right, nothing leaks."""
+
+import multiprocessing
+import time
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from cache_service.page_records import Location
+from tests.arena_host import ArenaHost
+from tests.harness import Harness, tiny_config, write_tiny_model
+from tests.node_host import NodeFaults, NodeHost, NodePlace
+from tests.unit.cache_nodes import eventually
+from workers.kvcache.moves import Move, MoveInjection
+
+PROMPT = list(range(30, 61))
+OTHERS = [[number] * 21 for number in range(70, 76)]
+NUM_PAGES = 24
+"""Of the device: too few for all prompts."""
+COPY_WAIT_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+def answers(model, host, incarnation, prompts=(PROMPT, *OTHERS)):
+    """Serve prompts one after the other; return the harness and their tokens."""
+    config = tiny_config(model, num_pages=NUM_PAGES)
+    with Harness(config, host=host, incarnation=incarnation) as harness:
+        for number, prompt in enumerate(prompts):
+            harness.submit(str(number), prompt, max_tokens=6, ignore_eos=True)
+            harness.run()
+        harness.idle_pages()
+        return harness, [harness.answers[str(number)].token_ids for number in range(len(prompts))]
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    return answers(model, None, 1)[1]
+
+
+class Joined:
+    """A node whose server is another process's, as a Harness takes it; its moves go wrong."""
+
+    has_store = False
+
+    def __init__(self, endpoint: str, injection: MoveInjection) -> None:
+        self._endpoint = endpoint
+        self._faults = NodeFaults(moves=injection)
+
+    def place(self, bundle_bytes: int, num_ranks: int) -> NodePlace:
+        return NodePlace(self._endpoint, 99, self._faults)
+
+    def cache_of(self, attached):
+        eventually(lambda: attached.num_grants)
+        return attached
+
+
+def work_until_killed(model: Path, endpoint: str, kind: str, in_copy) -> None:
+    """A worker that serves PROMPT, and stops in the middle of its first copy of this kind."""
+
+    def during_copy(move: Move) -> None:
+        if move.kind == kind:
+            in_copy.set()
+            time.sleep(600)
+
+    answers(model, Joined(endpoint, MoveInjection(0, during_copy=during_copy)), 2, [PROMPT])
+
+
+def kill_in_copy(model, host, kind: Literal["save", "load"]) -> None:
+    """Kill a worker in a copy; the server sees what it holds, and then that nothing is held."""
+    spawn = multiprocessing.get_context("spawn")
+    in_copy = spawn.Event()
+    worker = spawn.Process(target=work_until_killed, args=(model, host.endpoint, kind, in_copy), daemon=True)
+    worker.start()
+    try:
+        assert in_copy.wait(COPY_WAIT_S)
+        eventually(lambda: host.stats().num_leased if kind == "load" else host.stats().num_writing)
+        assert host.stats().num_readers == 1
+    finally:
+        worker.kill()
+        worker.join()
+    eventually(lambda: host.stats().num_readers == 0)
+    eventually(lambda: host.stats().num_leased == 0)
+    stats = host.stats()
+    assert (stats.num_writing, stats.num_draining) == (0, 0)
+
+
+def test_a_worker_killed_while_it_saves_leaves_no_half_page(tmp_path, model, expected):
+    with NodeHost(tmp_path / "node") as host:
+        kill_in_copy(model, host, "save")
+        assert host.stats().num_ready == 0, "it never told of the page"
+        harness, tokens = answers(model, host, 3)
+        assert tokens == expected
+        assert harness.answers["0"].num_cached_tokens == 0
+        assert harness.tier.stats.num_saved_pages > 0
+
+
+def test_a_worker_killed_while_it_loads_takes_no_page_along(tmp_path, model, expected):
+    with NodeHost(tmp_path / "node") as host:
+        assert answers(model, host, 1)[1] == expected
+        num_ready = host.stats().num_ready
+        kill_in_copy(model, host, "load")
+        assert host.stats().num_ready >= num_ready
+        harness, tokens = answers(model, host, 3)
+        assert tokens == expected
+        assert harness.answers["0"].num_cached_tokens > 0
+        assert harness.tier.stats.num_loaded_pages > 0 and not harness.tier.stats.failed_loads
+
+
+def test_a_full_arena_with_everything_leased_costs_saves_only(model, expected):
+    new = [[number + 20 for number in prompt] for prompt in (PROMPT, *OTHERS)]
+    with ArenaHost(num_slots=8) as host:
+        assert answers(model, host, 1)[1] == expected
+        pages = list(host.store.stored())
+        locations = [Location(page.slot, page.epoch) for page in pages]
+        assert host.leases.acquire([page.key for page in pages], locations) == host.store.num_ready == 8
+        second, tokens = answers(model, host, 2, new)
+        assert second.tier.stats.skipped_saves["no_grant"] > 0
+        assert second.tier.stats.num_saved_pages == 0 and second.tier.stats.num_lost_pages > 0
+        assert host.store.num_refused > 0
+        assert tokens == answers(model, None, 1, new)[1]
+        host.leases.release([location.slot for location in locations])
+        third, tokens = answers(model, host, 3)
+        assert tokens == expected and third.tier.stats.num_saved_pages > 0
