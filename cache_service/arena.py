@@ -194,6 +194,14 @@ class Arena:
         """Return all slots side by side, slot 0 first."""
         return self._bytes[self.spec.data_offset :]
 
+    def bundles(self, rank: int) -> NDArray[numpy.uint8]:
+        """Return one rank's bundles `[num_slots, bundle_bytes]`; a row costs less than asking for one."""
+        spec = self.spec
+        slots = numpy.frombuffer(
+            self._memory, numpy.uint8, spec.num_slots * spec.slot_bytes, spec.data_offset
+        )
+        return slots.reshape(spec.num_slots, spec.num_ranks, spec.bundle_bytes)[:, rank]
+
     def slot_data(self, slot: int) -> memoryview:
         """Return the bundles of all ranks in a slot."""
         start = self.bundle_offset(slot, 0)

@@ -34,34 +34,37 @@ class LeaseRow:
 
         The caller releases that many slots once the last copy from them is complete, cancelled or not.
         """
-        arena, counts, leases = self._arena, self._counts, self._leases
+        for place, (key, location) in enumerate(zip(keys, locations, strict=True)):
+            if not self.acquire_one(key, location):
+                return place
+        return len(locations)
+
+    def acquire_one(self, key: PageKey, location: Location) -> bool:
+        """Lease a page, to be released like those of `acquire`; False: a miss."""
+        arena, slot = self._arena, location.slot
         with self._lock:
-            for location in locations:
-                slot = location.slot
-                count = counts.get(slot, 0)
-                counts[slot] = count + 1
-                if not count:
-                    leases[slot] = 1
+            count = self._counts.get(slot, 0)
+            self._counts[slot] = count + 1
+            if not count:
+                self._leases[slot] = 1
             arena.fence()
-            num_held = len(locations)
-            if arena.safety.epochs:
-                is_readable = arena.is_readable
-                for place, (key, location) in enumerate(zip(keys, locations, strict=True)):
-                    if not is_readable(location.slot, location.epoch, key):
-                        num_held = place
-                        break
-            for location in locations[num_held:]:
-                self._let_go(location.slot)
+            if arena.safety.epochs and not arena.is_readable(slot, location.epoch, key):
+                self._let_go(slot)
+                return False
             # What the caller reads of the bytes comes after what was read of the headers.
             arena.fence()
-        return num_held
+            return True
 
     def release(self, slots: Iterable[int]) -> None:
         """Give back one lease of each slot."""
+        for slot in slots:
+            self.release_one(slot)
+
+    def release_one(self, slot: int) -> None:
+        """Give back one lease of a slot."""
         with self._lock:
-            self._arena.fence()  # the copies' reads come before the leases' end
-            for slot in slots:
-                self._let_go(slot)
+            self._arena.fence()  # the copies' reads come before the lease's end
+            self._let_go(slot)
 
     def is_current(self, location: Location) -> bool:
         """Tell whether a leased slot still holds what was acquired: asked once a copy is complete.

@@ -31,7 +31,7 @@ VerifyPolicy = Literal["always", "once"]
 """Which LOADs check their bytes first: all, or the first of each slot and epoch. For `once` the slot must
 have been written on this node since its arena was opened."""
 
-NUM_THREADS = 2
+NUM_THREADS = 1
 LOAD_TIMEOUT_S = 30.0
 """The longest wait of a step for its LOADs, which are copies within this node's memory."""
 PIECE_BYTES = 256 << 10
@@ -82,6 +82,7 @@ class PageMover:
         # numpy copies without the interpreter's lock and, unlike torch, without threads of its own.
         self._pages: NDArray[numpy.uint8] = pool.data.numpy()
         self._arena = arena
+        self._bundles = arena.bundles(part)
         self._leases = leases
         self._part = part
         self._board = board
@@ -158,6 +159,7 @@ class PageMover:
             thread.join(_CLOSE_TIMEOUT_S)
         if any(thread.is_alive() for thread in self._threads):
             raise MoveTimeoutError(f"{self._num_in_flight} moves did not end in {_CLOSE_TIMEOUT_S} s")
+        self._bundles = self._bundles[:0].copy()  # the arena is unmapped once nobody refers to it
 
     # What the sanitizer asks.
 
@@ -215,9 +217,9 @@ class PageMover:
         arena, slot = self._arena, move.slot
         if not self._is_granted(move):
             return MoveStatus.FAILED_STALE
-        bundle = arena.bundle(slot, self._part)
-        self._copy(move, fault, self._pages[move.page], numpy.frombuffer(bundle, numpy.uint8))
-        checksum = bundle_checksum(bundle, move.key, self._part)  # of what the arena has, not the pool
+        bundle = self._bundles[slot]
+        self._copy(move, fault, self._pages[move.page], bundle)
+        checksum = bundle_checksum(bundle.data, move.key, self._part)  # of what the arena has, not the pool
         arena.fence()
         if not self._is_granted(move):
             return MoveStatus.FAILED_TORN
@@ -229,23 +231,23 @@ class PageMover:
     def _load(self, move: Move, fault: Fault) -> MoveStatus:
         """Lease, look again, verify, copy, look once more (I7)."""
         location = Location(move.slot, move.epoch)
-        if not self._leases.acquire([move.key], [location]):
+        if not self._leases.acquire_one(move.key, location):
             return MoveStatus.FAILED_STALE
         try:
-            bundle = self._arena.bundle(move.slot, self._part)
+            bundle = self._bundles[move.slot]
             if not self._is_intact(move, bundle):
                 return MoveStatus.FAILED_CORRUPT
             self._board.publish(move.number, MoveStatus.ENQUEUED)
-            self._copy(move, fault, numpy.frombuffer(bundle, numpy.uint8), self._pages[move.page])
+            self._copy(move, fault, bundle, self._pages[move.page])
             return MoveStatus.DONE if self._leases.is_current(location) else MoveStatus.FAILED_TORN
         finally:
-            self._leases.release([move.slot])
+            self._leases.release_one(move.slot)
 
     def _is_granted(self, move: Move) -> bool:
         """Tell whether a slot is still granted as the move was told: epochs are odd while it is written."""
         return move.epoch % 2 == 1 and self._arena.epoch(move.slot) == move.epoch
 
-    def _is_intact(self, move: Move, bundle: memoryview) -> bool:
+    def _is_intact(self, move: Move, bundle: NDArray[numpy.uint8]) -> bool:
         if not self._mechanisms.verifies_loads:
             return True
         if self._arena.incarnation != self._incarnation:  # another server adopted it: all are looked at anew
@@ -253,7 +255,7 @@ class PageMover:
             self._verified.clear()
         if not self._verifies_all and self._verified.get(move.slot) == move.epoch:
             return True
-        if bundle_checksum(bundle, move.key, self._part) != self._arena.checksum(move.slot, self._part):
+        if bundle_checksum(bundle.data, move.key, self._part) != self._arena.checksum(move.slot, self._part):
             return False
         self._verified[move.slot] = move.epoch
         return True
