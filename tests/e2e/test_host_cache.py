@@ -1,15 +1,18 @@
 """A service with a host cache: pages evicted from the device come back from the node's memory, unchanged."""
 
 import json
+import os
 import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import httpx
 import pytest
 
 from tests.e2e.eyrie_process import EyrieProcess, tiny_model
+from tests.unit.cache_nodes import SECRET, new_client, serving
 
 FLAGS = [
     "--load-format", "dummy", "--port", "0", "--num-pages", "48", "--max-context-len", "512",
@@ -112,10 +115,38 @@ def test_pages_come_back_from_the_host_also_after_its_server_was_killed(model):
         assert eyrie.leftovers() == []
 
 
+def told_at_the_start(model, *flags, **environment):
+    """Return what a service says that cannot start: one line, no traceback, nothing left behind."""
+    with EyrieProcess(model, *FLAGS, *flags, environment=environment) as eyrie:
+        assert eyrie.wait(100) == 1
+        assert "Traceback" not in "\n".join(eyrie.stderr)
+        (told,) = [line for line in eyrie.stderr if line.startswith("eyrie: ")]
+        assert eyrie.leftovers() == []
+    return told
+
+
 @pytest.mark.timeout(120)
 def test_a_host_cache_larger_than_the_memory_ends_the_start(model):
-    with EyrieProcess(model, *FLAGS, "--host-cache-gb", "1000000") as eyrie:
-        assert eyrie.wait(100) == 1
-        log = "\n".join(eyrie.stderr)
-        assert "the host cache needs" in log and "lower --host-cache-gb" in log
-        assert eyrie.leftovers() == []
+    told = told_at_the_start(model, "--host-cache-gb", "10000")
+    assert "the host cache needs 10737" in told and "lower --host-cache-gb" in told
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_second_service_of_one_secret_on_a_node_is_told_who_has_its_arena(model, tmp_path):
+    secret_file = tmp_path / "secret"
+    secret_file.write_text(SECRET.hex())
+    secret_file.chmod(0o600)
+    with serving(Path("/dev/shm")) as first:
+        client = new_client(first.core.endpoint)  # it makes the arena
+        told = told_at_the_start(model, "--secret-file", str(secret_file))
+        client.close()
+    assert f".arena is owned by the live process {os.getpid()}" in told
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_transfer_without_mooncake_is_told_with_what_to_install(model, tmp_path):
+    (tmp_path / "mooncake.py").write_text("raise ImportError('it is not installed')")
+    told = told_at_the_start(model, "--transfer", "tcp", PYTHONPATH=str(tmp_path))
+    assert "Mooncake cannot be loaded: it is not installed" in told and "install eyrie[mooncake]" in told
