@@ -132,15 +132,21 @@ class OwnedArena:
         self._descriptor = -1
 
 
-def remove_orphan(path: Path) -> bool:
-    """Remove the arena that a killed server left, if there is one; tell whether there was."""
+def settle_orphan(path: Path, *, keep: bool) -> bool:
+    """Do what a killed server could not: remove its arena, or with `keep` mark it as left on purpose.
+
+    Return whether there was one.
+    """
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        path.unlink(missing_ok=True)
+        if keep:
+            os.pwrite(descriptor, (1).to_bytes(_WORD_BYTES, "little"), arena_format.KEPT_WORD * _WORD_BYTES)
+        else:
+            path.unlink(missing_ok=True)
     except BlockingIOError:  # its owner lives
         return False
     finally:

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from cache_service.arena_files import arena_path, remove_orphan
+from cache_service.arena_files import arena_path, settle_orphan
 from cache_service.curve import SecretFileError, read_cluster_secret
 from cache_service.identity import cluster_id_of
 from cache_service.log_format import set_up_logging
@@ -193,8 +193,10 @@ def _ray(
         yield own_ray
     finally:
         leave_ray(own_ray)
-        if own_ray is not None and not config.cache.keep_arena:
-            _remove_orphan(secret_file)
+        if own_ray is not None and config.cache.is_on:
+            path = arena_path(cluster_id_of(read_cluster_secret(secret_file)), LOOPBACK)
+            if settle_orphan(path, keep=config.cache.keep_arena):
+                logger.info("settled the arena of a cache server that was killed", extra={"path": path})
 
 
 def _connect(
@@ -243,12 +245,6 @@ def _comes(condition: Callable[[], bool], timeout_s: float) -> bool:
     while not condition() and time.monotonic() < deadline_s:
         time.sleep(SIGNAL_POLL_S)
     return condition()
-
-
-def _remove_orphan(secret_file: Path) -> None:
-    """Remove the arena of a cache server that was killed before it could."""
-    if remove_orphan(arena_path(cluster_id_of(read_cluster_secret(secret_file)), LOOPBACK)):
-        logger.info("removed the arena of a cache server that was killed")
 
 
 def _is_loopback(host: str) -> bool:

@@ -17,7 +17,7 @@ from cache_service.arena_files import (
     ArenaOwnedError,
     OwnedArena,
     arena_path,
-    remove_orphan,
+    settle_orphan,
     sweep_dead_clusters,
 )
 from cache_service.arena_format import ArenaSizeError, ArenaSpec
@@ -183,12 +183,21 @@ def test_an_orphan_is_removed_and_the_arena_of_a_living_owner_is_not(tmp_path):
     kill(open_arena(tmp_path, spec(cluster_id="dead")))
     process = owner_process(tmp_path, "alive")
     try:
-        assert remove_orphan(arena_path("dead", "127.0.0.1", tmp_path))
-        assert not remove_orphan(arena_path("dead", "127.0.0.1", tmp_path)), "it is gone"
-        assert not remove_orphan(arena_path("alive", "127.0.0.1", tmp_path))
+        assert settle_orphan(arena_path("dead", "127.0.0.1", tmp_path), keep=False)
+        assert not settle_orphan(arena_path("dead", "127.0.0.1", tmp_path), keep=False), "it is gone"
+        assert not settle_orphan(arena_path("alive", "127.0.0.1", tmp_path), keep=False)
         assert [path.name for path in tmp_path.iterdir()] == ["eyrie-alive-127.0.0.1.arena"]
     finally:
         end(process)
+
+
+def test_an_orphan_that_is_to_be_kept_is_left_by_others(tmp_path):
+    kill(open_arena(tmp_path, spec(cluster_id="dead")))
+    assert settle_orphan(arena_path("dead", "127.0.0.1", tmp_path), keep=True)
+    assert sweep_dead_clusters("ours", tmp_path) == []
+    again = open_arena(tmp_path, spec(cluster_id="dead"))
+    assert again.is_adopted
+    again.close()
 
 
 def test_a_kept_arena_is_adopted_and_then_no_longer_kept(tmp_path):
