@@ -114,6 +114,7 @@ class Answers:
         counts = [Count(name, value, reason) for (name, reason), value in self._counts.items()]
         if store is None or arena is None or ages is None or rows is None:
             return messages.StatsReply(0, 0, 0, 0, 0, 0, 0, 0, counts, broadcasts=self._broadcasts)
+        source = self._remote.source
         counts += [
             Count("evicted", store.num_evicted),
             Count("evictions_refused", store.num_refused),
@@ -143,6 +144,9 @@ class Answers:
             oldest_lent_s=self._peers.leases.oldest_s,
             num_peers=self._peers.num_peers,
             num_peers_avoided=self._peers.num_avoided,
+            relocations=self._arena.log.version.counter,
+            put_breaker=source.put_breaker if source is not None else None,
+            get_breaker=source.get_breaker if source is not None else None,
         )
 
     def _answer(self, identity: bytes, request: Request, now_s: float) -> Answer:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from cache_service.arena_user import ArenaAccess
-from cache_service.breaker import Breaker
+from cache_service.breaker import Breaker, BreakerState
 from cache_service.inbox import Inbox
 from cache_service.keys import PageKey
 from cache_service.put_queue import PutLimits, PutPage, PutQueue
@@ -63,6 +63,16 @@ class AttachedStore:
         self._get_breaker = Breaker(MAX_FAILURES, RETRY_S, MAX_RETRY_S)
         self._lock = threading.Lock()  # of `_get_breaker`
         self._num_failures: Counter[str] = Counter()
+
+    @property
+    def put_breaker(self) -> BreakerState:
+        """Whether pages are put, or the store is left alone after failures."""
+        return self._put_breaker.state
+
+    @property
+    def get_breaker(self) -> BreakerState:
+        """The same, of getting pages."""
+        return self._get_breaker.state
 
     def wait_until_quiet(self, timeout_s: float) -> bool:
         """Tell whether, within the time, no put reads the arena any more."""

@@ -1,8 +1,9 @@
 """Breaker: stops asking a server that does not answer, and tries again now and then. Time is an argument."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 BreakerState = Literal["closed", "open", "half_open"]
+BREAKER_STATES: tuple[BreakerState, ...] = get_args(BreakerState)
 
 
 class Breaker:

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from cache_service.breaker import BreakerState
 from cache_service.keys import KEY_BYTES, PageKey
 from cache_service.page_records import CommitResult, Entry, Grant, Location
 from cache_service.relocation import Changes, Snapshot, Version
@@ -297,6 +298,11 @@ class StatsReply(msgspec.Struct, frozen=True, array_like=True, tag="stats_reply"
     """Peers that pages are fetched from."""
     num_peers_avoided: int = 0
     """Those of them that have failed and are left alone for a while."""
+    relocations: int = 0
+    """The counter of the arena's relocation version."""
+    put_breaker: BreakerState | None = None
+    """Of the store in use, as is the next."""
+    get_breaker: BreakerState | None = None
 
 
 class Done(msgspec.Struct, frozen=True, array_like=True, tag="done"):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from cache_service.breaker import BREAKER_STATES
 from cache_service.client import CacheClient
 from cache_service.messages import StatsReply
 
@@ -114,6 +115,7 @@ class CacheServerCollector(Collector):
             ("eyrie_cache_known_remote_pages", "Pages it is known to have.", stats.num_known_remote),
             ("eyrie_cache_waiting_puts", "Pages that wait to be put into it.", stats.num_put_waiting),
             ("eyrie_cache_lent_pages", "Pages that peers read.", stats.num_lent),
+            ("eyrie_cache_relocation_counter", "Of the arena's relocation version.", stats.relocations),
             ("eyrie_cache_oldest_lent_seconds", "Age of a peer's oldest lease.", stats.oldest_lent_s),
         ):
             yield labels.gauge(name, text, value)
@@ -123,6 +125,15 @@ class CacheServerCollector(Collector):
             "state",
             {"used": stats.num_peers - stats.num_peers_avoided, "avoided": stats.num_peers_avoided},
         )
+        breakers = GaugeMetricFamily(
+            "eyrie_cache_store_breaker",
+            "1 for the state that the breaker of the store's calls is in.",
+            labels=(*labels.names, "call", "state"),
+        )
+        for call, state in (("put", stats.put_breaker), ("get", stats.get_breaker)):
+            for name in BREAKER_STATES if state is not None else ():
+                breakers.add_metric((*labels.values, call, name), float(name == state))
+        yield breakers
         yield labels.counters(
             "eyrie_cache_fetch_seconds",
             "Seconds that questions to peers and stores took.",
@@ -171,7 +182,7 @@ class CacheClientCollector(Collector):
             "eyrie_cache_breaker",
             "1 for the state that the breaker is in.",
             "state",
-            {name: float(name == state) for name in ("closed", "open", "half_open")},
+            {name: float(name == state) for name in BREAKER_STATES},
         )
         yield labels.counter(
             "eyrie_cache_breaker_opened", "Times the breaker opened.", connection.breaker.num_opened

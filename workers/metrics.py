@@ -54,6 +54,8 @@ class LeaderSources:
     requests: SchedulerStats
     cache: KVCacheManager
     inbox: Inbox
+    page_bytes: int
+    """Of a page on this rank."""
     load: LoadReport = field(default_factory=lambda: LoadReport(0, 0, 0, 0, 0, 0, 0.0))
 
 
@@ -194,6 +196,7 @@ class _LeaderCollector(Collector):
         ):
             by_state.add_metric([*self._values, state], count)
         yield by_state
+        yield self._gauge("eyrie_kv_page_bytes", "Bytes of a page on one rank.", self._sources.page_bytes)
         yield self._gauge("eyrie_kv_cached_pages", "Owned pages in the prefix tree.", pages.num_cached_pages)
         yield self._counter("eyrie_kv_evictions", "Pages evicted from the tree.", pages.num_evictions)
 
@@ -286,6 +289,14 @@ class _TierCollector(Collector):
             ("eyrie_fetch_seconds", "Time from FETCHes to their answers.", _figures(stats.seconds)),
         ):
             yield self._labels.counters(name, text, "source", values)
+        failed = CounterMetricFamily(
+            "eyrie_fetch_failed_pages",
+            "Pages that FETCHes did not bring, by source and why.",
+            labels=[*LABELS, "source", "reason"],
+        )
+        for (kind, reason), count in dict(stats.failed_pages).items():
+            failed.add_metric([*self._labels.values, kind, reason], count)
+        yield failed
 
 
 def _figures(values: Mapping[_Name, float]) -> dict[str, float]:

@@ -161,7 +161,8 @@ class Rank:
             )
 
         self.inbox = Inbox(spec.node, cluster_secret, welcome)
-        metrics = LeaderMetrics(self.registry, labels, LeaderSources(scheduler.stats, cache, self.inbox))
+        sources = LeaderSources(scheduler.stats, cache, self.inbox, engine.layout.bundle_bytes)
+        metrics = LeaderMetrics(self.registry, labels, sources)
         return StepLoop(
             scheduler,
             engine,

@@ -55,6 +55,7 @@ def test_server_and_client_tell_what_they_have_and_did(tmp_path):
         assert (mine["breaker", "closed"], mine["breaker", "open"]) == (1, 0)
         assert mine[("attached",)] == 1 and mine[("grants",)] == 5 and mine[("known_pages",)] == 2
         assert mine[("relocations",)] == 4 and mine[("relocation_lag",)] == 0
+        assert seen[("relocation_counter",)] == mine[("relocations",)]
         assert mine["resyncs_total", "snapshot"] >= 1
         client.release([locations[0].slot])
         client.close()
@@ -87,6 +88,8 @@ def test_a_server_tells_what_it_put_got_and_lost(tmp_path):
         assert seen["store_failures_total", "put: as the test wants"] == 1
         assert seen[("store_attached",)] == 1 and seen[("known_remote_pages",)] == 2
         assert seen[("waiting_puts",)] == 0
+        for call in ("put", "get"):
+            assert (seen["store_breaker", call, "closed"], seen["store_breaker", call, "open"]) == (1, 0)
         client.close()
 
 

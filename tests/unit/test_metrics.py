@@ -89,7 +89,7 @@ def rank():
     stats.prompted(100, 60, {"device": 32, "host": 16, "peer": 12})
     stats.queue_s = [0.01, 0.02]
     cache = KVCacheManager(16, 16, NAMESPACE, 1)
-    sources = LeaderSources(stats, cache, FakeInbox())
+    sources = LeaderSources(stats, cache, FakeInbox(), 4096)
     labels = RankLabels("tiny", "replica-0", 0, "10.0.0.1")
     count_steps(registry, labels, {("decode", "replay"): 5}, {("mixed", "mixed"): 4})
     count_tier(registry, labels, tier_sources())
@@ -129,6 +129,7 @@ def test_a_leader_counts_what_its_scheduler_and_engine_did(rank):
     assert value(rank, "eyrie_preemptions_total") == 1
     assert value(rank, "eyrie_kv_pages", state="free") == 16
     assert value(rank, "eyrie_kv_pages", state="owned") == 0
+    assert value(rank, "eyrie_kv_page_bytes") == 4096
     assert value(rank, "eyrie_kv_evictions_total") == 0
     assert value(rank, "eyrie_graph_steps_total", mode="decode", outcome="replay") == 5
     assert value(rank, "eyrie_graph_eager_total", mode="mixed", reason="mixed") == 4
@@ -160,6 +161,7 @@ def test_a_leader_counts_what_its_tier_did(rank):
         assert value(rank, "eyrie_moves_in_flight", kind=kind) == count
     assert value(rank, "eyrie_fetches_total", source="peer") == 2
     assert value(rank, "eyrie_fetched_pages_total", source="peer") == 6
+    assert value(rank, "eyrie_fetch_failed_pages_total", source="peer", reason="timed_out") == 4
     assert value(rank, "eyrie_fetch_bytes_total", source="peer") == 6 * PAGE_BYTES
     assert value(rank, "eyrie_fetch_seconds_total", source="peer") == pytest.approx(0.1)
 
