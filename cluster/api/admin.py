@@ -51,19 +51,24 @@ class StoreResult(msgspec.Struct, frozen=True):
 
 
 class CacheAdmin:
-    """`endpoints` are the CacheServers', by the nodes' addresses."""
+    """`endpoints` are the CacheServers', by the nodes' addresses.
+
+    `use_store` hears, on the event loop, of a store that some node has now.
+    """
 
     def __init__(
         self,
         keys: AdminKeys,
         endpoints: Mapping[str, str],
         cluster_secret: bytes,
+        use_store: Callable[[str], None],
         *,
         call: Call = call_once,
     ) -> None:
         self._keys = keys
         self._endpoints = endpoints
         self._cluster_secret = cluster_secret
+        self._use_store = use_store
         self._call = call
         self._turn = asyncio.Lock()  # so that all nodes hear two calls in the same order
 
@@ -96,6 +101,8 @@ class CacheAdmin:
             results = await asyncio.gather(
                 *(self._tell(node, endpoint, what) for node, endpoint in self._endpoints.items())
             )
+            if store is not None and any(result.status == "done" for result in results):
+                self._use_store(store)
         has_failed = any(result.status == "failed" for result in results)
         logger.info("told the nodes of a store", extra={"store": store, "has_failed": has_failed})
         return Response(

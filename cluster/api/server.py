@@ -140,6 +140,7 @@ class ApiServer:
                 AdminKeys(_admin_keys(config), cluster_secret),
                 {cache.node: cache.calls for cache in caches.values()},
                 cluster_secret,
+                router.use_store,
             ),
             request_ids=RequestIds(boot_id),
             started_at_s=time.time(),

@@ -6,7 +6,7 @@ behind at any time: the worker is right, a stale index costs a miss.
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from cache_service.config import CacheConfig
@@ -40,11 +40,8 @@ class FetchScope:
 
     @staticmethod
     def of(config: CacheConfig) -> "FetchScope":
-        """Return what a configuration allows. A store that is attached later counts as shared."""
-        has_own_stores = config.store is not None and isinstance(
-            parse_store_address(config.store), DiskAddress
-        )
-        return FetchScope(config.transfer != "off", not has_own_stores)
+        """Return what a configuration allows."""
+        return FetchScope(config.transfer != "off", config.store is None or _is_shared(config.store))
 
 
 class HostPages:
@@ -117,6 +114,10 @@ class HostIndex:
         self._all = list(dict.fromkeys(nodes.values()))
         self._scope = scope
 
+    def use_store(self, store: str) -> None:
+        """Note that the nodes have this store from now on, whatever they had before."""
+        self._scope = replace(self._scope, is_store_shared=_is_shared(store))
+
     def residence(
         self, replica_id: ReplicaId, keys: Sequence[PageKey], num_on_device: int, now_s: float
     ) -> Residence:
@@ -137,6 +138,10 @@ class HostIndex:
         return Residence(
             num_on_device, num_in_arena, [hint for hint in elsewhere if hint.num_pages > num_on_node]
         )
+
+
+def _is_shared(store: str) -> bool:
+    return not isinstance(parse_store_address(store), DiskAddress)
 
 
 def _num_with_remote(nodes: Sequence[KnownNode], keys: Sequence[PageKey], num_in_arena: int) -> int:

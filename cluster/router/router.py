@@ -202,6 +202,10 @@ class Router:
         """Snapshots the prefix index had to ask for."""
         return self._index.num_gaps
 
+    def use_store(self, store: str) -> None:
+        """Note that a store was attached to the nodes: it may be each node's own, or one for all."""
+        self._hosts.use_store(store)
+
     def cache_feeds(self) -> list[CacheFeedStats]:
         """Return what is known of each CacheServer."""
         return [feed.stats() for feed in self._feeds]

@@ -196,7 +196,7 @@ def make_service(
         recorder=recorder,
         scrape_targets=lambda: [ScrapeTarget("127.0.0.1:9000", {"replica": "r0"})],
         authenticator=Authenticator(api_keys, b"cluster secret"),
-        cache_admin=cache_admin or CacheAdmin(AdminKeys((), b"cluster secret"), {}, b"cluster secret"),
+        cache_admin=cache_admin or CacheAdmin(AdminKeys((), b"secret"), {}, b"secret", lambda store: None),
         request_ids=RequestIds(boot_id),
         started_at_s=1_700_000_000.0,
         wall_clock=lambda: 1_800_000_000.0,

@@ -26,6 +26,8 @@ class FakeNodes:
     def __init__(self):
         self.told = []
         self.errors = {}
+        self.stores = []
+        """As the router hears of them."""
         self.lock = threading.Lock()
 
     def __call__(self, endpoint, secret, request, timeout_s):
@@ -38,7 +40,7 @@ class FakeNodes:
 
 
 def client(nodes, *, keys=(KEY,), endpoints=NODES, key=KEY):
-    admin = CacheAdmin(AdminKeys(keys, SECRET), endpoints, SECRET, call=nodes)
+    admin = CacheAdmin(AdminKeys(keys, SECRET), endpoints, SECRET, nodes.stores.append, call=nodes)
     service, _ = make_service(FakeRouter(), api_keys=(API_KEY,), cache_admin=admin)
     headers = {} if key is None else {"authorization": f"Bearer {key}"}
     transport = httpx.ASGITransport(create_app(service))
@@ -62,6 +64,7 @@ async def test_every_node_is_told_and_answers_for_itself(nodes):
         nodes.told.clear()
         answer = await http.delete(PATH)
         assert answer.status_code == 200 and answer.json()["store"] is None
+        assert nodes.stores == [STORE]
         assert sorted(nodes.told, key=str) == [(endpoint, DetachStore()) for endpoint in NODES.values()]
 
 
@@ -72,7 +75,15 @@ async def test_a_node_that_cannot_is_named_and_the_others_have_done_it(nodes):
     assert answer.status_code == 502
     first, second = answer.json()["nodes"]
     assert first["status"] == "done"
+    assert nodes.stores == [STORE]
     assert second == {"node": "10.0.0.2", "status": "failed", "reason": nodes.errors["tcp://10.0.0.2:2"]}
+
+
+async def test_the_router_does_not_hear_of_a_store_that_no_node_has(nodes):
+    nodes.errors = dict.fromkeys(NODES.values(), "it cannot be opened")
+    async with client(nodes) as http:
+        assert (await http.post(PATH, json={"store": STORE})).status_code == 502
+    assert nodes.stores == []
 
 
 @pytest.mark.parametrize(

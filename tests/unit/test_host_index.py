@@ -105,6 +105,15 @@ def test_a_shared_store_is_what_all_nodes_put_there_and_a_nodes_own_is_not(nodes
     assert apart.residence(B, KEYS, 0, 0.0).elsewhere == []
 
 
+def test_a_store_attached_later_is_as_its_address_says(nodes):
+    nodes[0].pages.apply(stored_remotely(0, 2))
+    nodes[1].pages.apply(stored_remotely(2, 5))
+    index = HostIndex({A: nodes[0], B: nodes[1]}, FetchScope())
+    for store, num_pages in (("disk:/pages?gb=1", 2), ("mooncake:host:1?segment_gb=1", 5)):
+        index.use_store(store)
+        assert index.residence(A, KEYS, 0, 0.0).elsewhere == [FetchHint(None, num_pages)]
+
+
 def test_nodes_that_do_not_read_each_other_are_not_told_of_peers(nodes):
     nodes[1].pages.apply([*stored(0, 4), *stored_remotely(0, 2)])
     index = HostIndex({A: nodes[0], B: nodes[1]}, FetchScope(reads_peers=False))
