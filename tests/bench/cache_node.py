@@ -68,9 +68,11 @@ class CacheNode:
         return {count.reason: count.value for count in self.ask(Stats()).counts if count.name == name}
 
     def client(self, bundle_bytes, num_grants):
+        """Attach, and wait until the arena has all its memory: before that it evicts."""
         spec = ClientSpec(FINGERPRINT, bundle_bytes, 1, group=1, num_grants=num_grants)
         client = CacheClient(self.endpoint, SECRET, spec)
         client.start(TIMEOUT_S)
+        eventually(lambda: client.arena.num_usable_slots == client.arena.spec.num_slots)
         return client
 
     def __enter__(self):
