@@ -8,7 +8,7 @@ medians over rounds. Progress goes to stderr, one JSON line ends stdout:
 save_ratio_*, load_ratio_*  pages of 1 MiB and 256 KiB through PageMover, arena and board, always verified:
                             throughput over that of a memory copy of the same pages by as many threads.
                             *_cpu: the same of processor time, which holds on busy cores as well
-fetch_ratio                 128 pages out of a peer's arena, leased, verified and committed, beside Mooncake's
+fetch_ratio_*               128 pages out of a peer's arena, leased, verified and committed, beside Mooncake's
                             TransferEngine by itself reading as many bytes over loopback
 ttft_hit_over_miss_*        time to the first token after 2,064 of SmolLM2-135M in bf16, 2,048 of them cached
                             in the node's arena (host), a peer's (peer) or Mooncake Store (store), over that

@@ -17,19 +17,28 @@ from tests.bench.cache_node import TIMEOUT_S, CacheNode, eventually, write_pages
 from tests.bench.measuring import Medians, say
 
 OWNER, READER = "127.0.0.1", "127.0.0.2"
-MODEL_BUNDLE_BYTES = 368_640
-"""Of SmolLM2-135M: 16 tokens in bfloat16."""
+PAGE_BYTES = {"1mib": 1 << 20, "360kib": 360 << 10}
+"""Of 8 tokens of an 8B model, and of 16 of SmolLM2-135M."""
 PAGE_LEN = 16
 NUM_PAGES = 128
-"""A prefix of 2,048 tokens."""
 
 
 def measure_wire(rounds):
-    """Return fetch_ratio and the rates behind it."""
-    num_bytes = NUM_PAGES * MODEL_BUNDLE_BYTES
+    """Return fetch_ratio_* and the rates behind them."""
+    results = {}
+    for name, page_bytes in PAGE_BYTES.items():
+        found = _measure(rounds, page_bytes)
+        results[f"fetch_ratio_{name}"] = round(found["fetch"] / found["raw"], 3)
+        results[f"fetch_gb_s_{name}"] = round(found["fetch"] / 1e9, 2)
+        results[f"raw_transfer_gb_s_{name}"] = round(found["raw"] / 1e9, 2)
+    return results
+
+
+def _measure(rounds, page_bytes):
+    num_bytes = NUM_PAGES * page_bytes
     found = Medians()
-    with _RawOwner(num_bytes) as raw_owner, _Fetches() as fetches:
-        raw = _RawReader(raw_owner, num_bytes)
+    with _RawOwner(num_bytes) as raw_owner, _Fetches(page_bytes) as fetches:
+        raw = _RawReader(raw_owner, page_bytes)
         for round_ in range(-1, rounds):  # the first connects
             arms = {"raw": raw.read, "fetch": fetches.fetch}
             for name in list(arms)[:: 1 if round_ % 2 else -1]:
@@ -37,11 +46,7 @@ def measure_wire(rounds):
                 if round_ >= 0:
                     found.add(name, num_bytes / seconds)
                 say(f"round {round_}: {name} {num_bytes / seconds / 1e9:.2f} GB/s")
-    return {
-        "fetch_ratio": round(found["fetch"] / found["raw"], 3),
-        "fetch_gb_s": round(found["fetch"] / 1e9, 2),
-        "raw_transfer_gb_s": round(found["raw"] / 1e9, 2),
-    }
+    return found
 
 
 # Ours.
@@ -50,12 +55,17 @@ def measure_wire(rounds):
 class _Fetches:
     """Two nodes; the reader's arena is emptied after each fetch."""
 
+    def __init__(self, page_bytes):
+        self._page_bytes = page_bytes
+
     def __enter__(self):
-        self._owner = CacheNode(0.25, OWNER, transfer="tcp")
-        self._reader = CacheNode(0.25, READER, transfer="tcp")
-        owner = self._owner.client(MODEL_BUNDLE_BYTES, 64)
-        self._client = self._reader.client(MODEL_BUNDLE_BYTES, 64)
-        entries = write_pages(owner, range(NUM_PAGES), fill=os.urandom(MODEL_BUNDLE_BYTES))
+        page_bytes = self._page_bytes
+        arena_gb = 5 * NUM_PAGES * page_bytes / (1 << 30)  # a fetch may take a quarter of the slots
+        self._owner = CacheNode(arena_gb, OWNER, transfer="tcp")
+        self._reader = CacheNode(arena_gb, READER, transfer="tcp")
+        owner = self._owner.client(page_bytes, 64)
+        self._client = self._reader.client(page_bytes, 64)
+        entries = write_pages(owner, range(NUM_PAGES), fill=os.urandom(page_bytes))
         owner.commit(entries)
         eventually(lambda: owner.num_known_pages == NUM_PAGES)
         self._clients = [owner, self._client]
@@ -131,14 +141,14 @@ class _RawOwner:
 
 
 class _RawReader:
-    def __init__(self, owner, num_bytes):
+    def __init__(self, owner, page_bytes):
         self._engine = _engine(READER)
-        self._memory = _SharedMemory(self._engine, num_bytes)
+        self._memory = _SharedMemory(self._engine, NUM_PAGES * page_bytes)
         self._segment = owner.segment
-        offsets = range(0, num_bytes, MODEL_BUNDLE_BYTES)
+        offsets = range(0, NUM_PAGES * page_bytes, page_bytes)
         self._into = [self._memory.address + offset for offset in offsets]
         self._from = [owner.address + offset for offset in offsets]
-        self._lens = [MODEL_BUNDLE_BYTES] * NUM_PAGES
+        self._lens = [page_bytes] * NUM_PAGES
 
     def read(self):
         """Return the seconds of one batch."""
