@@ -130,7 +130,9 @@ class Supervisor:
     def _look(self, replica_id: ReplicaId, kept: _Kept, lost: dict[str, str]) -> None:
         assert kept.actors is not None
         whys = [
-            f"{member.name}: {lost[member.name]}" for member in kept.actors.members if member.name in lost
+            f"{member.name.removeprefix(f'{replica_id} ')}: {lost[member.name]}"
+            for member in kept.actors.members
+            if member.name in lost
         ]
         if whys:
             self._lose(replica_id, kept, "; ".join(whys))

@@ -113,7 +113,7 @@ def test_one_lost_rank_takes_its_whole_group_with_it_and_another_is_started_at_o
     assert len(service.made["r0"]) == 2 and len(service.made["r1"]) == 1
     [(replica_id, news, why)] = service.news
     assert (replica_id, news) == ("r0", "lost")
-    assert why == "it is being restarted (r0 rank 1: ActorDiedError: its process is gone or failed)"
+    assert why == "it is being restarted (rank 1: ActorDiedError: its process is gone or failed)"
     service.keep()
     assert service.news[1:] == [("r0", "serves", STARTED)]
     service.keep(STEADY_ROUNDS)
