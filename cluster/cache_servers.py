@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from ray import ObjectRef
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cache_service.server_actor import CacheServer, CacheServerStarted
 from cluster.api.ports import ScrapeTarget
 from cluster.config import ClusterConfig
-from cluster.pings import Handle, Member, Pings
+from cluster.pings import Handle, Member, Pings, failure_of
 from cluster.router.host_index import CacheAddress
 
 logger = logging.getLogger(__name__)
@@ -157,8 +157,8 @@ class CacheServers:
         try:
             node.started = self._get(call)
         except RayError as error:
-            why = str(error.cause) if isinstance(error, RayTaskError) else type(error).__name__
-            logger.error("a cache server did not start", extra={"node_id": node_id, "why": why})
+            extra = {"node_id": node_id, "why": failure_of(error)}
+            logger.error("a cache server did not start", extra=extra)
             node.num_rounds_left = PAUSE_ROUNDS
         else:
             logger.info("the host cache serves again", extra={"node_id": node_id})
