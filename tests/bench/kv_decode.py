@@ -79,9 +79,9 @@ class _Decode:
             arms = ("alone", "beside") if stretch % 2 else ("beside", "alone")
             for arm in arms:
                 step_s = self._stretch(arm, totals)
+                say(f"stretch {stretch}: {1000 * step_s:.2f} ms {arm}")
                 if stretch >= 0:
                     found.add(arm, step_s)
-            say(f"stretch {stretch}: {1000 * step_s:.2f} ms {arm}")
         return {
             "decode_penalty": round(found["beside"] / found["alone"], 3),
             "decode_ms": round(1000 * found["alone"], 2),
