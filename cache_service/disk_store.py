@@ -1,6 +1,7 @@
 """DiskStore: records as files of one folder, bounded, least recently used first out. Owned by one process.
 
 Files are written whole under another name and then linked into place, so a kill leaves none half written.
+What in the folder is not named as a record is another's, and left alone. Files are their user's only.
 Nothing is ever fsynced: after a crash of the machine a file may hold less than was written, which its
 checksums show; a cache that is slow to write would cost more than the pages lost.
 """
@@ -9,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import threading
 import time
 from collections import OrderedDict
@@ -35,6 +37,8 @@ from cache_service.remote_worker import Batch, RemoteWorker, in_parts
 
 _SUFFIX = ".page"
 _TEMPORARY_SUFFIX = ".writing"
+_OURS = re.compile(r"[0-9a-f]{32}-[0-9a-f]{16}-v[0-9]+\.page(\.writing)?")
+"""Records by any layout and format version (see RecordLayout.name), whole or half written."""
 _LOCK_NAME = "in-use.lock"
 
 
@@ -43,9 +47,9 @@ class DiskStoreError(Exception):
 
 
 class DiskStore:
-    """See RemoteStore. Files of other formats or layouts in the folder are kept until their turn to go.
+    """See RemoteStore. Records of other formats or layouts in the folder are kept until their turn to go.
 
-    `wall_clock` gives files their time of last use, which orders them after a restart.
+    `wall_clock` gives files their time of last use, which orders them after a restart; `lock` is flock.
     """
 
     def __init__(
@@ -55,6 +59,7 @@ class DiskStore:
         max_bytes: int,
         *,
         wall_clock: Callable[[], float] = time.time,
+        lock: Callable[[int, int], None] = fcntl.flock,
     ) -> None:
         record_bytes = RECORD_HEADER_BYTES + layout.slot_bytes
         if max_bytes < record_bytes:
@@ -71,22 +76,25 @@ class DiskStore:
         self._lock = threading.Lock()
         self._files: OrderedDict[str, int] = OrderedDict()  # name -> bytes, least recently used first
         self._num_bytes = 0
-        self._num_written = 0
         self._is_closed = False
         self._closer: threading.Thread | None = None
-        self._lock_descriptor = self._own_folder()
-        self._scan()
-        self._reader = RemoteWorker("disk-store-reader")
-        self._writer = RemoteWorker("disk-store-writer")
+        self._lock_descriptor = self._own_folder(lock)
+        try:
+            self._scan()
+            self._reader = RemoteWorker("disk-store-reader")
+            self._writer = RemoteWorker("disk-store-writer")
+        except BaseException:
+            os.close(self._lock_descriptor)
+            raise
 
     @property
     def num_bytes(self) -> int:
-        """Of all files in the folder."""
+        """Of all records in the folder."""
         return self._num_bytes
 
     @property
     def num_records(self) -> int:
-        """Files in the folder, those of other formats and layouts too."""
+        """Records in the folder, those of other formats and layouts too."""
         return len(self._files)
 
     def put(self, pages: Sequence[PageRecord], timeout_s: float) -> Batch[PutStatus]:
@@ -143,33 +151,51 @@ class DiskStore:
         self._writer.join()
         os.close(self._lock_descriptor)
 
-    def _own_folder(self) -> int:
+    def _own_folder(self, lock: Callable[[int, int], None]) -> int:
         """Make the folder if need be, and lock it: another process's idea of its bytes would be wrong."""
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             descriptor = os.open(self._folder / _LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise DiskStoreError(
                 f"disk store {self._folder}: {error.strerror}; give a folder this user may write to"
             ) from error
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
             raise DiskStoreError(
                 f"disk store {self._folder} is in use by another process; each CacheServer needs its own"
             ) from None
+        except OSError as error:
+            os.close(descriptor)
+            raise DiskStoreError(
+                f"disk store {self._folder} cannot be locked: {error.strerror}; give a folder on a local disk"
+            ) from error
         return descriptor
 
     def _scan(self) -> None:
         """Find the files of former runs; remove what they left half written. The bytes are not read."""
         found: list[tuple[float, str, int]] = []
-        for entry in os.scandir(self._folder):
-            if entry.name.endswith(_TEMPORARY_SUFFIX):
-                Path(entry.path).unlink(missing_ok=True)
-            elif entry.name.endswith(_SUFFIX):
-                status = entry.stat(follow_symlinks=False)
-                found.append((status.st_mtime, entry.name, status.st_size))
+        try:
+            for entry in os.scandir(self._folder):
+                if not _OURS.fullmatch(entry.name):
+                    continue
+                if not entry.is_file(follow_symlinks=False):
+                    raise DiskStoreError(
+                        f"disk store {self._folder}: {entry.name} is named as a record and is no file; move"
+                        " it away, or give another folder"
+                    )
+                if entry.name.endswith(_TEMPORARY_SUFFIX):
+                    Path(entry.path).unlink(missing_ok=True)
+                else:
+                    status = entry.stat(follow_symlinks=False)
+                    found.append((status.st_mtime, entry.name, status.st_size))
+        except OSError as error:
+            raise DiskStoreError(
+                f"disk store {self._folder}: {error.strerror}: {error.filename}; give a folder this user may"
+                " read and write"
+            ) from error
         self._files.update((name, size) for _, name, size in sorted(found))
         self._num_bytes = sum(self._files.values())
         self._make_room(0)
@@ -180,19 +206,13 @@ class DiskStore:
             if path.name in self._files:
                 return PutStatus.PRESENT
             self._make_room(self._record_bytes)
-        temporary = self._folder / f"{self._num_written}{_TEMPORARY_SUFFIX}"
-        self._num_written += 1
+        temporary = path.with_name(f"{path.name}{_TEMPORARY_SUFFIX}")
         try:
-            with temporary.open("xb", buffering=0) as file:
+            with open(temporary, "xb", buffering=0, opener=_open_private) as file:
                 parts = [memoryview(pack_header(self._layout, page)), page.data]
                 _write_whole(file.fileno(), parts)
-            try:
-                os.link(temporary, path)
-            except FileExistsError:
+            if not self._link(temporary, path):
                 return PutStatus.PRESENT
-            with self._lock:
-                self._files[path.name] = self._record_bytes
-                self._num_bytes += self._record_bytes
             self._note_use(path)
             return PutStatus.STORED
         except OSError as error:
@@ -201,6 +221,19 @@ class DiskStore:
         finally:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+    def _link(self, temporary: Path, path: Path) -> bool:
+        """Give a record its name; False where another has it, which then is in the account at least."""
+        with self._lock:
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                self._files[path.name] = path.lstat().st_size
+                self._num_bytes += self._files[path.name]
+                return False
+            self._files[path.name] = self._record_bytes
+            self._num_bytes += self._record_bytes
+            return True
 
     def _get(self, page: PageBuffer) -> GetResult:
         path = self._path(page.key)
@@ -214,7 +247,9 @@ class DiskStore:
                         break
                     num_read += more
         except FileNotFoundError:
-            self._forget(path.name)
+            with self._lock:
+                if not os.path.lexists(path):  # else it was put meanwhile
+                    self._forget(path.name)
             return GetResult(GetStatus.MISSING)
         except OSError as error:
             self.stats.count_failure(f"get: {error.strerror}")
@@ -247,18 +282,23 @@ class DiskStore:
                 (self._folder / name).unlink(missing_ok=True)
 
     def _remove(self, name: str) -> bool:
-        with contextlib.suppress(OSError):
-            (self._folder / name).unlink(missing_ok=True)
-        return self._forget(name)
+        with self._lock:
+            with contextlib.suppress(OSError):
+                (self._folder / name).unlink(missing_ok=True)
+            return self._forget(name)
 
     def _forget(self, name: str) -> bool:
-        with self._lock:
-            size = self._files.pop(name, None)
-            self._num_bytes -= size or 0
-            return size is not None
+        """Take a file out of the account. Under the lock."""
+        size = self._files.pop(name, None)
+        self._num_bytes -= size or 0
+        return size is not None
 
     def _path(self, key: PageKey) -> Path:
         return self._folder / f"{self._layout.name(key)}{_SUFFIX}"
+
+
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _write_whole(descriptor: int, parts: list[memoryview]) -> None:

@@ -1,9 +1,11 @@
+import errno
 import os
 import shutil
 import subprocess
 import sys
 import textwrap
 import time
+from pathlib import PosixPath
 
 import pytest
 
@@ -94,7 +96,7 @@ def test_pages_and_their_order_survive_a_restart(tmp_path):
     store = harness.open(LAYOUT)
     put(store, 1, 2, 3)
     get(store, 1)
-    (tmp_path / "17.writing").write_bytes(b"half a page")
+    (tmp_path / f"{LAYOUT.name(key_of(9))}.page.writing").write_bytes(b"half a page")
     store = harness.open(LAYOUT)
     assert not list(tmp_path.glob("*.writing"))
     assert store.num_bytes == 3 * RECORD_BYTES
@@ -124,15 +126,57 @@ def test_files_of_other_formats_are_kept_until_their_turn(tmp_path):
     harness.close()
 
 
+def test_files_of_others_in_the_folder_are_neither_counted_nor_removed(tmp_path):
+    key, layout = key_of(1).hex(), "0123456789abcdef"
+    names = (
+        "thesis.page", "draft.writing", "17.writing", f"{key}.page", f"{key}-{layout}.page",
+        f"{key}-{layout}-v1.page.bak", f"x{key}-{layout}-v1.page", f"{key}-{layout}-v1.writing",
+        f"{key.upper()}-{layout.upper()}-v1.page",
+    )  # fmt: skip
+    for name in names:
+        (tmp_path / name).write_bytes(b"?" * RECORD_BYTES)
+    harness = DiskHarness(tmp_path, max_bytes=RECORD_BYTES)
+    store = harness.open(LAYOUT)
+    assert (store.num_records, store.num_bytes) == (0, 0)
+    assert put(store, 1, 2) == [PutStatus.STORED] * 2
+    assert {file.name for file in tmp_path.iterdir()} - set(names) == {
+        "in-use.lock", f"{LAYOUT.name(key_of(2))}.page",
+    }  # fmt: skip
+    assert all((tmp_path / name).exists() for name in names)
+    harness.close()
+
+
+def test_pages_are_their_users_only(tmp_path):
+    program = f"""
+        import os
+        from pathlib import Path
+        from tests.unit.test_disk_store import LAYOUT, DiskStore, put
+        os.umask(0)
+        for name in ("made", "given"):
+            store = DiskStore(Path({str(tmp_path)!r}) / name, LAYOUT, 1 << 30)
+            put(store, 1)
+            assert store.close(5.0)
+    """
+    (tmp_path / "given").mkdir()
+    (tmp_path / "given").chmod(0o750)
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True, timeout=60)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "made", tmp_path / "given")}
+    assert modes == {"made": 0o700, "given": 0o750}, "a folder that exists keeps its mode"
+    files = [file for folder in tmp_path.iterdir() for file in folder.iterdir()]
+    assert {(file.suffix, file.stat().st_mode & 0o777) for file in files} == {
+        (".lock", 0o600), (".page", 0o600),
+    }  # fmt: skip
+
+
 def test_pages_are_listed_after_a_restart_by_their_last_use_those_of_other_layouts_left_out(harness):
     store = harness.open(LAYOUT)
     put(store, 1, 2, 3)
     get(store, 1)
-    for name in (f"{key_of(4).hex()}-0123456789abcdef-v1", LAYOUT.name(key_of(5)) + "2", "no key"):
+    for name in (f"{key_of(4).hex()}-0123456789abcdef-v1", LAYOUT.name(key_of(5)) + "2"):
         harness.plant(name, b"?" * 100)
     store = harness.open(LAYOUT)
     assert store.known_keys() == [key_of(2), key_of(3), key_of(1)]
-    assert store.num_records == 6
+    assert store.num_records == 5
 
 
 def test_a_file_that_vanished_is_a_miss_and_its_bytes_are_free(harness):
@@ -141,6 +185,66 @@ def test_a_file_that_vanished_is_a_miss_and_its_bytes_are_free(harness):
     (harness.folder / f"{LAYOUT.name(key_of(1))}.page").unlink()
     assert get(store, 1, 2) == [GetStatus.MISSING, GetStatus.FOUND]
     assert store.num_bytes == RECORD_BYTES
+
+
+def test_a_file_that_is_in_no_account_is_in_it_once_its_page_is_put(harness):
+    store = harness.open(LAYOUT)
+    put(store, 1)
+    path = harness.folder / f"{LAYOUT.name(key_of(1))}.page"
+    record = path.read_bytes()
+    store.remove([key_of(1)], TIMEOUT_S)
+    path.write_bytes(record)
+    assert put(store, 1) == [PutStatus.PRESENT]
+    assert (store.num_records, store.num_bytes) == (1, RECORD_BYTES)
+    assert store.exists([key_of(1)], TIMEOUT_S) == [True]
+    assert get(store, 1) == [GetStatus.FOUND]
+
+
+class RacingFolder(PosixPath):
+    """A folder in which something happens between looking for a file in vain and saying so."""
+
+    meanwhile = None
+
+    def open(self, *arguments, **options):
+        try:
+            return super().open(*arguments, **options)
+        except FileNotFoundError:
+            RacingFolder.meanwhile()
+            raise
+
+
+def test_a_page_that_is_put_while_it_is_looked_for_stays_in_the_account(tmp_path):
+    harness = DiskHarness(RacingFolder(tmp_path / "store"))
+    store = harness.open(LAYOUT)
+    RacingFolder.meanwhile = lambda: put(store, 1)
+    assert get(store, 1) == [GetStatus.MISSING]
+    assert (store.num_records, store.num_bytes) == (1, RECORD_BYTES)
+    harness.close()
+
+
+@pytest.mark.parametrize("ending", [".page", ".page.writing"])
+def test_what_no_record_can_be_is_named_and_the_folder_is_free_for_the_next_try(harness, ending):
+    harness.folder.mkdir()
+    found = harness.folder / f"{LAYOUT.name(key_of(1))}{ending}"
+    found.mkdir()
+    for _ in range(2):
+        with pytest.raises(DiskStoreError, match=f"{found.name} is named as a record and is no file; move"):
+            DiskStore(harness.folder, LAYOUT, 1 << 30)
+    found.rmdir()
+    assert put(harness.open(LAYOUT), 1) == [PutStatus.STORED]
+
+
+def test_a_folder_that_cannot_be_locked_is_named_and_nothing_of_it_stays_open(harness):
+    descriptors = []
+
+    def lock(descriptor, operation):
+        descriptors.append(descriptor)
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    with pytest.raises(DiskStoreError, match="cannot be locked: No locks available; give a folder on"):
+        DiskStore(harness.folder, LAYOUT, 1 << 30, lock=lock)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptors[0])
 
 
 def test_a_folder_has_one_owner(harness):
