@@ -1,7 +1,7 @@
 """Fetcher: brings pages from a peer or a remote store into this node's arena (FETCH).
 
-Called by the CacheServer's thread; sources are asked in threads of their own and put what came of it into the
-inbox. Slots stay granted until their batch is quiet, whatever became of it (I7).
+Called by the CacheServer's thread; each source is asked in threads of its own, which put what came of it into
+the inbox. Slots stay granted until their batch is quiet, whatever became of it (I7).
 """
 
 import threading
@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from cache_service.arena_user import ArenaAccess
+from cache_service.fetch_lanes import FetchLanes
 from cache_service.inbox import Inbox
 from cache_service.keys import PageKey
 from cache_service.messages import Fetch, Fetched, FetchResult, FetchStatus, WantedPage
 from cache_service.page_records import CommitStatus, Entry, Grant, Location
 from cache_service.remote import GetResult, GetStatus, PageBuffer
 from cache_service.remote_worker import Batch
-from cache_service.task_threads import TaskThreads
 
 MAX_TIMEOUT_S = 60.0
 """A fetch that wants longer is answered by then."""
@@ -65,7 +65,10 @@ class FetchLimits:
 
     max_fetches: int = 64
     """Calls that wait for pages."""
-    max_threads: int = 8
+    max_per_source: int = 8
+    """Questions to one peer or store."""
+    max_source_threads: int = 2
+    """Of these, the ones that it is asked at once."""
     slots_ratio: float = 0.25
     """Part of the arena's slots that pages on their way take."""
 
@@ -102,6 +105,7 @@ class _Job:
     """Pages asked of one source at once."""
 
     pages: list[_Page]
+    source: Source
     kind: str
     """`peer` or `store`, for the counters."""
     began_s: float
@@ -126,7 +130,7 @@ class Fetcher:
         self._counts = counts
         self._limits = limits or FetchLimits()
         self._clock = clock
-        self._threads = TaskThreads("fetch", self._limits.max_threads)
+        self._lanes = FetchLanes(self._limits.max_source_threads, self._limits.max_per_source)
         self._access: ArenaAccess | None = None
         self._calls: list[_Call] = []
         self._pages: dict[PageKey, _Page] = {}
@@ -170,7 +174,7 @@ class Fetcher:
 
     def close(self, timeout_s: float) -> bool:
         """End the threads; False where a source does not keep its deadline. After `end`, once."""
-        return self._threads.close(timeout_s)
+        return self._lanes.close(timeout_s)
 
     def fetch(self, request: Fetch, reply: Callable[[Fetched], None]) -> None:
         """Bring pages here; `reply` gets the answer by the deadline, or at once."""
@@ -244,6 +248,9 @@ class Fetcher:
         elif len(self._calls) > self._limits.max_fetches:
             num_allowed = 0
             self._counts["fetches_refused", "calls"] += 1
+        elif not self._lanes.has_room(source):
+            num_allowed = 0
+            self._counts["fetches_refused", "source"] += 1
         elif num_allowed < len(new):
             self._counts["fetches_refused", "slots"] += 1
         allowed, refused = new[:num_allowed], new[num_allowed:]
@@ -261,10 +268,11 @@ class Fetcher:
             self._pages[page.wanted.key] = page
             self._join(call, place, page)
             pages.append(page)
-        job = _Job(pages, "store" if request.peer is None else "peer", now_s, call.deadline_s)
+        kind = "store" if request.peer is None else "peer"
+        job = _Job(pages, source, kind, now_s, call.deadline_s)
         buffers = [PageBuffer(page.wanted.key, access.arena.slot_data(page.grant.slot)) for page in pages]
         self._jobs.append(job)
-        self._threads.run(lambda: self._ask(job, source, buffers))
+        self._lanes.run(source, lambda: self._ask(job, buffers))
 
     def _join(self, call: _Call, place: int, page: _Page) -> None:
         page.waiting.append((call, place))
@@ -276,14 +284,14 @@ class Fetcher:
 
     # In a thread.
 
-    def _ask(self, job: _Job, source: Source, buffers: list[PageBuffer]) -> None:
-        """Ask a source, and tell the core what came of it."""
+    def _ask(self, job: _Job, buffers: list[PageBuffer]) -> None:
+        """Ask the source, and tell the core what came of it."""
         left_s = job.deadline_s - self._clock()
         left_s -= min(_RETURN_S, left_s / 10)
         results = [GetResult(GetStatus.TIMED_OUT if left_s <= 0 else GetStatus.FAILED)] * len(buffers)
         try:
             if left_s > 0:
-                batch = source.get(buffers, left_s)
+                batch = job.source.get(buffers, left_s)
                 results, job.quiet = batch.results, batch.quiet
             else:
                 job.quiet.set()
@@ -294,6 +302,7 @@ class Fetcher:
     # What has arrived.
 
     def _arrived(self, job: _Job, results: Sequence[GetResult]) -> None:
+        self._lanes.ended(job.source)
         access = self._access
         if access is None or job not in self._jobs:  # the arena it went into is gone
             return

@@ -213,7 +213,7 @@ def test_a_call_is_answered_at_its_deadline_and_the_page_may_still_come(node):
 
 
 def test_what_waits_for_a_thread_beyond_its_deadline_is_not_asked_for(tmp_path):
-    node = Node(tmp_path, FetchLimits(max_threads=1, slots_ratio=1.0))
+    node = Node(tmp_path, FetchLimits(max_source_threads=1, slots_ratio=1.0))
     node.source.go.clear()
     first, second = node.fetch(chain("a")), node.fetch(chain("b"), timeout_s=1.0)
     eventually(lambda: node.source.asked)
@@ -241,6 +241,25 @@ def test_too_much_at_once_is_refused(tmp_path):
     assert node.counts["fetches_refused", "calls"] == 1
     node.source.go.set()
     assert [node.statuses(answers) for answers in waiting] == [[FETCHED]] * 2
+    node.close()
+
+
+def test_a_source_that_hangs_keeps_no_other_waiting_and_gets_no_more_questions(tmp_path):
+    limits = FetchLimits(max_per_source=3, slots_ratio=1.0)
+    node = Node(tmp_path, limits)
+    hung, store = FakeSource(), FakeSource()
+    node.sources |= {"hung": hung, None: store}
+    hung.go.clear()
+    waiting = [node.fetch(chain(name), peer="hung") for name in "abc"]
+    assert node.statuses(node.fetch(chain("d"), peer="hung")) == [NO_SLOT]
+    assert node.counts["fetches_refused", "source"] == 1
+    assert (
+        node.statuses(node.fetch(chain("x"))) == node.statuses(node.fetch(chain("y"), peer=None)) == [FETCHED]
+    )
+    eventually(lambda: len(hung.asked) == limits.max_source_threads)
+    hung.go.set()
+    assert [node.statuses(answers) for answers in waiting] == [[FETCHED]] * 3
+    assert node.statuses(node.fetch(chain("d"), peer="hung")) == [FETCHED]
     node.close()
 
 
