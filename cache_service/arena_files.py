@@ -143,6 +143,8 @@ def settle_orphan(path: Path, *, keep: bool) -> bool:
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not _is_at(path, descriptor):  # a new server has replaced it
+            return False
         if keep:
             os.pwrite(descriptor, (1).to_bytes(_WORD_BYTES, "little"), arena_format.KEPT_WORD * _WORD_BYTES)
         else:
@@ -169,7 +171,7 @@ def sweep_dead_clusters(cluster_id: str, folder: Path = SHARED_MEMORY) -> list[P
         try:
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if _is_swept(descriptor, cluster_id):
+                if _is_at(path, descriptor) and _is_swept(descriptor, cluster_id):
                     path.unlink(missing_ok=True)
                     logger.warning("removed the arena of a dead cluster", extra={"path": str(path)})
                     swept.append(path)
@@ -199,7 +201,7 @@ def _locked(path: Path) -> int | None:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if path.exists() and os.path.samestat(path.stat(), os.fstat(descriptor)):
+        if _is_at(path, descriptor):
             return descriptor
     except BlockingIOError:
         owner = _header_word(os.pread(descriptor, arena_format.HEADER_BYTES, 0), arena_format.OWNER_PID_WORD)
@@ -213,6 +215,13 @@ def _locked(path: Path) -> int | None:
         raise
     os.close(descriptor)
     return None
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Tell whether the name leads to what is open: between opening and locking the file may have gone."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    return False
 
 
 def _difference(descriptor: int, spec: ArenaSpec) -> str | None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import PosixPath
 
 import pytest
 
@@ -189,6 +190,60 @@ def test_an_orphan_is_removed_and_the_arena_of_a_living_owner_is_not(tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == ["eyrie-alive-127.0.0.1.arena"]
     finally:
         end(process)
+
+
+class RenewedPath(PosixPath):
+    """A path whose file another server has replaced since it was opened and before it was locked."""
+
+    renew = None
+
+    def stat(self, **options):
+        self._renew_once()
+        return super().stat(**options)
+
+    def unlink(self, **options):
+        self._renew_once()
+        super().unlink(**options)
+
+    def _renew_once(self):
+        renew = RenewedPath.renew
+        if renew is not None and self.suffix == ".arena":
+            RenewedPath.renew = None
+            renew()
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_an_arena_that_took_the_orphan_s_name_meanwhile_is_left_alone(tmp_path, keep):
+    dead = open_arena(tmp_path, spec(cluster_id="dead"))
+    path = dead.arena.path
+    kill(dead)
+    living = []
+
+    def renew():
+        path.unlink()
+        living.append(open_arena(tmp_path, spec(cluster_id="dead")))
+
+    RenewedPath.renew = renew
+    assert not settle_orphan(RenewedPath(path), keep=keep)
+    assert path.exists() and living
+    assert living[0].arena.word(arena_format.KEPT_WORD) == 0
+    living[0].close()
+
+
+def test_a_swept_arena_s_name_may_be_another_arena_s_meanwhile(tmp_path):
+    dead = open_arena(tmp_path, spec(cluster_id="dead"))
+    path = dead.arena.path
+    kill(dead)
+    living = []
+
+    def renew():
+        path.unlink()
+        living.append(open_arena(tmp_path, spec(cluster_id="dead")))
+
+    RenewedPath.renew = renew
+    assert sweep_dead_clusters("ours", RenewedPath(tmp_path)) == []
+    assert path.exists() and living
+    living[0].close()
 
 
 def test_an_orphan_that_is_to_be_kept_is_left_by_others(tmp_path):
