@@ -38,6 +38,11 @@ class Breaker:
         self._num_failures = 0
         self._retry_s = self._first_retry_s
 
+    def told_nothing(self) -> None:
+        """Note that the probe, if one is out, came to nothing that the server is to blame or praise for."""
+        if self.state == "half_open":
+            self.state = "open"  # its pause is over: the next call is the probe
+
     def failed(self, now_s: float) -> None:
         """Note a call without an answer. One that was under way when the breaker opened changes nothing."""
         self._num_failures += 1

@@ -55,6 +55,18 @@ def test_failures_of_calls_under_way_do_not_put_the_probe_off():
     assert breaker.allows(1.0)
 
 
+def test_a_probe_that_told_nothing_is_followed_by_another_at_once():
+    breaker = opened()
+    breaker.told_nothing()
+    assert not breaker.allows(0.9), "no probe was out"
+    assert breaker.allows(1.0)
+    breaker.told_nothing()
+    assert breaker.allows(1.0) and not breaker.allows(1.0)
+    breaker.succeeded()
+    breaker.told_nothing()
+    assert breaker.state == "closed"
+
+
 def test_a_breaker_that_never_tries_again_is_refused():
     with pytest.raises(AssertionError):
         Breaker(max_failures=1, retry_s=0.0, max_retry_s=1.0)

@@ -62,6 +62,25 @@ def test_the_remote_store_is_asked_for_what_it_is_known_to_have():
     assert desk.remote.keys(1) == KEYS[:6] and desk.remote.asked[0][1] is None
 
 
+def test_a_source_that_is_known_twice_is_asked_once_for_the_most_it_may_have():
+    desk = Desk()
+    desk.remote.remote.update(KEYS[:6])
+    hints = [FetchHint(None, 4), FetchHint(PEER, 7), FetchHint(PEER, 8)]
+    prefetch = desk.begin(TEN, hints)
+    for number in (1, 2):
+        desk.remote.answer(number, FetchStatus.MISSING)
+        desk.prefetcher.settle(0.1 * number)
+    assert [(peer, desk.remote.keys(place)) for place, (_, peer, _) in enumerate(desk.remote.asked, 1)] == [
+        (None, KEYS[:6]), (PEER, KEYS[:8]),
+    ]  # fmt: skip
+    assert not prefetch.is_awaited
+
+    slow = Desk(guesses=replace(GUESSES, remote_bytes_per_s=PAGE_BYTES))
+    slow.remote.remote.update(KEYS)
+    assert slow.begin(TEN, [FetchHint(None, 10)]) is None
+    assert slow.stats.skipped_pages == {"slower": 10}
+
+
 def test_sources_are_tried_one_after_the_other_for_what_is_still_missing():
     desk = Desk()
     desk.remote.remote.update(KEYS)
@@ -237,6 +256,30 @@ def test_a_full_arena_is_not_the_sources_fault_and_no_excuse_for_it():
     desk.prefetcher.settle(0.3)
     assert desk.begin(TEN, [FetchHint(PEER, 10)], 0.4) is None
     assert desk.stats.failed_pages == {("peer", "no_slot"): 11, ("peer", "timed_out"): 9}
+
+
+@pytest.mark.parametrize("status", [FetchStatus.NO_SLOT, FetchStatus.PRESENT])
+def test_an_answer_that_tells_nothing_of_a_failed_source_leaves_it_failed_and_to_be_asked_again(status):
+    desk = Desk()
+    desk.begin(TEN, [FetchHint(PEER, 10)])
+    other = prompt(10, 1000)
+    desk.begin(other, [FetchHint(PEER, 10)])
+    desk.remote.answer(1, FetchStatus.FAILED)
+    desk.prefetcher.settle(0.1)
+    desk.remote.answer(2, status)
+    desk.prefetcher.settle(0.2)
+    desk.arrivals.forget(KEYS)
+    assert desk.begin(TEN, [FetchHint(PEER, 10)], 0.3) is None, "it is open still"
+    assert desk.begin(TEN, [FetchHint(PEER, 10)], 1.2) is not None, "the probe"
+    desk.remote.answer(3, status)
+    desk.prefetcher.settle(1.3)
+    desk.arrivals.forget(KEYS)
+    assert desk.begin(TEN, [FetchHint(PEER, 10)], 1.4) is not None, "the next is the probe again"
+    assert desk.begin(other, [FetchHint(PEER, 10)], 1.4) is None, "one at a time"
+    desk.remote.answer(4, FetchStatus.MISSING)
+    desk.prefetcher.settle(1.5)
+    for first in (2000, 3000):
+        assert desk.begin(prompt(10, first), [FetchHint(PEER, 10)], 1.6) is not None, "it answers"
 
 
 def test_an_answer_that_comes_twice_counts_once():

@@ -179,12 +179,17 @@ class Prefetcher:
         return max(MIN_PATIENCE_S, self.costs.compute_s(num_pages, now_s))
 
     def _sources(self, keys: list[PageKey], reach: Reach, hints: Sequence[FetchHint]) -> list[FetchHint]:
-        """Return who has more of a prompt than is here: by the hints, then what is heard of the store."""
+        """Return who has more of a prompt than is here: by the hints, then what is heard of the store.
+
+        Each once, for the most that it is said to have.
+        """
         num_remote = reach.num_stored
         while num_remote < len(keys) and self._remote.is_remote(keys[num_remote]):
             num_remote += 1
-        sources = [*hints, FetchHint(None, num_remote)]
-        return [source for source in sources if source.num_pages > reach.num_local]
+        num_pages: dict[str | None, int] = {}
+        for source in (*hints, FetchHint(None, num_remote)):
+            num_pages[source.peer] = max(source.num_pages, num_pages.get(source.peer, 0))
+        return [FetchHint(peer, count) for peer, count in num_pages.items() if count > reach.num_local]
 
     def _advance(self, prefetch: Prefetch, now_s: float) -> None:
         """Have a request wait for a FETCH of some of its pages, or begin one from its next good source."""
@@ -263,8 +268,11 @@ class Prefetcher:
         self.stats.num_bytes[fetch.kind] += num_fetched * self.costs.page_bytes
         self.stats.seconds[fetch.kind] += answer.seconds
         self.costs.fetched(fetch.kind, num_fetched, fetch.num_ahead, answer.seconds, now_s)
-        told = statuses - {FetchStatus.NO_SLOT}  # which says nothing of the source
-        if told and told <= {FetchStatus.FAILED, FetchStatus.TIMED_OUT}:
+        told = statuses - {FetchStatus.NO_SLOT, FetchStatus.PRESENT}  # which say nothing of the source
+        if not told:
+            if fetch.peer in self._breakers:
+                self._breakers[fetch.peer].told_nothing()
+        elif told <= {FetchStatus.FAILED, FetchStatus.TIMED_OUT}:
             self._failed(fetch.peer, now_s)
         else:
             self._breakers.pop(fetch.peer, None)
