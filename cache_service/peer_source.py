@@ -71,8 +71,10 @@ class PeerSource:
         self._transfer = transfer
         self._safety = safety
         self._clock = clock
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of the breaker and what follows
         self._num_calls = 0
+        self._late: Batch[GetResult] | None = None
+        """One that its caller has left at the deadline: until it ends, the thread does nothing else."""
         self._has_ended = threading.Event()
         self._segment = ""
         self._connection = PeerConnection(endpoint, cluster_secret, clock)
@@ -89,46 +91,64 @@ class PeerSource:
         return self._has_ended.is_set()
 
     def get(self, pages: Sequence[PageBuffer], timeout_s: float) -> Batch[GetResult]:
-        """See Source."""
+        """See Source. A peer that has failed is not asked for a while, nor one whose last answer is late."""
         end_s = self._clock() + timeout_s
-        self._note_call(1)
-        try:
-            return self._worker.run(
-                lambda batch: self._work(batch, pages, end_s),
-                len(pages),
-                timeout_s,
-                timed_out=GetResult(GetStatus.TIMED_OUT),
-                failed=GetResult(GetStatus.FAILED),
-            )
-        finally:
-            self._note_call(-1)
+        if not self._begins():
+            refused: Batch[GetResult] = Batch(len(pages))
+            refused.finish(GetResult(GetStatus.FAILED))
+            return refused
+        batch = self._worker.run(
+            lambda batch: self._work(batch, pages, end_s),
+            len(pages),
+            timeout_s,
+            timed_out=GetResult(GetStatus.TIMED_OUT),
+            failed=GetResult(GetStatus.FAILED),
+        )
+        self._ended(batch)
+        return batch
 
     def close(self, timeout_s: float) -> bool:
         """End; False where a read or a call takes longer. Idempotent."""
         return self._worker.close(timeout_s)
 
-    def _note_call(self, difference: int) -> None:
+    def _begins(self) -> bool:
+        """Tell whether the peer may be asked now, and note it."""
         with self._lock:
-            self._num_calls += difference
             self.used_s = self._clock()
+            if self._late is not None and self._late.is_under_way:
+                self.breaker.failed(self.used_s)
+                return False
+            self._late = None
+            is_allowed = self.breaker.allows(self.used_s)
+            self._num_calls += is_allowed
+            return is_allowed
+
+    def _ended(self, batch: Batch[GetResult]) -> None:
+        """Tell the breaker what came of a question."""
+        is_vain = [result.status in (GetStatus.FAILED, GetStatus.TIMED_OUT) for result in batch.results]
+        with self._lock:
+            self._num_calls -= 1
+            self.used_s = self._clock()
+            if batch.is_under_way:
+                self._late = batch
+            if not is_vain or not all(is_vain):
+                self.breaker.succeeded()
+            elif batch.has_begun or self.breaker.state == "half_open":  # else it waited for others only
+                self.breaker.failed(self.used_s)
 
     # In the worker's thread.
 
     def _work(self, batch: Batch[GetResult], pages: Sequence[PageBuffer], end_s: float) -> None:
-        """Fetch, and tell the breaker what came of it."""
-        if not self.breaker.allows(self._clock()):
-            return
-        is_whole: bool | None = None
+        """Read part after part; what is left when one fails has failed."""
+        is_over = False
         try:
-            is_whole = self._read(batch, pages, end_s)
+            self._read(batch, pages, end_s)
+            is_over = True
         finally:
-            if not is_whole:
-                self.breaker.failed(self._clock())
-            if is_whole is None:  # a bug, of ours or of the peer: what is leased ends with the connection
+            if not is_over:  # a bug, of ours or of the peer: what is leased ends with the connection
                 self._connection.drop()
 
-    def _read(self, batch: Batch[GetResult], pages: Sequence[PageBuffer], end_s: float) -> bool:
-        """Read part after part; what is left when one fails has failed. Tell whether none did."""
+    def _read(self, batch: Batch[GetResult], pages: Sequence[PageBuffer], end_s: float) -> None:
         num_pages = max(1, min(MAX_PART_PAGES, MAX_PART_BYTES // self._layout.slot_bytes))
         start = 0
         while start < len(pages):
@@ -138,15 +158,13 @@ class PeerSource:
                 logger.warning("a peer is lost", extra={"peer": self.endpoint, "reason": str(error)})
                 if self._clock() >= end_s:  # the caller may not have noticed yet
                     _fill_rest(batch, start, len(pages), GetStatus.TIMED_OUT)
-                return False
+                return
             if num_found is None:
-                return False
-            self.breaker.succeeded()
+                return
             if not num_found:
                 _fill_rest(batch, start, len(pages), GetStatus.MISSING)
-                return True
+                return
             start += num_found
-        return True
 
     def _read_part(
         self, batch: Batch[GetResult], start: int, pages: Sequence[PageBuffer], end_s: float

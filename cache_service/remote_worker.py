@@ -37,6 +37,11 @@ class Batch(Generic[T]):
         return self._is_cancelled
 
     @property
+    def has_begun(self) -> bool:
+        """The worker has taken it up; else it waited in vain behind others."""
+        return self._has_begun
+
+    @property
     def is_under_way(self) -> bool:
         """The worker has begun and not ended."""
         return self._has_begun and not self._over.is_set()

@@ -124,6 +124,31 @@ def test_late_bytes_find_their_slots_still_granted(nodes):
     eventually(lambda: reader.fetch("abc", owner) == [FETCHED] * 3)
 
 
+def test_a_peer_whose_answer_is_late_is_not_asked_again_until_it_comes(nodes):
+    owner, reader = nodes
+    reader.transfer.go.clear()
+    assert reader.fetch("a", owner, timeout_s=0.5) == [TIMED_OUT]
+    for name in "bcd":
+        assert reader.fetch(name, owner) == [FAILED]
+    assert reader.core._peers.peers.states()["open"] == 1
+    assert reader.transfer.num_reads == 1
+    eventually(lambda: reader.stats().num_writing == 1)
+    reader.transfer.go.set()
+    eventually(lambda: reader.fetch("abc", owner) == [FETCHED] * 3)
+
+
+def test_fetches_that_waited_in_vain_for_another_do_not_speak_against_the_peer(nodes):
+    owner, reader = nodes
+    reader.transfer.go.clear()
+    wait = reader.begin_fetch("abc", owner)
+    eventually(lambda: reader.transfer.num_reads)
+    for _ in range(3):
+        assert reader.fetch("x", owner, timeout_s=0.2) == [TIMED_OUT]
+    assert reader.core._peers.peers.states()["closed"] == 1
+    reader.transfer.go.set()
+    assert wait() == [FETCHED] * 3
+
+
 def test_what_came_before_the_deadline_is_kept(tmp_path):
     config = CacheConfig(host_cache_gb=2_200 * BUNDLE_BYTES / 2**30)
     with two_nodes(tmp_path, {"config": config}, {"config": config}) as (owner, reader):
