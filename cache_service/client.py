@@ -18,6 +18,7 @@ from cache_service.arena_format import ArenaSpec
 from cache_service.fetch_calls import FetchAnswer, FetchCalls
 from cache_service.held_grants import HeldGrants
 from cache_service.identity import cluster_id_of
+from cache_service.injection import NO_INJECTION, ClientInjection
 from cache_service.keys import PageKey
 from cache_service.lease_row import LeaseRow
 from cache_service.messages import Answer
@@ -102,8 +103,10 @@ class CacheClient:
         deadlines: Deadlines | None = None,
         patience: Patience | None = None,
         clock: Callable[[], float] = time.monotonic,
+        injection: ClientInjection = NO_INJECTION,
     ) -> None:
         self.stats = ClientStats()
+        self._injection = injection
         self._cluster_secret = cluster_secret
         self._cluster_id = cluster_id_of(cluster_secret)
         self._spec = spec
@@ -130,7 +133,7 @@ class CacheClient:
             spec.num_ranks,
         )
         self.connection = ServerConnection(
-            endpoint, cluster_secret, attach, self, patience or Patience(), clock
+            endpoint, cluster_secret, attach, self, patience or Patience(), clock, injection.calls
         )
         """For metrics; calls go through the client's own methods."""
         self._fetches = FetchCalls(self.connection, clock)
@@ -276,7 +279,12 @@ class CacheClient:
             self._grants.hold(answer.grants)
             if self._subscriber is None:
                 self._subscriber = Subscriber(
-                    answer.broadcasts, self._cluster_secret, self._pages, self._resync, clock=self._clock
+                    answer.broadcasts,
+                    self._cluster_secret,
+                    self._pages,
+                    self._resync,
+                    clock=self._clock,
+                    injection=self._injection.broadcasts,
                 )
                 self._subscriber.start()
             else:

@@ -23,6 +23,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from cache_service.breaker import Breaker
 from cache_service.gate import open_client_socket
+from cache_service.injection import InjectedSocket, MessageInjection, MessageSocket
 from cache_service.messages import (
     UNANSWERED,
     Answer,
@@ -119,7 +120,10 @@ class ServerConnection:
         listener: ConnectionListener,
         patience: Patience,
         clock: Callable[[], float] = time.monotonic,
+        injection: MessageInjection | None = None,
     ) -> None:
+        self.injected = InjectedSocket(injection, clock) if injection is not None else None
+        """For tests only."""
         self.breaker = Breaker(patience.max_failures, patience.retry_s, patience.max_retry_s)
         self.is_attached = False
         self.num_lost = 0
@@ -217,16 +221,21 @@ class ServerConnection:
         poller = zmq.Poller()
         for source in (socket, monitor, self._wake_fd):
             poller.register(source, zmq.POLLIN)
+        wire: MessageSocket = socket
+        if self.injected is not None:
+            self.injected.use(socket)
+            wire = self.injected
         try:
             socket.connect(self.endpoint)
             self._attach_id = next(self._call_ids)
-            socket.send(self._encoder.encode(Call(self._attach_id, self._attach)))
+            wire.send(self._encoder.encode(Call(self._attach_id, self._attach)))
             give_up_s = self._clock() + self._patience.attach_s
             while not self._closing.is_set():
-                ready = dict(poller.poll(math.ceil(self._next_look_s() * 1000)))
+                look_s = min(self._next_look_s(), self.injected.wait_s if self.injected else math.inf)
+                ready = dict(poller.poll(math.ceil(look_s * 1000)))
                 if self._wake_fd in ready:
                     os.eventfd_read(self._wake_fd)
-                why = self._receive(socket)
+                why = self._receive(wire)
                 if why is None and monitor in ready:
                     why = _lost(monitor)
                 if why is None and not self.is_attached and self._clock() > give_up_s:
@@ -235,7 +244,7 @@ class ServerConnection:
                     return why
                 sendable = self._take_calls()
                 if self.is_attached:
-                    self._send(socket, sendable)
+                    self._send(wire, sendable)
                     self._listener.tick(self._clock())
             return "the client is closed"
         finally:
@@ -258,7 +267,7 @@ class ServerConnection:
         next_s = min((pending.deadline_s for pending in self._pending.values()), default=math.inf)
         return min(max(next_s - now_s, 0.0), self._patience.idle_s)
 
-    def _receive(self, socket: zmq.Socket[bytes]) -> str | None:
+    def _receive(self, socket: MessageSocket) -> str | None:
         """Handle all that has arrived; return why the connection must end, if so."""
         while True:
             try:
@@ -317,7 +326,7 @@ class ServerConnection:
         self._pending[call_id] = pending
         return call_id
 
-    def _send(self, socket: zmq.Socket[bytes], call_ids: list[int]) -> None:
+    def _send(self, socket: MessageSocket, call_ids: list[int]) -> None:
         for call_id in call_ids:
             socket.send(self._encoder.encode(Call(call_id, self._pending[call_id].request)))
 

@@ -16,6 +16,7 @@ import msgspec
 import zmq
 
 from cache_service.gate import open_client_socket
+from cache_service.injection import InjectedSocket, MessageInjection, MessageSocket
 from cache_service.publisher import HEARTBEAT_S, SEND_QUEUE_MESSAGES
 from cache_service.relocation import Changes, Snapshot, Version
 from cache_service.relocation_follower import PATIENCE_S, RelocationFollower, RelocationListener
@@ -40,7 +41,10 @@ class Subscriber:
         resync: Resync,
         *,
         clock: Callable[[], float] = time.monotonic,
+        injection: MessageInjection | None = None,
     ) -> None:
+        self.injected = InjectedSocket(injection, clock) if injection is not None else None
+        """For tests only."""
         self.follower = RelocationFollower(listener)
         """Its counters and versions may be read from any thread; its methods are this object's."""
         self.num_failed_resyncs = 0
@@ -102,6 +106,10 @@ class Subscriber:
             socket.rcvhwm = SEND_QUEUE_MESSAGES
             socket.subscribe(b"")
             socket.connect(endpoint)
+            wire: MessageSocket = socket
+            if self.injected is not None:
+                self.injected.use(socket)
+                wire = self.injected
             poller = zmq.Poller()
             poller.register(socket, zmq.POLLIN)
             poller.register(self._wake_fd, zmq.POLLIN)
@@ -111,12 +119,14 @@ class Subscriber:
                 if self._wake_fd in ready:
                     with contextlib.suppress(BlockingIOError):
                         os.eventfd_read(self._wake_fd)
-                self._hear(socket)
+                self._hear(wire)
                 timeout_s = self._keep_true()
+                if self.injected is not None:
+                    timeout_s = min(timeout_s, self.injected.wait_s)
         finally:
             socket.close(linger=0)
 
-    def _hear(self, socket: zmq.Socket[bytes]) -> None:
+    def _hear(self, socket: MessageSocket) -> None:
         now_s = self._clock()
         while self._seen:
             self.follower.saw(self._seen.popleft(), now_s)

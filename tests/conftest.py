@@ -15,6 +15,15 @@ if NUM_WORKERS > 1:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--seeds",
+        type=int,
+        default=200,
+        help="seeds of tests/e2e/test_greedy_seeds.py, for all but a few of which it is slow",
+    )
+
+
 @pytest.fixture(autouse=True)
 def logging_as_before():
     """Take back what an actor built in a test's own process did to the process's loggers."""

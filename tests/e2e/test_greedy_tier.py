@@ -4,16 +4,15 @@ import itertools
 import zlib
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from cache_service.in_process_transfer import InProcessNetwork, InProcessTransfer
 from cache_service.keys import page_keys
 from tests.arena_host import ArenaHost
 from tests.followers import Followers
-from tests.harness import TINY_CONFIG, Harness, write_tiny_model
+from tests.harness import Harness
 from tests.node_host import NodeHost, wait_until_remote
-from tests.oracle.make_oracle import greedy_tokens
+from tests.scenario import Comparison
+from tests.tiny_oracle import make_tiny
 from workers.config import WorkerConfig
 from workers.kvcache.moves import MoveInjection
 from workers.kvcache.page_pool import Safety
@@ -32,19 +31,15 @@ def followers():
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A random two-layer model in a folder, and answers of transformers' own."""
-    folder = write_tiny_model(tmp_path_factory.mktemp("tiny"))
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**TINY_CONFIG), dtype=torch.float32).eval()
-    model.save_pretrained(folder)
-    write_tiny_model(folder)
-    generator = torch.Generator().manual_seed(2)
-    common = torch.randint(3, 256, (22,), generator=generator).tolist()
-    cases = []
-    for prompt_len in (5, 14, 27, 27):
-        prompt = common[:9] + torch.randint(3, 256, (prompt_len,), generator=generator).tolist()
-        cases.append((prompt, greedy_tokens(model, prompt, 8)[0]))
-    return str(folder), cases
+    folder = tmp_path_factory.mktemp("tiny")
+    return str(folder), make_tiny(folder, (14, 23, 36, 36), common_len=9, seed=2)
+
+
+@pytest.fixture(scope="module")
+def comparison():
+    comparison = Comparison()
+    yield comparison
+    comparison.finish()
 
 
 def config_of(model, tp_size, num_pages, **more):
@@ -62,26 +57,29 @@ def config_of(model, tp_size, num_pages, **more):
     )
 
 
-def serve(harness, cases, turn, peer=None):
+def serve(harness, cases, turn, comparison, peer=None):
     """Serve all cases, twice each: the second time they come back from wherever they went.
 
     The router says that `peer` has their pages.
     """
-    for again, (number, (prompt, answer)) in itertools.product(range(2), enumerate(cases)):
+    for again, (number, case) in itertools.product(range(2), enumerate(cases)):
         name = f"{turn}-{again}-{number}"
-        hints = [] if peer is None else [FetchHint(peer, len(prompt) // PAGE_SIZE)]
-        harness.submit(name, prompt, max_tokens=len(answer), ignore_eos=True, hints=hints)
+        hints = [] if peer is None else [FetchHint(peer, len(case.prompt_ids) // PAGE_SIZE)]
+        harness.submit(name, case.prompt_ids, max_tokens=len(case.token_ids), ignore_eos=True, hints=hints)
         if number % 2:
             harness.run()
     harness.run(max_steps=100_000)
     for name, got in harness.answers.items():
         if name.startswith(turn):
-            assert got.token_ids == cases[int(name[-1])][1], name
+            case = cases[int(name[-1])]
+            comparison.compare(name, got.token_ids, case.token_ids, case.margins)
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_answers_are_the_oracles_from_a_pool_that_forgets_all_the_time(tiny, followers, policy, tp_size):
+def test_answers_are_the_oracles_from_a_pool_that_forgets_all_the_time(
+    tiny, followers, comparison, policy, tp_size
+):
     model, cases = tiny
     with ArenaHost(num_slots=64) as host:
         for turn in ("first", "restarted"):
@@ -92,7 +90,7 @@ def test_answers_are_the_oracles_from_a_pool_that_forgets_all_the_time(tiny, fol
                 write_policy=policy,
                 incarnation=1 if turn == "first" else 2,
             ) as harness:
-                serve(harness, cases, turn)
+                serve(harness, cases, turn, comparison)
                 pages = harness.idle_pages()
                 assert pages["owned"] == pages["cached"], f"pages leaked: {pages}"
                 stats = harness.tier.stats
@@ -109,7 +107,9 @@ def test_answers_are_the_oracles_from_a_pool_that_forgets_all_the_time(tiny, fol
 
 @pytest.mark.parametrize("tp_size", [1, 2])
 @pytest.mark.parametrize("seed", range(NUM_SEEDS))
-def test_answers_are_the_oracles_under_delays_failures_and_flipped_bits(tiny, followers, seed, tp_size):
+def test_answers_are_the_oracles_under_delays_failures_and_flipped_bits(
+    tiny, followers, comparison, seed, tp_size
+):
     model, cases = tiny
     injection = MoveInjection(
         seed, max_delay_s=0.003, failure_ratio=0.1, corruption_ratio=0.1, reorder_window=4
@@ -123,7 +123,7 @@ def test_answers_are_the_oracles_under_delays_failures_and_flipped_bits(tiny, fo
             write_policy=POLICIES[seed % 3],
         ) as harness,
     ):
-        serve(harness, cases, "only")
+        serve(harness, cases, "only", comparison)
         pages = harness.idle_pages()
         assert pages["owned"] == pages["cached"], f"pages leaked: {pages}"
         assert host.leases.num_leased == 0
@@ -135,7 +135,7 @@ FETCHES_ALL = Safety(weighs_fetches=False)
 """Tiny models compute faster than anybody fetches."""
 
 
-def serve_on(host, config, cases, followers, turn, peer=None):
+def serve_on(host, config, cases, followers, turn, comparison, peer=None):
     """Serve on a node and return the harness, whose figures are still to be read."""
     with Harness(
         config,
@@ -144,13 +144,13 @@ def serve_on(host, config, cases, followers, turn, peer=None):
         safety=FETCHES_ALL,
         incarnation=2,
     ) as harness:
-        serve(harness, cases, turn, peer)
+        serve(harness, cases, turn, comparison, peer)
         pages = harness.idle_pages()
         assert pages["owned"] == pages["cached"], f"pages leaked: {pages}"
         if host.has_store:
-            for prompt, _ in cases:
+            for case in cases:
                 namespace = harness.engine.namespace.digest()
-                wait_until_remote(harness.client, page_keys(namespace, prompt, PAGE_SIZE))
+                wait_until_remote(harness.client, page_keys(namespace, case.prompt_ids, PAGE_SIZE))
         return harness
 
 
@@ -160,14 +160,16 @@ def origins(harness):
 
 @pytest.mark.parametrize("tp_size", [1, 2])
 @pytest.mark.parametrize("policy", ["wait_complete", "timeout", "best_effort"])
-def test_answers_are_the_oracles_with_pages_from_a_peer(tiny, followers, tmp_path, policy, tp_size):
+def test_answers_are_the_oracles_with_pages_from_a_peer(
+    tiny, followers, comparison, tmp_path, policy, tp_size
+):
     model, cases = tiny
     network = InProcessNetwork()
     config = config_of(model, tp_size, 15, prefetch_policy=policy, prefetch_timeout_s=20.0)
     with NodeHost(tmp_path / "a", network) as owner, NodeHost(tmp_path / "b", network) as reader:
-        first = serve_on(owner, config, cases, followers, "first")
+        first = serve_on(owner, config, cases, followers, "first", comparison)
         assert "peer" not in origins(first)
-        second = serve_on(reader, config, cases, followers, "second", owner.endpoint)
+        second = serve_on(reader, config, cases, followers, "second", comparison, owner.endpoint)
         assert second.prefetcher.stats.fetched_pages["peer"] > 0
         assert not second.tier.stats.failed_loads
         if policy != "best_effort":
@@ -176,15 +178,15 @@ def test_answers_are_the_oracles_with_pages_from_a_peer(tiny, followers, tmp_pat
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])
-def test_answers_are_the_oracles_with_pages_from_disk(tiny, followers, tmp_path, tp_size):
+def test_answers_are_the_oracles_with_pages_from_disk(tiny, followers, comparison, tmp_path, tp_size):
     model, cases = tiny
     config = config_of(model, tp_size, 15, prefetch_policy="timeout", prefetch_timeout_s=20.0)
     store = f"disk:{tmp_path / 'store'}?gb=0.1"
     for turn in ("first", "second"):
         with NodeHost(tmp_path / turn, store=store) as host:  # its arena goes with it
-            harness = serve_on(host, config, cases, followers, turn)
+            harness = serve_on(host, config, cases, followers, turn, comparison)
         assert ("remote" in origins(harness)) == (turn == "second")
-    assert harness.answers["second-0-0"].num_cached_tokens > 0
+    assert any(answer.num_cached_tokens > 0 for answer in harness.answers.values())
 
 
 class BadWire(InProcessTransfer):
@@ -198,7 +200,7 @@ class BadWire(InProcessTransfer):
         return batch
 
 
-def test_answers_are_the_oracles_with_pages_over_a_bad_wire(tiny, followers, tmp_path):
+def test_answers_are_the_oracles_with_pages_over_a_bad_wire(tiny, followers, comparison, tmp_path):
     model, cases = tiny
     network = InProcessNetwork()
     config = config_of(model, 1, 15, prefetch_policy="timeout", prefetch_timeout_s=20.0)
@@ -206,6 +208,6 @@ def test_answers_are_the_oracles_with_pages_over_a_bad_wire(tiny, followers, tmp
         NodeHost(tmp_path / "a", network, transfer=BadWire) as owner,
         NodeHost(tmp_path / "b", network, transfer=BadWire) as reader,
     ):
-        serve_on(owner, config, cases, followers, "first")
-        second = serve_on(reader, config, cases, followers, "second", owner.endpoint)
+        serve_on(owner, config, cases, followers, "first", comparison)
+        second = serve_on(reader, config, cases, followers, "second", comparison, owner.endpoint)
         assert second.prefetcher.stats.failed_pages["peer", "corrupt"] > 0
