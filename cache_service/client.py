@@ -6,15 +6,15 @@ grants held in advance; only the bookkeeping is told to the server, by an IO thr
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from cache_service import messages
 from cache_service.arena import Arena, ArenaMismatchError
 from cache_service.arena_format import ArenaSpec
+from cache_service.client_stats import ClientStats
 from cache_service.fetch_calls import FetchAnswer, FetchCalls
 from cache_service.held_grants import HeldGrants
 from cache_service.identity import cluster_id_of
@@ -38,6 +38,10 @@ _MAX_SHARE_OF_GRANTS = 8
 
 class CacheAttachError(Exception):
     """The host cache cannot be used; the message says why and what to change."""
+
+
+class CacheSilentError(CacheAttachError):
+    """The server does not answer. The client goes on asking, and is attached once it does."""
 
 
 @dataclass(frozen=True)
@@ -68,19 +72,6 @@ class Deadlines:
     """Abort, Touch, ReportCorrupt, Detach."""
     resync_s: float = 5.0
     """A snapshot of 100,000 pages is 5 MB and 0.2 s of work."""
-
-
-@dataclass
-class ClientStats:
-    """Counters since the start, each written by one thread. Those of calls are the connection's."""
-
-    num_hits: int = 0
-    """Pages leased."""
-    misses: Counter[str] = field(default_factory=Counter)
-    """Pages and grants that could not be had: `stale`, `no_grant`, `no_server`, `replaced`."""
-    commits: Counter[str] = field(default_factory=Counter)
-    """Pages told to the server, by what came of it: a CommitStatus or why there was no answer."""
-    num_attaches: int = 0
 
 
 def group_of(incarnation: int) -> int:
@@ -119,6 +110,7 @@ class CacheClient:
         self._row = -1
         self._is_replaced = False
         self._is_closed = False
+        self._told = ""
         self._subscriber: Subscriber | None = None
         self._first_answer: Future[None] = Future()
         process = ProcessId.current()
@@ -147,20 +139,26 @@ class CacheClient:
         try:
             self._first_answer.result(timeout_s)
         except TimeoutError:
-            raise CacheAttachError(
+            self._first_answer.cancel()  # the log is told from now on
+            raise CacheSilentError(
                 f"the cache server at {self.connection.endpoint} did not answer within {timeout_s:g} s"
             ) from None
 
     @property
+    def is_mapped(self) -> bool:
+        """Tell whether the server has taken this process in: from then on `arena` and `leases` are there."""
+        return self._leases is not None
+
+    @property
     def arena(self) -> Arena:
-        """The mapped arena; after `start`."""
-        assert self._arena is not None, "the client has not started"
+        """The mapped arena."""
+        assert self._arena is not None, "the client has not attached"
         return self._arena
 
     @property
     def leases(self) -> LeaseRow:
-        """This process's row of lease bytes, for its PageMover too; after `start`."""
-        assert self._leases is not None, "the client has not started"
+        """This process's row of lease bytes, for its PageMover too."""
+        assert self._leases is not None, "the client has not attached"
         return self._leases
 
     @property
@@ -237,10 +235,12 @@ class CacheClient:
 
     def is_remote(self, key: PageKey) -> bool:
         """Tell whether the remote store has the page, as far as has been heard."""
-        return self._pages.is_remote(key)
+        return not self._is_replaced and self._pages.is_remote(key)
 
     def fetch(self, pages: Sequence[messages.WantedPage], peer: str | None, timeout_s: float) -> int:
         """Have pages brought into the arena from elsewhere; return a number for `take_fetched`."""
+        if self._is_replaced:
+            return self._fetches.refuse("the arena was replaced: this process could not read the pages")
         return self._fetches.begin(pages, peer, timeout_s)
 
     def take_fetched(self) -> list[FetchAnswer]:
@@ -389,6 +389,9 @@ class CacheClient:
     def _fail(self, text: str) -> None:
         if not self._first_answer.done():
             self._first_answer.set_exception(CacheAttachError(text))
+        elif text != self._told:
+            self._told = text
+            logger.error("no host cache for this process", extra={"why": text})
 
 
 def _ignore(outcome: Answer | CallFailure) -> None:

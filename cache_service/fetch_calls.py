@@ -48,6 +48,12 @@ class FetchCalls:
         )
         return number
 
+    def refuse(self, why: str) -> int:
+        """Take a FETCH that is not worth asking for; return its number."""
+        self._num_begun += 1
+        self._answers.append(FetchAnswer(self._num_begun, CallFailure("refused", why), 0.0))
+        return self._num_begun
+
     def take(self) -> list[FetchAnswer]:
         """Return the answers since the last call."""
         answers: list[FetchAnswer] = []

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 PAUSE_ROUNDS = 5
 """Of a second each, between a start that failed and the next."""
+MAX_START_ROUNDS = 120
+"""A start that takes longer hangs: it is given up, and the next begins."""
 
 MakeActor = Callable[..., Handle]
 """(actor class, Ray's options, arguments ...) -> its handle."""
@@ -39,6 +41,8 @@ class _Node:
     """As it was last told; its ports are the next one's."""
     num_rounds_left: int = 0
     """Until the next try."""
+    num_start_rounds: int = 0
+    """That the start under way has taken."""
 
 
 class CacheServers:
@@ -89,11 +93,9 @@ class CacheServers:
             logger.info("the host cache serves", extra=where)
 
     def endpoint(self, node_id: str) -> str | None:
-        """Return where a node's server listens or will again; None: it has none, or one that cannot start."""
+        """Return where a node's server listens or will again, on the same port; None: it has none."""
         node = self._nodes.get(node_id)
-        if node is None or node.started is None or node.num_rounds_left:
-            return None
-        return node.started.endpoint
+        return None if node is None or node.started is None else node.started.endpoint
 
     def addresses(self) -> Mapping[str, CacheAddress]:
         """Return where the servers are for the router, by node id."""
@@ -125,8 +127,12 @@ class CacheServers:
                 node.num_rounds_left -= 1
                 if node.num_rounds_left == 0:
                     self._restart(node_id, "its start failed")
-            elif node.starting is not None and self._wait([node.starting], timeout=0)[0]:
-                self._take(node_id, node)
+            elif node.starting is not None:
+                node.num_start_rounds += 1
+                if self._wait([node.starting], timeout=0)[0]:
+                    self._take(node_id, node)
+                elif node.num_start_rounds > MAX_START_ROUNDS:
+                    self._restart(node_id, "its start took too long")
 
     def _restart(self, node_id: str, why: str) -> None:
         former = self._nodes[node_id]

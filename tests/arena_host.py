@@ -18,7 +18,7 @@ from cache_service.page_records import Entry, Grant, Location
 from tests.unit.arenas import new_store
 from workers.engine.engine import Engine
 from workers.kvcache.moves import MoveInjection
-from workers.kvcache.page_mover import PageMover
+from workers.kvcache.page_mover import MappedArena, PageMover
 from workers.parallel import TPGroup
 
 GROUP = 1
@@ -36,7 +36,8 @@ class ArenaPlace:
         """Map the arena into this rank's process and have its engine move pages."""
         arena = Arena.map(self.path, self.spec)
         leases = LeaseRow(arena, group.rank)
-        mover = PageMover(engine.pool, arena, leases, group.rank, group.moves, injection=self.injection)
+        mapped = MappedArena(arena, leases)
+        mover = PageMover(engine.pool, lambda: mapped, group.rank, group.moves, injection=self.injection)
         engine.attach(mover)
         return arena, mover
 

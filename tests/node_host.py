@@ -23,7 +23,7 @@ from tests.unit.cache_nodes import SECRET, TIMEOUT_S, ServerProcess, ServerThrea
 from workers.engine.engine import Engine
 from workers.engine.mechanisms import ALL_ON, Mechanisms
 from workers.kvcache.moves import MoveInjection
-from workers.kvcache.page_mover import PageMover
+from workers.kvcache.page_mover import MappedArena, PageMover
 from workers.parallel import TPGroup
 
 ARENA_GB = 0.002
@@ -77,8 +77,7 @@ class NodePlace:
         client.start(TIMEOUT_S)
         mover = PageMover(
             engine.pool,
-            client.arena,
-            client.leases,
+            lambda: MappedArena(client.arena, client.leases),
             group.rank,
             group.moves,
             injection=faults.moves,

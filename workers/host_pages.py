@@ -8,21 +8,27 @@ from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry
 
-from cache_service.client import CacheAttachError, CacheClient, ClientSpec, group_of
+from cache_service.client import (
+    CacheAttachError,
+    CacheClient,
+    CacheSilentError,
+    ClientSpec,
+    group_of,
+)
 from cache_service.metrics import CacheClientCollector, MetricLabels
 from workers.config import WorkerConfig
 from workers.engine.engine import Engine
 from workers.kvcache.fetch_costs import FetchCosts
 from workers.kvcache.manager import KVCacheManager
-from workers.kvcache.page_mover import MoverError, PageMover
+from workers.kvcache.page_mover import MappedArena, MoverError, PageMover
 from workers.kvcache.prefetcher import PrefetchOptions
 from workers.metrics import LABELS, RankLabels, TierSources, count_tier
 from workers.parallel import TPGroup
 
 logger = logging.getLogger(__name__)
 
-ATTACH_TIMEOUT_S = 30.0
-"""A server that begins at once to adopt a full arena takes seconds."""
+ATTACH_TIMEOUT_S = 10.0
+"""A server that begins at once to adopt a full arena takes seconds. One that takes longer is heard later."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +40,9 @@ class CachePlace:
 
 
 class HostPages:
-    """Attaches a rank to its node's arena; raises CacheAttachError when that cannot be used.
+    """Attaches a rank to its node's arena; raises CacheAttachError when the server refuses that.
 
-    A server that is lost later is a miss, counted, until it is back.
+    A server that does not answer now, or is lost later, is a miss, counted, until it is back.
     """
 
     def __init__(
@@ -56,14 +62,9 @@ class HostPages:
         self._config = config
         self._page_bytes = engine.layout.bundle_bytes * group.size
         try:
-            self.client.start(ATTACH_TIMEOUT_S)
+            self._attach()
             self.mover = PageMover(
-                engine.pool,
-                self.client.arena,
-                self.client.leases,
-                group.rank,
-                group.moves,
-                verify=config.verify_pages,
+                engine.pool, self._mapped, group.rank, group.moves, verify=config.verify_pages
             )
         except (CacheAttachError, MoverError):
             self.client.close()
@@ -91,3 +92,13 @@ class HostPages:
         """End all copies, then leave the arena."""
         self.mover.close()
         self.client.close()
+
+    def _attach(self) -> None:
+        try:
+            self.client.start(ATTACH_TIMEOUT_S)
+        except CacheSilentError as error:
+            logger.warning("pages are saved once the cache server answers", extra={"why": str(error)})
+
+    def _mapped(self) -> MappedArena | None:
+        client = self.client
+        return MappedArena(client.arena, client.leases) if client.is_mapped else None

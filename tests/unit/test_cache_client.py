@@ -6,7 +6,7 @@ import time
 import pytest
 
 from cache_service import arena_format, messages
-from cache_service.client import CacheAttachError, group_of
+from cache_service.client import CacheAttachError, CacheSilentError, group_of
 from cache_service.config import CacheConfig
 from cache_service.page_records import Entry, Location
 from cache_service.processes import ProcessId
@@ -224,6 +224,20 @@ def test_a_server_that_is_not_there_is_named_in_time():
         client.start(0.5)
     assert time.monotonic() - begun_s < 1.0
     client.close()
+
+
+def test_a_server_that_comes_late_is_attached_to_all_the_same(tmp_path):
+    with serving(tmp_path) as former:
+        ports = former.ports
+    client = new_client(former.core.endpoint, start=False)
+    with pytest.raises(CacheSilentError):
+        client.start(0.2)
+    assert not client.is_mapped and client.locate(key("a")) is None and client.take_grant() is None
+    with serving(tmp_path, **ports):
+        eventually(lambda: client.is_mapped)
+        ((page_key,), (location,)) = store_chain(client, "a")
+        assert is_intact(client, page_key, location)
+        client.close()
 
 
 def test_an_arena_that_is_not_the_servers_is_not_used(server, tmp_path):

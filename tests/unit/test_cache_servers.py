@@ -6,7 +6,7 @@ from ray.exceptions import ActorDiedError
 from cache_service.config import CacheConfig
 from cache_service.server_actor import CacheServer, CacheServerStarted, Ports
 from cluster.api.ports import ScrapeTarget
-from cluster.cache_servers import PAUSE_ROUNDS, CacheServers
+from cluster.cache_servers import MAX_START_ROUNDS, PAUSE_ROUNDS, CacheServers
 from cluster.config import ClusterConfig
 
 CONFIG = ClusterConfig(cache=CacheConfig(host_cache_gb=1))
@@ -124,12 +124,13 @@ def test_a_lost_server_is_started_again_on_its_ports(ray, servers, why):
 
 
 def test_a_start_that_fails_is_tried_again_after_a_pause(ray, servers):
+    former = servers.endpoint("b" * 56)
     ray.next_answers = [ActorDiedError(), ActorDiedError()]
     ray.made[1].ping_answer = False
     servers.keep()
     servers.keep()
     assert ray.num_made <= 4
-    assert servers.endpoint("b" * 56) is None, "nobody shall wait for one that cannot start"
+    assert servers.endpoint("b" * 56) == former, "a replica that starts meanwhile finds it once it is there"
     for _ in range(2 * PAUSE_ROUNDS + 2):
         servers.keep()
     assert ray.num_made == 5
@@ -137,3 +138,20 @@ def test_a_start_that_fails_is_tried_again_after_a_pause(ray, servers):
     servers.keep()
     servers.keep()
     assert ray.num_made == 5 and servers.actors[1] is ray.made[4]
+
+
+def test_a_start_that_hangs_is_given_up(ray, servers):
+    ray.next_answers = [None]
+    ray.made[1].ping_answer = False
+    servers.keep()
+    servers.keep()
+    hanging = servers.actors[1]
+    num_made = ray.num_made
+    for _ in range(MAX_START_ROUNDS - 2):
+        servers.keep()
+    assert (servers.actors[1], ray.num_made) == (hanging, num_made)
+    for _ in range(4):
+        servers.keep()
+    assert hanging.is_killed
+    assert ray.num_made == num_made + 1
+    assert servers.actors[1] is not hanging

@@ -1,6 +1,7 @@
 """PageMover: SAVE and LOAD between a pool and a real arena, and every way in which they fail."""
 
 import threading
+from functools import partial
 
 import numpy
 import pytest
@@ -15,7 +16,7 @@ from workers.engine.mechanisms import Mechanisms
 from workers.kvcache.kv_pool import KVPool
 from workers.kvcache.layout import target_only
 from workers.kvcache.moves import MoveInjection
-from workers.kvcache.page_mover import PIECE_BYTES, MoverError, MoveTimeoutError
+from workers.kvcache.page_mover import PIECE_BYTES, MappedArena, MoverError, MoveTimeoutError
 from workers.move_board import MoveStatus
 
 ENQUEUED, DONE = MoveStatus.ENQUEUED, MoveStatus.DONE
@@ -320,10 +321,27 @@ def test_a_pool_that_does_not_fit_the_arena_is_refused(tmp_path) -> None:
     other = KVPool(target_only(1, 8, 1, 8, "float32"), 4, CPU)
     with Tier(tmp_path, [pool(0)]) as tier:
         mover = type(tier.mover)
+        mapped = partial(MappedArena, tier.arena, tier.leases[0])
         with pytest.raises(MoverError, match=r"bundles of 512 bytes; .* has 1 parts of 256 bytes"):
-            mover(other, tier.arena, tier.leases[0], 0, tier.board)
+            mover(other, mapped, 0, tier.board)
         with pytest.raises(MoverError, match="part 1 of"):
-            mover(pool(0), tier.arena, tier.leases[0], 1, tier.board)
+            mover(pool(0), mapped, 1, tier.board)
+
+
+def test_moves_fail_until_there_is_an_arena(tmp_path) -> None:
+    with Tier(tmp_path, [pool(0)]) as tier:
+        arenas: list[MappedArena] = []
+        late = type(tier.mover)(pool(0), lambda: arenas[0] if arenas else None, 0, tier.board)
+        grants = tier.grant(2)
+        early, then = (
+            tier.save_op([page], [grant], keys(1)) for page, grant in zip([1, 2], grants, strict=True)
+        )
+        late.start(early)
+        assert tier.outcome(early) == [IO]
+        arenas.append(MappedArena(tier.arena, tier.leases[0]))
+        late.start(then)
+        assert tier.outcome(then) == [DONE]
+        late.close()
 
 
 def test_our_own_bugs_are_caught_when_a_move_starts(tmp_path) -> None:

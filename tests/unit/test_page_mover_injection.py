@@ -1,9 +1,12 @@
 """Seeded faults of moves: the same for a seed on any machine, and no wrong byte whatever they do."""
 
+from functools import partial
+
 import torch
 
 from tests.unit.tiers import Tier, boards, eventually, keys, pool
 from workers.kvcache.moves import Move, MoveInjection
+from workers.kvcache.page_mover import MappedArena
 from workers.move_board import MoveStatus
 
 DONE, IO, CORRUPT = MoveStatus.DONE, MoveStatus.FAILED_IO, MoveStatus.FAILED_CORRUPT
@@ -52,7 +55,9 @@ def round_trip(folder, injection: MoveInjection, num_threads: int = 2):
         kept = [place for place, status in enumerate(saved) if status is DONE]
         locations = [tier.commit([grants[place]], [names[place]])[0] for place in kept]
         tier.mover.close()
-        loader = type(tier.mover)(target, tier.arena, tier.leases[0], 0, board, injection=injection)
+        loader = type(tier.mover)(
+            target, partial(MappedArena, tier.arena, tier.leases[0]), 0, board, injection=injection
+        )
         op = tier.load_op([pages[place] for place in kept], locations, [names[place] for place in kept])
         loader.start(op)
         loaded = tier.outcome(op)

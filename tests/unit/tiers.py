@@ -4,6 +4,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from typing import Self
 
 import numpy
@@ -15,7 +16,7 @@ from cache_service.page_records import CommitStatus, Entry, Grant, Location
 from tests.unit.arenas import key, new_store
 from workers.kvcache.kv_pool import KVPool
 from workers.kvcache.layout import target_only
-from workers.kvcache.page_mover import PageMover
+from workers.kvcache.page_mover import MappedArena, PageMover
 from workers.move_board import MOVE_CAPACITY, MoveBoard, MoveStatus
 from workers.plan import LoadPages, SavePages
 
@@ -101,7 +102,9 @@ class Tier:
         self.boards = [board] if board else boards(num_ranks)
         self.leases = [LeaseRow(self.arena, row) for row in range(num_ranks)]
         self.movers = [
-            PageMover(pool, self.arena, self.leases[part], part, self.boards[part], **options)
+            PageMover(
+                pool, partial(MappedArena, self.arena, self.leases[part]), part, self.boards[part], **options
+            )
             for part, pool in enumerate(pools)
         ]
         self.next_move = 1

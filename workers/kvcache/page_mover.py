@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy
 from numpy.typing import NDArray
@@ -51,18 +51,24 @@ class MoveTimeoutError(RuntimeError):
     """A move did not end in time: its thread hangs, and the replica with it."""
 
 
+class MappedArena(NamedTuple):
+    """An arena that this process has mapped, and its row of lease bytes, which others may use as well."""
+
+    arena: Arena
+    leases: LeaseRow
+
+
 class PageMover:
     """Threads that copy pages of `pool` from and to the `part`-th bundle of the arena's slots.
 
-    `leases` is this process's row, which others may use as well. The caller closes the mover before arena,
-    board and pool. `stats` is to be read only.
+    `mapped` tells the arena, None while there is none: moves fail until it is there, and it stays for good.
+    The caller closes the mover before arena, board and pool. `stats` is to be read only.
     """
 
     def __init__(
         self,
         pool: KVPool,
-        arena: Arena,
-        leases: LeaseRow,
+        mapped: Callable[[], MappedArena | None],
         part: int,
         board: MoveBoard,
         *,
@@ -74,23 +80,16 @@ class PageMover:
     ) -> None:
         if pool.data.device.type != "cpu":
             raise MoverError(f"the pool is on {pool.data.device}; pages are moved from and to a CPU's pool")
-        if pool.layout.bundle_bytes != arena.spec.bundle_bytes or not 0 <= part < arena.spec.num_ranks:
-            raise MoverError(
-                f"part {part} of bundles of {pool.layout.bundle_bytes} bytes; {arena.path} has"
-                f" {arena.spec.num_ranks} parts of {arena.spec.bundle_bytes} bytes: attach to an arena of"
-                " this group's layout"
-            )
         self.stats = MoveStats()
         # numpy copies without the interpreter's lock and, unlike torch, without threads of its own.
         self._pages: NDArray[numpy.uint8] = pool.data.numpy()
-        self._arena = arena
-        self._bundles = arena.bundles(part)
-        self._leases = leases
+        self._bundle_bytes = pool.layout.bundle_bytes
+        self._mapped = mapped
         self._part = part
         self._board = board
         self._verifies_all = verify == "always"
         self._verified: dict[int, int] = {}  # slot -> epoch, under the arena's incarnation of then
-        self._incarnation = arena.incarnation
+        self._incarnation = 0
         self._mechanisms = mechanisms
         self._injection = injection
         self._clock = clock
@@ -101,6 +100,8 @@ class PageMover:
         self._queue: list[tuple[bool, int, Move]] = []  # a heap: LOADs first, then by number
         self._num_in_flight = 0
         self._loading: dict[int, int] = {}  # page -> move
+        self._is_mapped = False
+        self._map()
         self._threads = [
             threading.Thread(target=self._work, name=f"page-mover-{number}", daemon=True)
             for number in range(num_threads)
@@ -152,6 +153,23 @@ class PageMover:
                 )
         return bool(awaited)
 
+    def _map(self) -> bool:
+        """Tell whether the arena is there, and take it the first time. Raises MoverError."""
+        mapped = None if self._is_mapped else self._mapped()
+        if mapped is None:
+            return self._is_mapped
+        arena, leases = mapped
+        if self._bundle_bytes != arena.spec.bundle_bytes or not 0 <= self._part < arena.spec.num_ranks:
+            raise MoverError(
+                f"part {self._part} of bundles of {self._bundle_bytes} bytes; {arena.path} has"
+                f" {arena.spec.num_ranks} parts of {arena.spec.bundle_bytes} bytes: attach to an arena of"
+                " this group's layout"
+            )
+        self._arena, self._leases, self._bundles = arena, leases, arena.bundles(self._part)
+        self._incarnation = arena.incarnation
+        self._is_mapped = True
+        return True
+
     def close(self) -> None:
         """End the threads: copies under way are finished, moves that have not begun fail. Idempotent."""
         self._closing.set()
@@ -161,7 +179,8 @@ class PageMover:
             thread.join(_CLOSE_TIMEOUT_S)
         if any(thread.is_alive() for thread in self._threads):
             raise MoveTimeoutError(f"{self._num_in_flight} moves did not end in {_CLOSE_TIMEOUT_S} s")
-        self._bundles = self._bundles[:0].copy()  # the arena is unmapped once nobody refers to it
+        if self._is_mapped:
+            self._bundles = self._bundles[:0].copy()  # the arena is unmapped once nobody refers to it
 
     # What the sanitizer asks.
 
@@ -200,7 +219,7 @@ class PageMover:
     def _end(self, move: Move, status: MoveStatus, seconds: float) -> None:
         with self._lock:
             self._board.publish(move.number, status)
-            self.stats.finished(move, status, self._arena.spec.bundle_bytes, seconds)
+            self.stats.finished(move, status, self._bundle_bytes, seconds)
             self._num_in_flight -= 1
             if move.kind == "load":
                 del self._loading[move.page]
@@ -210,7 +229,7 @@ class PageMover:
         fault = self._injection.fault(move, self._part) if self._injection else NO_FAULT
         if fault.delay_s:
             self._closing.wait(fault.delay_s)
-        if fault.fails or self._closing.is_set():
+        if fault.fails or self._closing.is_set() or not self._map():
             return MoveStatus.FAILED_IO
         return self._save(move, fault) if move.kind == "save" else self._load(move, fault)
 
