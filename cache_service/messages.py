@@ -210,7 +210,7 @@ class ReleasePages(msgspec.Struct, frozen=True, array_like=True, tag="release"):
 class AttachStore(msgspec.Struct, frozen=True, array_like=True, tag="attach_store"):
     """Put pages into a remote store from now on, and fetch from it; answered by Done, or Refused.
 
-    `store` is written as `--store` is. An attached one is detached first.
+    `store` is written as `--store` is. An attached one is detached first; after a refusal it is attached again.
     """
 
     store: str

@@ -77,6 +77,7 @@ class _Closing:
 class RemoteTier:
     """`address` is the configuration's: attached whenever there is an arena, tried again until that succeeds.
 
+    One attached at run time takes its place once it is open, and a detach takes it away.
     `node` is this node's address, `changes` the relocation log; `counts` are the server's counters by (name,
     reason).
     """
@@ -161,7 +162,11 @@ class RemoteTier:
         return self._threads.close(timeout_s)
 
     def attach(self, text: str, told: Told) -> None:
-        """Use the store at an address instead of the present one; `told` hears of it in time."""
+        """Use the store at an address instead of the present one; `told` hears of it in time.
+
+        The present one is closed first, as both may be one folder. Where the other cannot be opened, it is
+        opened again.
+        """
         try:
             parse_store_address(text)
         except StoreAddressError as error:
@@ -180,6 +185,7 @@ class RemoteTier:
     def detach(self, told: Told) -> None:
         """Use no store any more; `told` hears once it is closed, or was given the time for it."""
         self._give_up("the store was detached")
+        self._address = None
         self._detach(told)
 
     def tick(self, now_s: float) -> bool:
@@ -247,8 +253,10 @@ class RemoteTier:
         logger.warning("a remote store cannot be used", extra={"store": opening.text, "why": why})
         if opening.told is None:
             self._retry_s = self._clock() + RETRY_S
-        else:
-            opening.told(why)
+            return
+        if self._address is not None:
+            self._open(self._address, opening.access, None)
+        opening.told(why)
 
     def _give_up(self, why: str) -> None:
         """Wait for no store any more: what is opened yet is closed at once."""
@@ -257,7 +265,6 @@ class RemoteTier:
             opening.told(f"{why} before this was done")
 
     def _detach(self, told: Told | None) -> None:
-        self._address = None
         closing = _Closing(self._clock() + 2 * CLOSE_TIMEOUT_S, told or _unheard)
         self._closings.append(closing)
         attached = self._take_attached()

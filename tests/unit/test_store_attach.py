@@ -69,6 +69,34 @@ def test_a_store_that_cannot_be_opened_at_run_time_is_refused_and_not_tried_agai
     assert bare.counts["stores", "failed"] == 1
 
 
+def test_a_store_that_cannot_be_opened_leaves_the_former_in_use(node):
+    node.attached()
+    keys = node.commit(2)
+    node.until(lambda: node.tier.num_known == 2)
+    node.opener.error = "nobody listens at 10.0.0.9:50051"
+    assert node.answer(node.ask(node.tier.attach, OTHER_ADDRESS)) == node.opener.error
+    node.until(lambda: node.counts["stores", "failed"] == 2)  # nor could that be opened again
+    node.opener.error = None
+    node.now_s += remote_tier.RETRY_S
+    node.attached()
+    assert node.tier.address == ADDRESS
+    node.until(lambda: node.tier.num_known == 2)
+    assert node.get(keys) == [GetStatus.FOUND] * 2
+
+
+def test_a_store_given_up_for_another_leaves_the_former_in_use(node):
+    node.attached()
+    node.opener.goes_on.clear()
+    told = node.ask(node.tier.attach, OTHER_ADDRESS)
+    node.until(lambda: len(node.opener.asked) == 2)
+    assert node.tier.end()  # of the arena
+    assert "was given up" in node.answer(told)
+    node.opener.goes_on.set()
+    node.begin()
+    node.attached()
+    assert node.tier.address == ADDRESS
+
+
 def test_without_an_arena_a_store_is_refused(tmp_path):
     node = Node(tmp_path, None, begins=False)
     assert "no worker has attached" in node.answer(node.ask(node.tier.attach, ADDRESS))
