@@ -163,8 +163,8 @@ class MooncakeClient:
             return GetResult(GetStatus.MISSING)
         if code == _BUFFER_TOO_SMALL:  # longer than any record of ours
             return GetResult(GetStatus.FOREIGN)
-        # A record that is too short fails like a broken wire, before anything is sent.
-        if code >= 0 or self._store.get_size(name) not in (record_bytes, *_NOTHING_SENT):
+        # A record that is too short fails like a broken wire, before anything is sent; its size alone tells.
+        if code >= 0 or 0 < self._store.get_size(name) < record_bytes:
             return GetResult(GetStatus.CORRUPT)
         self._stats.count_failure(f"get: {code}")
         return GetResult(GetStatus.FAILED)
