@@ -9,7 +9,7 @@ import os
 import secrets
 import signal
 import socket
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import psutil
 
@@ -38,9 +38,15 @@ class OwnRay:
     `gcs_address` is where the first of them listens.
     """
 
-    def __init__(self, daemons: Iterable[ProcessId], gcs_address: str) -> None:
+    def __init__(
+        self,
+        daemons: Iterable[ProcessId],
+        gcs_address: str,
+        children_of: Callable[[int], list[ProcessId]] | None = None,
+    ) -> None:
         self._daemons = list(daemons)
         self._gcs_address = gcs_address
+        self._children_of = children_of or _children_of
         self._actors: set[ProcessId] = set()
         self._is_gone = False
 
@@ -64,9 +70,9 @@ class OwnRay:
     def _note_actors(self) -> None:
         """Note the daemons' children while that can be seen: orphans have other parents."""
         for daemon in self._daemons:
-            with contextlib.suppress(psutil.Error):
-                children = [ProcessId.of(child.pid) for child in psutil.Process(daemon.pid).children()]
-                self._actors.update(child for child in children if child is not None)
+            children = self._children_of(daemon.pid)
+            if daemon.is_alive():  # else another process may have had its pid by then
+                self._actors.update(children)
 
     def _is_refused(self) -> bool:
         host, _, port = self._gcs_address.rpartition(":")
@@ -144,3 +150,13 @@ def leave_ray(own: OwnRay | None = None) -> None:
     ray.shutdown()
     if own is not None:
         own.end()
+
+
+def _children_of(pid: int) -> list[ProcessId]:
+    found = []
+    with contextlib.suppress(psutil.Error):
+        for child in psutil.Process(pid).children():
+            process = ProcessId.of(child.pid)
+            if process is not None and child.is_running():  # the pid was its own still
+                found.append(process)
+    return found

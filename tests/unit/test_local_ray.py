@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -229,6 +230,30 @@ def test_ray_is_gone_once_one_of_its_processes_is_and_what_outlives_it_is_ended(
     assert actor.is_alive(), "an orphan"
     own.end()
     until(lambda: not actor.is_alive())
+
+
+def test_the_children_of_who_has_a_dead_daemons_pid_are_nobody_s_actors(daemon, gcs):
+    stranger, child = daemon
+    own = OwnRay([replace(stranger, start_ticks=stranger.start_ticks - 1)], address(gcs))
+    assert own.is_gone()
+    own.end()
+    time.sleep(0.1)  # a signal takes a moment
+    assert stranger.is_alive() and child.is_alive()
+
+
+def test_a_daemon_that_ends_while_its_children_are_listed_may_have_a_stranger_s(daemon, gcs):
+    raylet, child = daemon
+
+    def children_of(pid):
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: not raylet.is_alive())
+        return [child]
+
+    own = OwnRay([raylet], address(gcs), children_of)
+    assert own.is_gone()
+    own.end()
+    time.sleep(0.1)
+    assert child.is_alive()
 
 
 def test_ray_is_gone_once_its_gcs_is_deaf_though_it_lives(daemon, gcs):
