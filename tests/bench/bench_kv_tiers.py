@@ -91,7 +91,9 @@ def main():
             timeout=PART_TIMEOUT_S,
             check=True,
         )
-        results |= json.loads(run.stdout.splitlines()[-1])
+        found = run.stdout.splitlines()[-1]
+        print(f"{part}: {found}", file=sys.stderr, flush=True)
+        results |= json.loads(found)
     if not arguments.json:
         for name, value in results.items():
             print(f"{name:24} {value}")

@@ -5,6 +5,7 @@ nodes: one computes prompts (the miss) and later takes some of them back from it
 from the first one's arena and some from Mooncake Store. Only one rank works at a time.
 """
 
+import contextlib
 import itertools
 import multiprocessing
 import os
@@ -55,30 +56,37 @@ class _Cluster:
     """Two nodes with a rank each, a Mooncake master, and bench_cpu's arm beside them."""
 
     def __init__(self, folder):
-        self._master = MooncakeMaster(folder / "master.log")
-        self._nodes, self._children = [], []
+        self._folder = folder
         self._prompts = _prompts()
 
     def __enter__(self):
-        for host, segment_gb in (("127.0.0.1", 2), ("127.0.0.2", 0)):
-            store = f"mooncake:{self._master.endpoint}?segment_gb={segment_gb}"
-            self._nodes.append(CacheNode(ARENA_GB, host, transfer="tcp", store=store))
-        self._near, self._far = self._nodes
-        children = [
-            _Child(_run_rank, number, node.endpoint) for number, node in enumerate(self._nodes, start=1)
-        ]
-        self._bench_cpu = _Child(_run_bench_cpu)
-        self._children = [*children, self._bench_cpu]
-        self._near_rank, self._far_rank = (_Client(child.answer()) for child in children)
-        self._bench_cpu.answer()
+        with contextlib.ExitStack() as stack:
+            master = MooncakeMaster(self._folder / "master.log")
+            stack.callback(master.kill)
+            self._near, self._far = nodes = [
+                stack.enter_context(
+                    CacheNode(
+                        ARENA_GB,
+                        host,
+                        transfer="tcp",
+                        store=f"mooncake:{master.endpoint}?segment_gb={segment_gb}",
+                    )
+                )
+                for host, segment_gb in (("127.0.0.1", 2), ("127.0.0.2", 0))
+            ]
+            roles = [(_run_rank, number, node.endpoint) for number, node in enumerate(nodes, start=1)]
+            near, far, self._bench_cpu = (
+                stack.enter_context(_Child(*role)) for role in (*roles, (_run_bench_cpu,))
+            )
+            self._near_rank, self._far_rank = (
+                stack.enter_context(_Client(rank.answer())) for rank in (near, far)
+            )
+            self._bench_cpu.answer()
+            self._resources = stack.pop_all()
         return self
 
     def __exit__(self, *_):
-        for child in self._children:
-            child.stop()
-        for node in self._nodes:
-            node.__exit__()
-        self._master.kill()
+        self._resources.close()
 
     def one_round(self):
         """Run every arm once: three misses, then their three ways back."""
@@ -127,7 +135,7 @@ class _Child:
         self._process.start()
 
     def answer(self):
-        if not self._pipe.poll(2 * TIMEOUT_S):
+        if not self._pipe.poll(5 * TIMEOUT_S):
             raise TimeoutError("a process of the benchmark does not answer")
         return self._pipe.recv()
 
@@ -135,8 +143,12 @@ class _Child:
         self._pipe.send(question)
         return self.answer()
 
-    def stop(self):
-        self._pipe.send(None)
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        with contextlib.suppress(OSError):
+            self._pipe.send(None)
         self._process.join(TIMEOUT_S)
 
 
@@ -179,6 +191,12 @@ class _Client:
         self._connection = Connection(endpoint, SECRET, "bench", self, lease_s=TIMEOUT_S)
         self._connection.start()
         assert self._opened.wait(TIMEOUT_S), "the rank does not answer"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._connection.close()
 
     def ask(self, prompt, peers=()):
         """Return the seconds to the first token and how many tokens were cached; None: the store."""
