@@ -307,6 +307,13 @@ class Fetcher:
         if access is None or job not in self._jobs:  # the arena it went into is gone
             return
         self._jobs.remove(job)
+        num_ranks = access.arena.spec.num_ranks
+        results = [
+            GetResult(GetStatus.FAILED)  # whatever it is, it is no page of this arena
+            if result.status is GetStatus.FOUND and len(result.checksums) != num_ranks
+            else result
+            for result in results
+        ]
         is_found = [result.status is GetStatus.FOUND for result in results]
         self._counts["fetch_bytes", job.kind] += sum(is_found) * access.arena.spec.slot_bytes
         self._counts["fetch_batches", job.kind] += 1

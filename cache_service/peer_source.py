@@ -155,6 +155,7 @@ class PeerSource:
             try:
                 num_found = self._read_part(batch, start, pages[start : start + num_pages], end_s)
             except PeerLostError as error:
+                self._connection.drop()  # what it has leased to us ends with it
                 logger.warning("a peer is lost", extra={"peer": self.endpoint, "reason": str(error)})
                 if self._clock() >= end_s:  # the caller may not have noticed yet
                     _fill_rest(batch, start, len(pages), GetStatus.TIMED_OUT)
@@ -194,6 +195,10 @@ class PeerSource:
             raise PeerLostError(f"{self.endpoint} answered {type(answer).__name__} to LeasePages")
         if not answer.pages:
             return 0
+        if len(answer.pages) > len(pages) or any(
+            len(leased.checksums) != self._layout.num_ranks for leased in answer.pages
+        ):
+            raise PeerLostError(f"{self.endpoint} lent other pages than it was asked for")
         self._meet(answer.segment)
         runs = [
             RemoteRun(leased.address, page.data) for leased, page in zip(answer.pages, pages, strict=False)

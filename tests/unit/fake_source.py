@@ -10,7 +10,7 @@ from cache_service.remote_worker import Batch
 def write_page(data, page_key, num_ranks=1):
     """Fill a slot with a page as its writer would; return the checksums."""
     data[:] = page_key * (len(data) // len(page_key))
-    size = len(data) // num_ranks
+    size = len(data) // max(1, num_ranks)
     return tuple(
         bundle_checksum(data[rank * size : (rank + 1) * size], page_key, rank) for rank in range(num_ranks)
     )

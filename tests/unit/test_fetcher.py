@@ -276,9 +276,20 @@ def test_all_ranks_come_together(tmp_path):
     node.source.num_ranks = 2
     assert node.statuses(node.fetch(chain("ab"))) == [FETCHED] * 2
     assert all(node.is_intact(name) for name in "ab")
-    node.source.num_ranks = 1  # a checksum is missing
-    assert node.statuses(node.fetch(chain("c"))) == [FAILED]
-    assert node.store.num_writing == 0
+    node.close()
+
+
+@pytest.mark.parametrize("num_checksums", [0, 1, 3])
+def test_an_answer_with_checksums_too_few_or_too_many_is_a_failure_and_leaves_no_slot_behind(
+    tmp_path, num_checksums
+):
+    node = Node(tmp_path, num_ranks=2)
+    node.source.num_ranks = num_checksums
+    assert node.statuses(node.fetch(chain("ab"))) == [FAILED] * 2
+    assert node.counts["fetched", "failed"] == 2
+    node.source.statuses = {key("a"): GetStatus.MISSING}
+    assert node.statuses(node.fetch(chain("abc")))[0] is MISSING
+    assert node.store.num_writing == node.store.num_ready == 0
     node.close()
 
 

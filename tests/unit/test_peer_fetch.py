@@ -2,11 +2,14 @@
 
 import time
 
+import msgspec
 import pytest
 
 from cache_service import messages
+from cache_service.arena_format import bundle_checksum
 from cache_service.config import CacheConfig
 from cache_service.messages import FetchStatus, ReleasePages
+from tests.unit.arenas import key
 from tests.unit.cache_nodes import BUNDLE_BYTES, NUM_SLOTS, eventually
 from tests.unit.peer_nodes import TIMEOUT_S, lease, two_nodes
 from tests.unit.raw_cache_client import RawClient
@@ -95,6 +98,36 @@ def test_a_flipped_bit_in_the_peers_arena_takes_the_page_away(nodes):
     assert reader.fetch("abc", owner) == [FETCHED, CORRUPT, CORRUPT]
     eventually(lambda: owner.locations("abc")[1:] == [None, None])
     assert owner.counts()["dropped", "fetch"] == 4
+
+
+def with_an_extra_rank(page):
+    return msgspec.structs.replace(page, checksums=[*page.checksums, bundle_checksum(b"", key("a"), 1)])
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        lambda pages: [with_an_extra_rank(page) for page in pages],
+        lambda pages: [msgspec.structs.replace(page, checksums=[]) for page in pages],
+        lambda pages: pages * 2,
+    ],
+    ids=["too many checksums", "too few", "too many pages"],
+)
+def test_an_answer_of_another_length_than_was_asked_for_is_a_failure(nodes, lie):
+    owner, reader = nodes
+    leases = owner.core._peers.leases
+    lend = leases.lease
+
+    def lend_oddly(*arguments):
+        leased = lend(*arguments)
+        return msgspec.structs.replace(leased, pages=lie(leased.pages))
+
+    leases.lease = lend_oddly
+    assert reader.fetch("a", owner) == [FAILED]
+    assert reader.transfer.num_reads == 0 and reader.stats().num_writing == 0
+    eventually(lambda: leases.num_slots == 0)
+    leases.lease = lend
+    eventually(lambda: reader.fetch("a", owner) == [FETCHED])
 
 
 def test_leased_pages_stay_in_place_until_they_are_read(nodes):
