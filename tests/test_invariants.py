@@ -61,12 +61,28 @@ def test_every_switch_has_a_mutation():
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.mechanism.split(":")[0])
 def test_the_test_is_there_and_says_what_the_table_says(mutation):
-    source = mutation.file.read_text()
-    tree = ast.parse(source)
-    assert mutation.test in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-    assert mutation.check in source
+    text = mutation.file.read_text()
+    tests = {node.name: node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
+    assert mutation.test in tests
+    test = tests[mutation.test]
+    assert any(mutation.check in words for words in strings_of(test, text)), "no check has this name there"
     if mutation.switch:
-        assert mutation.switch.partition(".")[2] in source
+        assert mutation.switch.partition(".")[2] in ast.unparse(test)
+
+
+def strings_of(test, text):
+    """Return the strings of a test and of its parameters as they are written, but for its docstring."""
+    nodes = [node for statement in (*test.body, *test.decorator_list) for node in ast.walk(statement)]
+    bare = {node.value for node in nodes if isinstance(node, ast.Expr)}
+    return [
+        ast.get_source_segment(text, node)
+        for node in nodes
+        if node not in bare
+        and (
+            isinstance(node, ast.JoinedStr)
+            or (isinstance(node, ast.Constant) and isinstance(node.value, str))
+        )
+    ]
 
 
 def test_every_file_of_mutations_is_in_the_table():

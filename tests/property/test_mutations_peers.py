@@ -52,12 +52,9 @@ def test_a_mechanism_switched_off_is_noticed(tmp_path, switch, flips, check):
             drive(tmp_path, seed, ArenaSafety(**{switch: False}), flips)
 
 
-@pytest.mark.parametrize("fencing", [True, False])
-def test_what_a_lost_reader_reads_on_is_noticed(tmp_path, fencing):
-    with two_nodes(tmp_path, *({"safety": ArenaSafety(fencing=fencing)} for _ in range(2))) as (
-        owner,
-        reader,
-    ):
+def lose_a_reader_that_reads_on(folder, safety):
+    folder.mkdir()
+    with two_nodes(folder, {"safety": safety}, {"safety": safety}) as (owner, reader):
         leases = owner.core._peers.leases
         reader.transfer.go.clear()
         wait = reader.begin_fetch("abc", owner)
@@ -66,9 +63,17 @@ def test_what_a_lost_reader_reads_on_is_noticed(tmp_path, fencing):
         owner.core._inbox.put(lambda: leases.lost(lost.identity))
         eventually(lambda: leases.num_slots == 0)
         reader.transfer.go.set()
-        counts_for_nothing = wait() == [FetchStatus.FAILED] * 3
+        counts = wait() != [FetchStatus.FAILED] * 3
         node, incarnation = lost.reader
         with RawClient(owner.server) as again:
             answer = again.ask(lease("abc", incarnation, reader=node))
-        is_fenced = isinstance(answer, messages.Refused) and answer.code == "fenced"
-        assert (counts_for_nothing, is_fenced) == (fencing, fencing)
+        leases_again = not (isinstance(answer, messages.Refused) and answer.code == "fenced")
+        assert not counts and not leases_again, (
+            f"lost: its pages count {counts}, it leases again {leases_again}"
+        )
+
+
+def test_what_a_lost_reader_reads_on_is_noticed(tmp_path):
+    lose_a_reader_that_reads_on(tmp_path / "on", ArenaSafety())
+    with pytest.raises(AssertionError, match="lost: its pages count True, it leases again True"):
+        lose_a_reader_that_reads_on(tmp_path / "off", ArenaSafety(fencing=False))

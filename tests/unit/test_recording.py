@@ -116,10 +116,15 @@ def logits_kept_and_seen(mechanisms: Mechanisms) -> list[tuple[torch.Tensor, tor
     return seen
 
 
+def check_that_logits_last(mechanisms: Mechanisms) -> None:
+    last = [torch.equal(logits, copy) for logits, copy in logits_kept_and_seen(mechanisms)]
+    assert all(last), f"replayed_logits: they last {last}"
+
+
 def test_logits_of_a_replay_outlive_the_next() -> None:
-    assert all(torch.equal(logits, copy) for logits, copy in logits_kept_and_seen(ALL_ON))
-    torn = logits_kept_and_seen(Mechanisms(clones_outputs=False))
-    assert [torch.equal(logits, copy) for logits, copy in torn] == [False, False, False, True]
+    check_that_logits_last(ALL_ON)
+    with pytest.raises(AssertionError, match=r"replayed_logits: they last \[False, False, False, True\]"):
+        check_that_logits_last(Mechanisms(clones_outputs=False))
 
 
 class HostBranching:
