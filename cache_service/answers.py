@@ -156,8 +156,8 @@ class Answers:
         if isinstance(request, messages.Stats):
             return self.stats()
         if isinstance(request, messages.ChangesSince):
-            standing = (*(store.stored() if store is not None else ()), *self._remote.stored())
-            return self._arena.log.resync(request.version, standing)
+            stored = store.stored() if store is not None else ()
+            return self._arena.log.resync(request.version, stored, self._remote.known_keys())
         if store is None:  # nobody has attached: there is no page yet
             return self._answer_without_pages(request)
         if isinstance(request, messages.Detach | messages.GrantSlots | messages.Commit | messages.Abort):

@@ -12,7 +12,7 @@ import msgspec
 from cache_service.messages import ChangesSince, Refused
 from cache_service.one_call import exchange, other_protocol, refused
 from cache_service.relocation import Changes, Snapshot, Version
-from cache_service.relocation_records import Change, Standing
+from cache_service.relocation_records import Change, Stored
 
 Record = TypeVar("Record")
 
@@ -22,6 +22,7 @@ class _Snapshot(msgspec.Struct, frozen=True, array_like=True, tag="snapshot"):
 
     version: Version
     stored: list[msgspec.Raw]
+    remote: bytes
 
 
 class _Changes(msgspec.Struct, frozen=True, array_like=True, tag="changes"):
@@ -37,7 +38,7 @@ class _Reply(msgspec.Struct, frozen=True, array_like=True):
 
 
 _REPLY = msgspec.msgpack.Decoder(_Reply)
-_STANDING: msgspec.msgpack.Decoder[Standing] = msgspec.msgpack.Decoder(Standing)
+_STORED: msgspec.msgpack.Decoder[Stored] = msgspec.msgpack.Decoder(Stored)
 _CHANGE: msgspec.msgpack.Decoder[Change] = msgspec.msgpack.Decoder(Change)
 
 
@@ -56,7 +57,7 @@ def _decoded(payload: bytes) -> Changes | Snapshot:
     answer = _REPLY.decode(payload).answer
     match answer:
         case _Snapshot():
-            return Snapshot(answer.version, _each(_STANDING, answer.stored))
+            return Snapshot(answer.version, _each(_STORED, answer.stored), answer.remote)
         case _Changes():
             return Changes(answer.incarnation, answer.first_counter, _each(_CHANGE, answer.changes))
         case Refused():

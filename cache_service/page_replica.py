@@ -8,7 +8,14 @@ from collections.abc import Iterable, Sequence
 
 from cache_service.keys import PageKey
 from cache_service.page_records import Location
-from cache_service.relocation_records import Change, Removed, Standing, Stored, StoredRemotely
+from cache_service.relocation_records import (
+    Change,
+    Removed,
+    RemovedRemotely,
+    Standing,
+    Stored,
+    StoredRemotely,
+)
 
 
 class PageReplica:
@@ -69,5 +76,7 @@ class PageReplica:
                     self._lost[change.key] = None
                 elif isinstance(change, StoredRemotely):
                     self._remote.add(change.key)
-                else:
+                elif isinstance(change, RemovedRemotely):
                     self._remote.discard(change.key)
+                else:
+                    self._remote.clear()

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 
 import msgspec
 
-from cache_service.relocation_records import Change, Standing
+from cache_service.keys import KEY_BYTES, PageKey
+from cache_service.relocation_records import Change, Standing, Stored, StoredRemotely
 
 MAX_CHANGES = 16_384
 """What a log keeps for subscribers that missed some: about 200 bytes each."""
@@ -40,7 +41,15 @@ class Snapshot(msgspec.Struct, frozen=True, array_like=True, tag="snapshot"):
     """All that is stored at one version."""
 
     version: Version
-    stored: list[Standing]
+    stored: list[Stored]
+    remote: bytes = b""
+    """The keys of pages in the remote store, one after another: there may be far more than of the arena's."""
+
+    def standing(self) -> list[Standing]:
+        """Return all of it as records."""
+        starts = range(0, len(self.remote), KEY_BYTES)
+        keys = [PageKey(self.remote[start : start + KEY_BYTES]) for start in starts]
+        return [*self.stored, *map(StoredRemotely, keys)]
 
 
 class RelocationLog:
@@ -76,9 +85,11 @@ class RelocationLog:
         start = version.counter - self._first_counter
         return Changes(self._incarnation, version.counter, self._changes[start:])
 
-    def resync(self, version: Version | None, stored: Iterable[Standing]) -> Changes | Snapshot:
-        """Return what brings a subscriber at `version` up to date: changes, else a snapshot of `stored`."""
-        return self.changes_since(version) or Snapshot(self.version, list(stored))
+    def resync(
+        self, version: Version | None, stored: Iterable[Stored], remote: Iterable[PageKey] = ()
+    ) -> Changes | Snapshot:
+        """Return what brings a subscriber at `version` up to date: changes, else a snapshot."""
+        return self.changes_since(version) or Snapshot(self.version, list(stored), b"".join(remote))
 
     @property
     def _counter(self) -> int:

@@ -1,16 +1,15 @@
 """RelocationFollower: applies an owner's changes in order, whatever the wire does to them, and asks for help.
 
-Pure: no sockets, time is an argument. Called by the one thread that hears the owner; the index it feeds may
-be read by others.
+Pure: no sockets, time is an argument. Called by the one thread that hears the owner; its listener may be
+read by others.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from cache_service.keys import PageKey
 from cache_service.relocation import Changes, Snapshot, Version
-from cache_service.relocation_records import Change, Removed, Standing, Stored, StoredRemotely
+from cache_service.relocation_records import Change, Standing
 
 MAX_PENDING = 1_024
 PATIENCE_S = 0.05
@@ -25,46 +24,6 @@ class RelocationListener(Protocol):
 
     def apply(self, changes: Sequence[Change]) -> None:
         """Take the next changes."""
-
-
-class RelocationIndex:
-    """A replica of one owner's index: key -> where it is. One writer, the follower's thread; any reader."""
-
-    def __init__(self) -> None:
-        self._stored: dict[PageKey, Stored] = {}
-        self._remote: set[PageKey] = set()
-
-    def __len__(self) -> int:
-        return len(self._stored)
-
-    def get(self, key: PageKey) -> Stored | None:
-        """Return where the page is, as far as has been heard; the slot's epoch proves or disproves it."""
-        return self._stored.get(key)
-
-    def is_remote(self, key: PageKey) -> bool:
-        """Tell whether the remote store has the page, as far as has been heard."""
-        return key in self._remote
-
-    def entries(self) -> dict[PageKey, Stored]:
-        """Return a copy; in the follower's thread, or while it is quiet."""
-        return dict(self._stored)
-
-    def restart(self, stored: Sequence[Standing]) -> None:
-        """See RelocationListener."""
-        self._stored = {entry.key: entry for entry in stored if isinstance(entry, Stored)}
-        self._remote = {entry.key for entry in stored if isinstance(entry, StoredRemotely)}
-
-    def apply(self, changes: Sequence[Change]) -> None:
-        """See RelocationListener."""
-        for change in changes:
-            if isinstance(change, Stored):
-                self._stored[change.key] = change
-            elif isinstance(change, Removed):
-                self._stored.pop(change.key, None)
-            elif isinstance(change, StoredRemotely):
-                self._remote.add(change.key)
-            else:
-                self._remote.discard(change.key)
 
 
 @dataclass(frozen=True)
@@ -233,7 +192,7 @@ class RelocationFollower:
         elif applied is not None:
             self.stats.num_restarts += 1
         self.stats.num_snapshots += 1
-        self._listener.restart(snapshot.stored)
+        self._listener.restart(snapshot.standing())
         self._applied = version
 
     def _take(self, changes: Changes) -> None:

@@ -38,14 +38,18 @@ class StoredRemotely(msgspec.Struct, frozen=True, array_like=True, tag=3, gc=Fal
 
 
 class RemovedRemotely(msgspec.Struct, frozen=True, array_like=True, tag=4, gc=False):
-    """The page `key` was looked for in the remote store in vain, or the store was detached."""
+    """The page `key` was looked for in the remote store in vain, or is remembered no more."""
 
     key: PageKey
 
 
-Change = Stored | Removed | StoredRemotely | RemovedRemotely
+class AllRemovedRemotely(msgspec.Struct, frozen=True, array_like=True, tag=5, gc=False):
+    """The remote store was detached: whatever was told of it is void."""
+
+
+Change = Stored | Removed | StoredRemotely | RemovedRemotely | AllRemovedRemotely
 Standing = Stored | StoredRemotely
-"""What a snapshot lists. A page may be in both places."""
+"""What holds at one version. A page may be in both places."""
 
 
 class ChangeSink(Protocol):

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 
 from cache_service.keys import PageKey
-from cache_service.relocation_records import ChangeSink, RemovedRemotely, StoredRemotely
+from cache_service.relocation_records import AllRemovedRemotely, ChangeSink, RemovedRemotely, StoredRemotely
 
 
 class RemoteKeys:
@@ -20,6 +20,9 @@ class RemoteKeys:
 
     def __len__(self) -> int:
         return len(self._keys)
+
+    def __iter__(self) -> Iterator[PageKey]:
+        return iter(self._keys)
 
     def __contains__(self, key: PageKey) -> bool:
         return key in self._keys
@@ -46,11 +49,7 @@ class RemoteKeys:
     def lose_all(self) -> int:
         """Forget every page: the store is detached. Return how many there were."""
         num_keys = len(self._keys)
-        for key in self._keys:
-            self._changes.append(RemovedRemotely(key))
+        if num_keys:
+            self._changes.append(AllRemovedRemotely())
         self._keys.clear()
         return num_keys
-
-    def stored(self) -> Iterator[StoredRemotely]:
-        """Yield every page, for snapshots."""
-        return map(StoredRemotely, self._keys)

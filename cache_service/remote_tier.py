@@ -17,7 +17,7 @@ from cache_service.attached_store import AttachedStore
 from cache_service.inbox import Inbox
 from cache_service.keys import PageKey
 from cache_service.put_queue import PutLimits
-from cache_service.relocation_records import ChangeSink, StoredRemotely
+from cache_service.relocation_records import ChangeSink
 from cache_service.remote import RecordLayout, RemoteStore
 from cache_service.remote_keys import RemoteKeys
 from cache_service.store_address import (
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 MAX_KNOWN_RATIO = 4
 """Pages known to be in the store, by the arena's slots,"""
-MAX_KNOWN = 262_144
+MAX_KNOWN = 65_536
 """and at most."""
 OPEN_TIMEOUT_S = 25.0
 CLOSE_TIMEOUT_S = 5.0
@@ -131,9 +131,9 @@ class RemoteTier:
         """Pages that wait to be put."""
         return self._attached.num_waiting if self._attached is not None else 0
 
-    def stored(self) -> Iterator[StoredRemotely]:
+    def known_keys(self) -> Iterator[PageKey]:
         """Yield the pages that the store is known to have, for snapshots."""
-        return self._keys.stored()
+        return iter(self._keys)
 
     def offer(self, keys: Sequence[PageKey]) -> None:
         """Have pages put that workers have committed."""

@@ -11,7 +11,14 @@ from typing import Protocol
 
 from cache_service.config import CacheConfig
 from cache_service.keys import PageKey
-from cache_service.relocation_records import Change, Removed, Standing, Stored, StoredRemotely
+from cache_service.relocation_records import (
+    Change,
+    Removed,
+    RemovedRemotely,
+    Standing,
+    Stored,
+    StoredRemotely,
+)
 from cache_service.store_address import DiskAddress, parse_store_address
 from cluster.router.ways import Residence
 from workers.protocol import FetchHint, ReplicaId
@@ -84,8 +91,10 @@ class HostPages:
                 self._in_arena.discard(change.key)
             elif isinstance(change, StoredRemotely):
                 self._remote.add(change.key)
-            else:
+            elif isinstance(change, RemovedRemotely):
                 self._remote.discard(change.key)
+            else:
+                self._remote.clear()
 
 
 class KnownNode(Protocol):

@@ -24,10 +24,10 @@ from cache_service.relocation_follower import (
     PATIENCE_S,
     FollowerSafety,
     RelocationFollower,
-    RelocationIndex,
     ResyncTicket,
 )
 from cache_service.relocation_records import Removed, Stored
+from tests.unit.relocation_index import RelocationIndex
 
 KEYS = [PageKey(bytes([number]) * 16) for number in range(4)]
 LOG_CHANGES = 4

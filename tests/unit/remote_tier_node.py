@@ -6,12 +6,12 @@ from collections import Counter
 from cache_service.arena_user import ArenaAccess
 from cache_service.inbox import Inbox
 from cache_service.lease_row import LeaseRow
-from cache_service.relocation_follower import RelocationIndex
 from cache_service.remote import PageBuffer
 from cache_service.remote_tier import RemoteTier
 from tests.unit.arenas import new_store, store_chain
 from tests.unit.cache_nodes import eventually
 from tests.unit.fake_store import ADDRESS, FakeOpener
+from tests.unit.relocation_index import RelocationIndex
 
 GROUP, ROW, TIMEOUT_S = 9, 3, 20.0
 

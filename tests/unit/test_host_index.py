@@ -3,7 +3,13 @@
 import pytest
 
 from cache_service.config import CacheConfig
-from cache_service.relocation_records import Removed, RemovedRemotely, Stored, StoredRemotely
+from cache_service.relocation_records import (
+    AllRemovedRemotely,
+    Removed,
+    RemovedRemotely,
+    Stored,
+    StoredRemotely,
+)
 from cluster.router.host_index import CacheAddress, FetchScope, HostIndex, HostPages
 from cluster.router.ways import Residence
 from workers.protocol import FetchHint, ReplicaId
@@ -47,6 +53,8 @@ def test_pages_come_and_go_by_snapshot_and_changes():
     pages.apply([*stored(4, 6), Removed(KEYS[5], 5, 2), RemovedRemotely(KEYS[2]), StoredRemotely(KEYS[7])])
     assert (pages.num_in_arena, pages.num_remote, pages.num_leading(KEYS)) == (5, 3, 5)
     assert [pages.is_remote(key) for key in (KEYS[2], KEYS[7])] == [False, True]
+    pages.apply([AllRemovedRemotely()])
+    assert (pages.num_in_arena, pages.num_remote, pages.num_leading(KEYS)) == (5, 0, 5)
     pages.restart([])
     assert (pages.num_in_arena, pages.num_remote, pages.num_leading(KEYS)) == (0, 0, 0)
 

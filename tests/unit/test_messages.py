@@ -8,7 +8,13 @@ from cache_service.keys import PageKey
 from cache_service.messages import Answer, Call, Reply, Request
 from cache_service.page_records import CommitResult, CommitStatus, Entry, Grant, Location
 from cache_service.relocation import Changes, Snapshot, Version
-from cache_service.relocation_records import Removed, RemovedRemotely, Stored, StoredRemotely
+from cache_service.relocation_records import (
+    AllRemovedRemotely,
+    Removed,
+    RemovedRemotely,
+    Stored,
+    StoredRemotely,
+)
 
 KEY = PageKey(b"k" * 16)
 OTHER = PageKey(b"o" * 16)
@@ -47,8 +53,18 @@ ANSWERS = [
     messages.Found([None, Location(1, 2)]),
     messages.Fetched([messages.FetchResult(messages.FetchStatus.MISSING, None)]),
     messages.Leased(9, "10.0.0.1:12345", [messages.LeasedPage(1, 2, 4_096, [2**64 - 1, 1])]),
-    Changes(3, 4, [Stored(KEY, None, 1, 2), Removed(KEY, 1, 2), StoredRemotely(KEY), RemovedRemotely(KEY)]),
-    Snapshot(Version(3, 4), [Stored(KEY, OTHER, 1, 2), StoredRemotely(KEY)]),
+    Changes(
+        3,
+        4,
+        [
+            Stored(KEY, None, 1, 2),
+            Removed(KEY, 1, 2),
+            StoredRemotely(KEY),
+            RemovedRemotely(KEY),
+            AllRemovedRemotely(),
+        ],
+    ),
+    Snapshot(Version(3, 4), [Stored(KEY, OTHER, 1, 2)], KEY + OTHER),
     messages.StatsReply(10, 1, 2, 3, 4, 0, 0, 8_192, [messages.Count("dropped", 2, "load")]),
     messages.Done(3),
     messages.Refused("layout", "the arena holds bundles of 4096 bytes, the worker 8192"),

@@ -11,9 +11,9 @@ from cache_service.gate import BindError, Gate
 from cache_service.keys import PageKey
 from cache_service.publisher import Publisher
 from cache_service.relocation import RelocationLog
-from cache_service.relocation_follower import RelocationIndex
 from cache_service.relocation_records import Removed, Stored
 from cache_service.subscriber import Subscriber
+from tests.unit.relocation_index import RelocationIndex
 from tests.unit.relocation_owner import RelocationOwner, wait_until
 
 SECRET = new_cluster_secret()

@@ -3,7 +3,7 @@ import pytest
 
 from cache_service.keys import PageKey
 from cache_service.relocation import Changes, RelocationLog, Snapshot, Version
-from cache_service.relocation_records import Removed, Stored
+from cache_service.relocation_records import Removed, Stored, StoredRemotely
 
 KEY = PageKey(b"k" * 16)
 
@@ -28,6 +28,7 @@ def test_a_version_that_never_was_needs_a_snapshot(version):
     log.append(stored(1))
     assert log.changes_since(version) is None
     assert log.resync(version, [stored(1)]) == Snapshot(Version(5, 1), [stored(1)])
+    assert log.resync(version, [], [KEY, KEY]).standing() == [StoredRemotely(KEY)] * 2
 
 
 def test_log_is_bounded_and_goes_back_as_far_as_it_says():

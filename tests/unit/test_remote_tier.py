@@ -27,7 +27,7 @@ def test_pages_are_put_in_the_background_and_told(node):
     node.until(lambda: node.tier.num_known == 5)
     assert store.put_keys == keys
     assert all(node.heard().is_remote(page_key) for page_key in keys)
-    assert [entry.key for entry in node.tier.stored()] == keys
+    assert list(node.tier.known_keys()) == keys
     assert node.counts["puts", "stored"] == 5
     node.until(lambda: node.leases.num_leased == 0)
 
@@ -74,7 +74,7 @@ def test_what_a_store_has_from_the_start_is_told_the_last_used_of_it_and_a_part_
     node.begin()
     node.attached()
     node.until(lambda: not node.turn())
-    assert [entry.key for entry in node.tier.stored()] == keys[-num_known:]
+    assert list(node.tier.known_keys()) == keys[-num_known:]
     assert num_known < MAX_LISTED_PER_TURN
     node.close()
 
