@@ -1,5 +1,7 @@
 """Nothing waits for ever for a page's copy in the arena, and what is lost is counted once."""
 
+import pytest
+
 from tests.unit.tier_fakes import KEYS, PAGE_SIZE, Bench, tokens
 from workers.kvcache.host_tier import DISTRUST_STEPS
 from workers.move_board import MoveStatus
@@ -128,3 +130,25 @@ def test_a_place_whose_load_failed_is_tried_again_after_a_while():
     assert bench.open(0, tokens(5)) == 4
     bench.finish()
     assert bench.cache.is_readable(0)
+
+
+@pytest.mark.parametrize("status", [MoveStatus.DONE, MoveStatus.FAILED_CORRUPT])
+def test_a_load_that_ends_while_it_is_looked_at_is_heard_of(status):
+    bench = Bench()
+    bench.run(0, tokens(12))
+    bench.finish()
+    bench.forget_device()
+    bench.open(0, tokens(13))
+    bench.ops()
+    bench.moves.ends_as = status
+    for _ in range(2):
+        for slot in bench.cache.settle():
+            bench.cache.close(slot)
+        bench.cache.drop_failed()
+        bench.cache.check()
+    assert bench.host.leases == []
+    stats = bench.tier.stats
+    if status is MoveStatus.DONE:
+        assert bench.cache.is_readable(0) and stats.num_loaded_pages == 3
+    else:
+        assert stats.failed_loads == {"corrupt": 3} and bench.cache.stats().num_cached_pages == 0

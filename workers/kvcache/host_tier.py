@@ -326,6 +326,7 @@ class HostTier:
         still: deque[_Load] = deque()
         over: list[_Load] = []
         for load in self._loads:
+            is_over = self._moves.is_over(load.move)  # first: what it has come to by then is final
             status = self._moves.status(load.move)
             if status.is_failed:
                 if load.outcome != "failed":
@@ -335,7 +336,7 @@ class HostTier:
                 load.outcome = "readable"
                 load.node.is_readable = True
                 settled.readable.append(load.node)
-            (over if self._moves.is_over(load.move) else still).append(load)
+            (over if is_over else still).append(load)
         self._loads = still
         for load in over:
             self._let_go(load.node, is_leased=self._safety.load_leases)
