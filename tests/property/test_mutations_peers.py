@@ -1,5 +1,6 @@
 """Each mechanism that keeps fetched pages right, switched off alone, makes a named check fire."""
 
+import itertools
 import random
 
 import pytest
@@ -13,7 +14,7 @@ from tests.unit.cache_nodes import eventually
 from tests.unit.peer_nodes import lease, two_nodes
 from tests.unit.raw_cache_client import RawClient
 
-SEEDS = range(6)
+NUM_SEEDS, MAX_SEEDS = 6, 60
 NUM_ACTIONS = 60
 
 
@@ -32,10 +33,12 @@ def drive(folder, seed, safety, flips):
 
 
 def test_with_everything_on_no_check_fires_and_everything_happens(tmp_path):
-    statuses = set()
-    for seed in SEEDS:
+    statuses, expected = set(), set(FetchStatus) - {FetchStatus.NO_SLOT}
+    for seed in itertools.count():
+        if seed >= NUM_SEEDS and (statuses >= expected or seed == MAX_SEEDS):
+            break
         statuses |= drive(tmp_path, seed, ArenaSafety(), flips=seed % 2 == 1)
-    assert statuses >= set(FetchStatus) - {FetchStatus.NO_SLOT}
+    assert statuses >= expected, "how much happens in a window of time is the machine's affair"
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,17 @@ class DisturbedTransfer(InProcessTransfer):
 class PeerNode:
     """A node with a client that speaks for one worker process."""
 
-    def __init__(self, network, folder, name, config=CONFIG, *, transfer=DisturbedTransfer, **core):
+    def __init__(
+        self,
+        network,
+        folder,
+        name,
+        config=CONFIG,
+        *,
+        transfer=DisturbedTransfer,
+        patience=QUICK_PEER,
+        **core,
+    ):
         self.is_stopped = False
         self.network, self.folder = network, folder
         folder.mkdir(exist_ok=True)
@@ -67,7 +77,7 @@ class PeerNode:
             return self.transfers[-1]
 
         self.server = ServerThread(
-            folder, config, open_transfer=open_transfer, peer_patience=QUICK_PEER, **core
+            folder, config, open_transfer=open_transfer, peer_patience=patience, **core
         )
         self.core = self.server.core
         self.raw = RawClient(self.server)

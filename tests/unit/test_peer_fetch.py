@@ -11,7 +11,7 @@ from cache_service.config import CacheConfig
 from cache_service.messages import FetchStatus, ReleasePages
 from tests.unit.arenas import key
 from tests.unit.cache_nodes import BUNDLE_BYTES, NUM_SLOTS, eventually
-from tests.unit.peer_nodes import TIMEOUT_S, lease, two_nodes
+from tests.unit.peer_nodes import TIMEOUT_S, PeerNode, lease, two_nodes
 from tests.unit.raw_cache_client import RawClient
 
 FETCHED, PRESENT, MISSING, CORRUPT, NO_SLOT, TIMED_OUT, FAILED = FetchStatus
@@ -64,7 +64,18 @@ def test_a_peer_with_another_layout_has_nothing(tmp_path, changes):
         assert owner.counts()["refusals", "layout"] == 1
 
 
-def test_a_peer_without_an_arena_or_without_a_wire_has_nothing(nodes, tmp_path):
+def test_a_peer_without_an_arena_has_nothing(nodes, tmp_path):
+    owner, reader = nodes
+    bare = PeerNode(owner.network, tmp_path / "bare", "bare")
+    try:
+        assert reader.fetch("ab", bare) == [MISSING] * 2
+        assert reader.core._peers.peers.states()["closed"] == 1, "which is no failure"
+        assert bare.counts()["calls", "leasepages"] == 1
+    finally:
+        bare.stop()
+
+
+def test_a_peer_whose_arena_is_not_on_the_wire_lends_nothing(nodes):
     owner, reader = nodes
     owner.core._peers.wire._address = None  # as before its memory is registered
     assert reader.fetch("ab", owner) == [FAILED] * 2
@@ -182,17 +193,26 @@ def test_fetches_that_waited_in_vain_for_another_do_not_speak_against_the_peer(n
     assert wait() == [FETCHED] * 3
 
 
-def test_what_came_before_the_deadline_is_kept(tmp_path):
+def keeps_the_first_part(folder, timeout_s):
+    """Tell whether a fetch that hangs after its first part has that part in its answer."""
+    folder.mkdir()
     config = CacheConfig(host_cache_gb=2_200 * BUNDLE_BYTES / 2**30)
-    with two_nodes(tmp_path, {"config": config}, {"config": config}) as (owner, reader):
+    with two_nodes(folder, {"config": config}, {"config": config}) as (owner, reader):
         owner.commit(range(400))
         first_part = iter([True])
         reader.transfer.on_wire = lambda data: next(first_part, False) and reader.transfer.go.clear()
-        assert reader.fetch(range(400), owner, 1.0) == [FETCHED] * 256 + [TIMED_OUT] * 144
+        statuses = reader.fetch(range(400), owner, timeout_s)
         reader.transfer.on_wire = None
         reader.transfer.go.set()
-        eventually(lambda: reader.fetch(range(400), owner) == [PRESENT] * 256 + [FETCHED] * 144)
+        eventually(lambda: set(reader.fetch(range(400), owner)) <= {PRESENT, FETCHED})
         assert reader.holds(range(400))
+        has_asked_again = owner.counts()["remote_leases", "granted"] > 3
+        return statuses == [FETCHED] * 256 + [TIMED_OUT] * 144 and not has_asked_again
+
+
+def test_what_came_before_the_deadline_is_kept(tmp_path):
+    """With time for it: a machine under load may need long for the first part."""
+    assert any(keeps_the_first_part(tmp_path / f"{timeout_s}", timeout_s) for timeout_s in (1.0, 4.0, 16.0))
 
 
 def test_a_peer_that_dies_while_it_is_read_is_a_failure(tmp_path):
