@@ -5,6 +5,8 @@
 Everything is made with `ip`, as root, and removed again; processes are ended by pid.
 """
 
+import contextlib
+import itertools
 import os
 import secrets
 import shutil
@@ -21,6 +23,7 @@ BIN = Path(sys.executable).parent
 GCS_PORT = 6379
 WIRE = "wire"
 """The link's device on both nodes."""
+_numbers = itertools.count()
 
 
 def missing() -> str | None:
@@ -39,11 +42,13 @@ def missing() -> str | None:
 
 
 class TwoNodes:
-    """Namespaces, links and `ray start` on both sides; use as a context manager."""
+    """Namespaces, links and, if wanted, `ray start` on both sides; use as a context manager."""
 
-    def __init__(self):
-        number = os.getpid() % 250 + 1
-        self.names = {side: f"eyrie-{side}-{os.getpid()}" for side in "ab"}
+    def __init__(self, *, has_ray=True):
+        self._has_ray = has_ray
+        self._number = next(_numbers)
+        number = (os.getpid() + self._number) % 250 + 1
+        self.names = {side: f"eyrie-{side}-{os.getpid()}-{self._number}" for side in "ab"}
         self.addresses = {"a": f"10.203.{number}.1", "b": f"10.203.{number}.2"}
         self.front = f"10.204.{number}.2"
         """Where this namespace reaches node a."""
@@ -65,10 +70,11 @@ class TwoNodes:
     def __enter__(self):
         try:
             self._make_links()
-            head = ["--head", f"--port={GCS_PORT}", "--include-dashboard=false"]
-            self._start_ray("a", *head, f"--temp-dir={self.folder}")
-            self._until_healthy()
-            self._start_ray("b", f"--address={self.head}")
+            if self._has_ray:
+                head = ["--head", f"--port={GCS_PORT}", "--include-dashboard=false"]
+                self._start_ray("a", *head, f"--temp-dir={self.folder}")
+                self._until_healthy()
+                self._start_ray("b", f"--address={self.head}")
         except BaseException:
             self.__exit__()
             raise
@@ -78,6 +84,7 @@ class TwoNodes:
         for process in reversed(self._processes):
             end_family(process)
         for name in self.names.values():
+            end_all_inside(name)
             subprocess.run(["ip", "netns", "del", name], capture_output=True)  # with its ends of the links
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -117,7 +124,7 @@ class TwoNodes:
             _ip("netns", "add", name)
         a, b = self.names["a"], self.names["b"]
         _ip("link", "add", WIRE, "netns", a, "type", "veth", "peer", "name", WIRE, "netns", b)
-        near = f"eyf{os.getpid()}"[:15]
+        near = f"eyf{os.getpid()}n{self._number}"[:15]
         _ip("link", "add", near, "type", "veth", "peer", "name", "front", "netns", a)
         _ip("addr", "add", f"{self._back}/24", "dev", near)
         _ip("link", "set", near, "up")
@@ -151,7 +158,7 @@ class TwoNodes:
 
 
 def end_family(process):
-    """End a process with all that it started."""
+    """End a process with all that it started; what one that has ended left, its namespace tells."""
     family = (
         [process, *psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []
     )
@@ -164,6 +171,17 @@ def end_family(process):
     if process.poll() is None:
         process.kill()
     process.wait(10)
+
+
+def end_all_inside(name):
+    """End whoever is left in a namespace: orphans of what ended by itself are nobody's children."""
+    found = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True).stdout
+    left = []
+    for pid in map(int, found.split()):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            left.append(psutil.Process(pid))
+            left[-1].kill()
+    psutil.wait_procs(left, timeout=15)
 
 
 def _ip(*arguments):
