@@ -103,7 +103,7 @@ class DiskStore:
         def work(batch: Batch[PutStatus]) -> None:
             in_parts(batch, pages, 1, lambda part: [self._put(part[0])])
 
-        return run_put(self._writer, work, pages, timeout_s, self.stats)
+        return run_put(self._writer, work, pages, timeout_s)
 
     def get(self, pages: Sequence[PageBuffer], timeout_s: float) -> Batch[GetResult]:
         """See RemoteStore."""
@@ -111,20 +111,7 @@ class DiskStore:
         def work(batch: Batch[GetResult]) -> None:
             in_parts(batch, pages, 1, lambda part: [self._get(part[0])])
 
-        return run_get(self._reader, work, pages, timeout_s, self.stats)
-
-    def exists(self, keys: Sequence[PageKey], timeout_s: float) -> list[bool]:
-        """See RemoteStore; answered from memory."""
-        with self._lock:
-            return [not self._is_closed and self._path(key).name in self._files for key in keys]
-
-    def remove(self, keys: Sequence[PageKey], timeout_s: float) -> int:
-        """See RemoteStore."""
-
-        def work(batch: Batch[bool]) -> None:
-            in_parts(batch, keys, 1, lambda part: [self._remove(self._path(part[0]).name)])
-
-        return sum(self._writer.run(work, len(keys), timeout_s, timed_out=False, failed=False).results)
+        return run_get(self._reader, work, pages, timeout_s)
 
     def known_keys(self) -> list[PageKey]:
         """See RemoteStore; by the names of the files, whose bytes nobody has looked at."""

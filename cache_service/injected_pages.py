@@ -131,14 +131,6 @@ class InjectedStore:
             [failed if random.random() < injection.failure_ratio else result for result in batch.results]
         )
 
-    def exists(self, keys: Sequence[PageKey], timeout_s: float) -> list[bool]:
-        """See RemoteStore."""
-        return self._store.exists(keys, timeout_s)
-
-    def remove(self, keys: Sequence[PageKey], timeout_s: float) -> int:
-        """See RemoteStore."""
-        return self._store.remove(keys, timeout_s)
-
     def known_keys(self) -> list[PageKey]:
         """See RemoteStore."""
         return self._store.known_keys()

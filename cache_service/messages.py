@@ -101,7 +101,7 @@ class ReportCorrupt(msgspec.Struct, frozen=True, array_like=True, tag="corrupt")
     """A page's bytes do not match its checksum: drop it with all that continue it; answered by Done."""
 
     location: Location
-    reason: Literal["load", "fetch", "remote"]
+    reason: Literal["load", "fetch"]
     """What its reader was doing. After a peer's FETCH the server looks at the bytes itself."""
 
 
@@ -210,7 +210,7 @@ class ReleasePages(msgspec.Struct, frozen=True, array_like=True, tag="release"):
 class AttachStore(msgspec.Struct, frozen=True, array_like=True, tag="attach_store"):
     """Put pages into a remote store from now on, and fetch from it; answered by Done, or Refused.
 
-    `store` is written as `--store` is. An attached one is detached first; after a refusal it is attached again.
+    `store` is written as `--store` is. An attached one is detached first, and after a refusal attached again.
     """
 
     store: str

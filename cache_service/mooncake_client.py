@@ -139,14 +139,6 @@ class MooncakeClient:
         )
         return results, is_quiet
 
-    def exists(self, keys: Sequence[PageKey]) -> list[bool]:
-        """Ask for at most MAX_RECORDS pages."""
-        return [code == 1 for code in self._store.batch_is_exist(self._names(keys))]
-
-    def remove(self, keys: Sequence[PageKey]) -> list[bool]:
-        """Remove at most MAX_RECORDS pages, leased by whomever."""
-        return [code == _OK for code in self._store.batch_remove(self._names(keys), True)]
-
     def _put_status(self, code: int) -> PutStatus:
         if code == _OK:
             return PutStatus.STORED

@@ -70,7 +70,7 @@ class MooncakeStore:
         def work(batch: Batch[PutStatus]) -> None:
             in_parts(batch, pages, MAX_RECORDS, self._client.put)
 
-        return run_put(self._writer, work, pages, timeout_s, self.stats)
+        return run_put(self._writer, work, pages, timeout_s)
 
     def get(self, pages: Sequence[PageBuffer], timeout_s: float) -> Batch[GetResult]:
         """See RemoteStore."""
@@ -78,20 +78,11 @@ class MooncakeStore:
         if reader is None:
             batch: Batch[GetResult] = Batch(len(pages))
             batch.finish(GetResult(GetStatus.FAILED))
-            self.stats.count_gets(batch.results, 0)
             return batch
-        batch = run_get(reader.worker, lambda batch: reader.get(batch, pages), pages, timeout_s, self.stats)
+        batch = run_get(reader.worker, lambda batch: reader.get(batch, pages), pages, timeout_s)
         if not batch.quiet.is_set():
             self._retire(reader)
         return batch
-
-    def exists(self, keys: Sequence[PageKey], timeout_s: float) -> list[bool]:
-        """See RemoteStore. Asking takes a short lease in the store, so what is there stays for a moment."""
-        return self._write(keys, self._client.exists, timeout_s)
-
-    def remove(self, keys: Sequence[PageKey], timeout_s: float) -> int:
-        """See RemoteStore. Readers elsewhere are not waited for: what they get then fails its checksum."""
-        return sum(self._write(keys, self._client.remove, timeout_s))
 
     def known_keys(self) -> list[PageKey]:
         """See RemoteStore: the master lists nothing."""
@@ -124,17 +115,6 @@ class MooncakeStore:
         timed_out = f"the Mooncake store did not let us in within {timeout_s:g} s; look at its master's log"
         batch = self._writer.run(work, 1, timeout_s, timed_out=timed_out, failed="joining Mooncake failed")
         return batch.results[0]
-
-    def _write(
-        self, keys: Sequence[PageKey], part_of: Callable[[Sequence[PageKey]], list[bool]], timeout_s: float
-    ) -> list[bool]:
-        return self._writer.run(
-            lambda batch: in_parts(batch, keys, MAX_RECORDS, part_of),
-            len(keys),
-            timeout_s,
-            timed_out=False,
-            failed=False,
-        ).results
 
     def _current_reader(self) -> "_Reader | None":
         with self._lock:

@@ -34,8 +34,6 @@ class MooncakeTransfer:
         self._options = options
         self._server: Any = _start_engine(options)
         self.segment = f"{options.node_address}:{self._server.get_rpc_port()}"
-        self.num_retired = 0
-        """Reading engines given up after a failure."""
         self._memories: list[memoryview] = []
         self._lock = threading.Lock()
         self._reader: _ReadingEngine | None = None
@@ -123,7 +121,6 @@ class MooncakeTransfer:
         with self._lock:
             if self._reader is reader:
                 self._reader = None
-                self.num_retired += 1
                 self._retired = [engine for engine in self._retired if not engine.is_destroyed]
                 self._retired.append(reader)
         reader.retire()

@@ -34,7 +34,6 @@ class PeerConnection:
     """Connects when first asked, and again after a loss. For one thread."""
 
     def __init__(self, endpoint: str, cluster_secret: bytes, clock: Callable[[], float]) -> None:
-        self.num_lost = 0
         self._endpoint = endpoint
         self._cluster_secret = cluster_secret
         self._clock = clock
@@ -112,7 +111,6 @@ class PeerConnection:
             self._monitor.close(linger=0)
             self._socket.close(linger=0)
             self._socket = self._monitor = None
-            self.num_lost += 1
             self._incarnation = max(time.time_ns(), self._incarnation + 1)
 
     def close(self) -> None:

@@ -115,29 +115,12 @@ class GetResult:
 
 
 class RemoteStats:
-    """A store's counters since its start; any thread counts."""
+    """A store's failures since its start; any thread counts."""
 
     def __init__(self) -> None:
-        self.puts: Counter[PutStatus] = Counter()
-        self.gets: Counter[GetStatus] = Counter()
         self.failures: Counter[str] = Counter()
-        """Behind FULL, FAILED and CORRUPT: the reason."""
-        self.put_bytes = 0
-        self.got_bytes = 0
+        """What lies behind FULL, FAILED and CORRUPT."""
         self._lock = threading.Lock()
-
-    def count_puts(self, statuses: Sequence[PutStatus], page_bytes: int) -> None:
-        """Count a call's answers."""
-        with self._lock:
-            self.puts.update(statuses)
-            self.put_bytes += page_bytes * statuses.count(PutStatus.STORED)
-
-    def count_gets(self, results: Sequence["GetResult"], page_bytes: int) -> None:
-        """Count a call's answers."""
-        statuses = [result.status for result in results]
-        with self._lock:
-            self.gets.update(statuses)
-            self.got_bytes += page_bytes * statuses.count(GetStatus.FOUND)
 
     def count_failure(self, reason: str) -> None:
         """Count what lies behind an answer."""
@@ -162,14 +145,6 @@ class RemoteStore(Protocol):
         """Read pages, verified; one result a page, in order."""
         ...
 
-    def exists(self, keys: Sequence[PageKey], timeout_s: float) -> list[bool]:
-        """Tell which pages the store seems to have; False where it does not answer."""
-        ...
-
-    def remove(self, keys: Sequence[PageKey], timeout_s: float) -> int:
-        """Remove pages; return how many were there."""
-        ...
-
     def known_keys(self) -> list[PageKey]:
         """Return the pages it can list, last used last; none where nobody keeps such a list."""
         ...
@@ -184,12 +159,9 @@ def run_put(
     work: Callable[[Batch[PutStatus]], None],
     pages: Sequence[PageRecord],
     timeout_s: float,
-    stats: RemoteStats,
 ) -> Batch[PutStatus]:
-    """Let a worker put pages in its thread, within the caller's deadline, and count what came of it."""
-    batch = worker.run(work, len(pages), timeout_s, timed_out=PutStatus.TIMED_OUT, failed=PutStatus.FAILED)
-    stats.count_puts(batch.results, pages[0].data.nbytes if pages else 0)
-    return batch
+    """Let a worker put pages in its thread, within the caller's deadline."""
+    return worker.run(work, len(pages), timeout_s, timed_out=PutStatus.TIMED_OUT, failed=PutStatus.FAILED)
 
 
 def run_get(
@@ -197,18 +169,15 @@ def run_get(
     work: Callable[[Batch[GetResult]], None],
     pages: Sequence[PageBuffer],
     timeout_s: float,
-    stats: RemoteStats,
 ) -> Batch[GetResult]:
     """Let a worker get pages in its thread, as `run_put` does."""
-    batch = worker.run(
+    return worker.run(
         work,
         len(pages),
         timeout_s,
         timed_out=GetResult(GetStatus.TIMED_OUT),
         failed=GetResult(GetStatus.FAILED),
     )
-    stats.count_gets(batch.results, pages[0].data.nbytes if pages else 0)
-    return batch
 
 
 def pack_header(layout: RecordLayout, page: PageRecord) -> bytes:

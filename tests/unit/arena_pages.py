@@ -14,7 +14,7 @@ from cache_service.page_records import CommitStatus, Entry
 from cache_service.remote import GetResult, GetStatus, PutStatus, RecordLayout, verify
 from cache_service.remote_worker import Batch
 from tests.unit.cache_nodes import eventually
-from tests.unit.peer_nodes import PeerNode
+from tests.unit.peer_nodes import TIMEOUT_S, PeerNode
 
 ARENA_BYTES = 12 << 20
 PART = 512
@@ -104,12 +104,6 @@ class ArenaPages:
         self._source = source
         self._lengths = {}
 
-    @property
-    def store(self):
-        """The store behind the writer's arena."""
-        attached = self._writer.node.core._remote.source
-        return None if attached is None else attached.store
-
     def put(self, pages, timeout_s):
         self._lengths.update((page.key, page.length) for page in pages)
         statuses = []
@@ -137,25 +131,16 @@ class ArenaPages:
             results += [self._result(page, result) for page, result in zip(rest, fetched, strict=False)]
         return _batch(results)
 
-    def exists(self, keys, timeout_s):
-        here = [location is not None for location in self._writer.find(keys)]
-        if not self._over_store:
-            return here
-        there = self.store.exists(keys, timeout_s)
-        return [any(places) for places in zip(here, there, strict=True)]
-
-    def remove(self, keys, timeout_s):
+    def remove(self, keys, remove_records):
         """Remove pages everywhere, so that all that know of them learn it."""
-        was_there = self.exists(keys, timeout_s)
         for worker in {self._writer, self._reader}:
             for location in worker.find(keys):
                 if location is not None:
                     worker.ask(messages.ReportCorrupt(location, "load"))
         if self._over_store:
-            self.store.remove(keys, timeout_s)
+            remove_records(keys)
             for worker in {self._writer, self._reader}:
-                worker.ask(messages.Fetch(self._wanted(keys), None, timeout_s))
-        return sum(was_there)
+                worker.ask(messages.Fetch(self._wanted(keys), None, TIMEOUT_S))
 
     def _wanted(self, keys):
         return [messages.WantedPage(key, None, self._lengths.get(key, 0)) for key in keys]
@@ -175,9 +160,12 @@ class ArenaPages:
 
 
 class ArenaHarness:
-    """`num_nodes` 2: the second reads what the first has. `store`: behind both, and nothing between them."""
+    """`num_nodes` 2: the second reads what the first has. `store`: behind both, and nothing between them;
+    `remove_records` takes pages out of it.
+    """
 
-    def __init__(self, folder, num_nodes=1, store=None, **options):
+    def __init__(self, folder, num_nodes=1, store=None, remove_records=None, **options):
+        self._remove_records = remove_records
         self.has_store = store is not None
         network = InProcessNetwork()
         config = CacheConfig(host_cache_gb=ARENA_BYTES / 2**30, store=store, **options)
@@ -197,7 +185,11 @@ class ArenaHarness:
         writer, reader = self.workers[0], self.workers[-1]
         has_peer = writer is not reader and not self.has_store
         source = self.nodes[0].endpoint if has_peer else None
-        return ArenaPages(writer, reader, layout, has_peer or self.has_store, source)
+        self._pages = ArenaPages(writer, reader, layout, has_peer or self.has_store, source)
+        return self._pages
+
+    def remove(self, keys):
+        self._pages.remove(keys, self._remove_records)
 
     def memory(self, num_bytes):
         return memoryview(bytearray(num_bytes))

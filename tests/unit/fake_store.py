@@ -58,7 +58,7 @@ class FakeStore:
                 batch.hold()
                 self.lingering.append(batch)
 
-        return run_put(self._writer, work, pages, timeout_s, self.stats)
+        return run_put(self._writer, work, pages, timeout_s)
 
     def get(self, pages, timeout_s):
         def work(batch):
@@ -67,13 +67,7 @@ class FakeStore:
                 if not batch.is_cancelled and not self.is_closed and not self.is_deaf:
                     batch.fill(place, self._get(page))
 
-        return run_get(self._reader, work, pages, timeout_s, self.stats)
-
-    def exists(self, keys, timeout_s):
-        return [key in self.records for key in keys]
-
-    def remove(self, keys, timeout_s):
-        return sum(self.records.pop(key, None) is not None for key in keys)
+        return run_get(self._reader, work, pages, timeout_s)
 
     def known_keys(self):
         return list(self.records)

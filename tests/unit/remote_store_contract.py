@@ -36,16 +36,8 @@ class StoreHarness(Protocol):
 class RemoteStoreContract(PageContract):
     """Subclasses give a fixture `harness`, a StoreHarness."""
 
-    def test_calls_are_counted_by_what_came_of_them(self, harness, store):
-        records = self.pages(harness, range(20))
-        store.put(records, TIMEOUT_S)
-        store.get(self.buffers(harness, [record.key for record in records]), TIMEOUT_S)
-        assert store.stats.puts == {PutStatus.STORED: 20}
-        assert store.stats.gets == {GetStatus.FOUND: 20}
-        assert store.stats.put_bytes == store.stats.got_bytes == 20 * LAYOUT.slot_bytes
-
     @pytest.mark.parametrize("part", ["version", "fingerprint"])
-    def test_a_foreign_record_under_our_name_is_a_counted_miss(self, harness, store, part):
+    def test_a_foreign_record_under_our_name_is_a_miss(self, harness, store, part):
         (page,) = self.pages(harness, [5])
         if part == "version":  # a made-up future format: only magic and version are where they were
             header = bytearray(pack_header(LAYOUT, page))
@@ -56,7 +48,6 @@ class RemoteStoreContract(PageContract):
         harness.plant(LAYOUT.name(page.key), bytes(header) + bytes(page.data))
         (buffer,) = self.buffers(harness, [page.key])
         assert store.get([buffer], TIMEOUT_S).results[0].status is GetStatus.FOREIGN
-        assert store.stats.gets == {GetStatus.FOREIGN: 1}
 
     @pytest.mark.parametrize(
         "damage",
@@ -72,7 +63,7 @@ class RemoteStoreContract(PageContract):
             "empty",
         ],
     )
-    def test_a_corrupt_record_is_a_counted_miss_and_makes_way(self, harness, store, damage):
+    def test_a_corrupt_record_is_a_miss_and_makes_way(self, harness, store, damage):
         page, other = self.pages(harness, [6, 7])
         record = bytearray(pack_header(LAYOUT, page) + bytes(page.data))
         bundle = LAYOUT.bundle_bytes
@@ -93,7 +84,6 @@ class RemoteStoreContract(PageContract):
         assert store.put([other], TIMEOUT_S).results == [PutStatus.STORED]
         results = store.get(buffers, TIMEOUT_S).results
         assert [result.status for result in results] == [GetStatus.CORRUPT, GetStatus.FOUND]
-        assert store.stats.gets == {GetStatus.CORRUPT: 1, GetStatus.FOUND: 1}
         assert store.put([page], TIMEOUT_S).results == [PutStatus.STORED]
         assert store.get(buffers[:1], TIMEOUT_S).results[0].status is GetStatus.FOUND
         assert buffers[0].data == page.data
@@ -128,6 +118,5 @@ class RemoteStoreContract(PageContract):
         statuses = {result.status for result in store.get(self.buffers(harness, keys), TIMEOUT_S).results}
         assert statuses == {GetStatus.FAILED}
         assert store.put(records, TIMEOUT_S).results == [PutStatus.FAILED] * 300
-        assert store.exists(keys, TIMEOUT_S) == [False] * 300
         assert store.close(TIMEOUT_S)
         assert time.monotonic() - began_s < TIMEOUT_S
