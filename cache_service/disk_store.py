@@ -76,7 +76,6 @@ class DiskStore:
         self._lock = threading.Lock()
         self._files: OrderedDict[str, int] = OrderedDict()  # name -> bytes, least recently used first
         self._num_bytes = 0
-        self._is_closed = False
         self._closer: threading.Thread | None = None
         self._lock_descriptor = self._own_folder(lock)
         try:
@@ -122,8 +121,6 @@ class DiskStore:
 
     def close(self, timeout_s: float) -> bool:
         """See RemoteStore. The files stay."""
-        with self._lock:
-            self._is_closed = True
         for worker in (self._reader, self._writer):
             worker.close(0.0)
         if self._closer is None:
