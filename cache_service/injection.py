@@ -77,7 +77,7 @@ class InjectedSocket:
             waiting.clear()
 
     def stop(self) -> None:
-        """Let all messages pass from now on. Any thread may call it."""
+        """Let all messages pass from now on, after those that are late. Any thread may call it."""
         self._is_over = True
 
     @property
@@ -108,7 +108,8 @@ class InjectedSocket:
         self._numbers[way] += 1
         now_s = self._clock()
         if self._is_over:
-            self._wait(way, now_s, message)
+            last_s = max((due_s for due_s, _, _ in self._waiting[way]), default=now_s)
+            self._wait(way, max(now_s, last_s), message)
             return
         injection = self._injection
         random = Random(f"{injection.seed}/{way}/{self._numbers[way]}")

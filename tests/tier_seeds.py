@@ -15,7 +15,7 @@ from cache_service.client import Deadlines
 from cache_service.in_process_transfer import InProcessNetwork
 from cache_service.injected_pages import PageInjection
 from cache_service.injection import ClientInjection, MessageInjection
-from cache_service.messages import StatsReply
+from cache_service.messages import Found, Lookup, StatsReply
 from cache_service.server_connection import Patience
 from tests.followers import Followers
 from tests.harness import Harness, bundle_bytes
@@ -215,19 +215,19 @@ class _Play:
         self._network = InProcessNetwork() if draw.source == "peer" else None
         self._store = f"disk:{folder / 'store'}?gb=0.25" if draw.source == "disk" else store
         sizes = sorted(-(-(len(c.prompt_ids) + len(c.token_ids)) // draw.page_size) for c in cases)
-        self._config = WorkerConfig(
-            dtype="float32",
-            tp_size=draw.tp_size,
-            page_size=draw.page_size,
-            num_pages=sizes[-1] + draw.num_spare_pages,  # it forgets all the time
-            max_tokens_per_step=16,
-            max_running_requests=2,
-            kv_sanitizer=True,
-            num_threads=1,
-            prefetch_policy=draw.prefetch_policy,
-            prefetch_timeout_s=draw.prefetch_timeout_s,
-            **options,  # type: ignore[arg-type]
-        )
+        chosen: dict[str, object] = {
+            "dtype": "float32",
+            "tp_size": draw.tp_size,
+            "page_size": draw.page_size,
+            "num_pages": sizes[-1] + draw.num_spare_pages,  # it forgets all the time
+            "max_tokens_per_step": 16,
+            "max_running_requests": 2,
+            "kv_sanitizer": True,
+            "num_threads": 1,
+            "prefetch_policy": draw.prefetch_policy,
+            "prefetch_timeout_s": draw.prefetch_timeout_s,
+        }
+        self._config = WorkerConfig(**(chosen | options))  # type: ignore[arg-type]
         num_slots = sizes[-1] + 4 if draw.is_tight else 4 * sum(sizes)
         page_bytes = bundle_bytes(self._config, load_card(self._config.model)) * draw.tp_size
         self._arena_gb = (num_slots * (page_bytes + 192) + 20_480) / (1 << 30)
@@ -242,12 +242,12 @@ class _Play:
             self._serve(first, "back", "none")  # by another worker
             if self._draw.source == "peer":
                 with self._node("b") as second:
-                    self._serve(second, "peer", "none", first.endpoint)
+                    self._serve(second, "peer", "none", [first.endpoint])
                     self._settle(second)
             self._settle(first)
         if self._draw.source in ("disk", "store"):
             with self._node("c") as third:
-                self._serve(third, self._draw.source, "none")
+                self._serve(third, self._draw.source, "none", [None])
                 self._settle(third)
 
     def _node(self, name: str) -> NodeHost:
@@ -260,7 +260,10 @@ class _Play:
             is_process=self._draw.restart == "killed" and name == "a",
         )
 
-    def _serve(self, node: NodeHost, turn: str, restart: Restart, peer: str | None = None) -> None:
+    def _serve(
+        self, node: NodeHost, turn: str, restart: Restart, elsewhere: Sequence[str | None] = ()
+    ) -> None:
+        """Serve all cases twice; the router says that all pages are `elsewhere`, None being the store."""
         draw = self._draw
         with Harness(
             self._config,
@@ -271,34 +274,37 @@ class _Play:
             mechanisms=draw.mechanisms,
             incarnation=self._random.randrange(1, 1 << 30),
         ) as harness:
+            if None in elsewhere:
+                eventually(lambda: node.stats().store)
             for again in range(2):
-                self._serve_all(harness, node, f"{turn}-{again}", restart if not again else "none", peer)
+                self._serve_all(harness, node, f"{turn}-{again}", restart if not again else "none", elsewhere)
             pages = harness.idle_pages()
             assert pages["owned"] == pages["cached"], f"seed {draw.seed}: pages leaked: {pages}"
             assert pages["quiescing"] == 0, f"seed {draw.seed}: {pages}"
             assert harness.client.leases.num_leased == 0, f"seed {draw.seed}: leases are left"
-            assert harness.engine.num_sanitized_steps > 0
+            assert harness.engine.num_sanitized_steps > 0 or not self._config.kv_sanitizer
             self._took_place.note_harness(harness)
-            # So that it can leave: the server cannot tell a process that lives from one that hangs.
-            client = harness.client
-            if client.connection.injected is not None:
-                client.connection.injected.stop()
-            eventually(lambda: client.connection.is_attached and client.connection.is_healthy)
+            _calm_down(harness)
 
     def _serve_all(
-        self, harness: Harness, node: NodeHost, name: str, restart: Restart, peer: str | None
+        self,
+        harness: Harness,
+        node: NodeHost,
+        name: str,
+        restart: Restart,
+        elsewhere: Sequence[str | None],
     ) -> None:
         order = list(enumerate(self._cases))
         self._random.shuffle(order)
         num_until_down = self._random.randrange(len(order))
         for place, (number, case) in enumerate(order):
-            hints = [] if peer is None else [FetchHint(peer, len(case.prompt_ids) // self._draw.page_size)]
+            num_pages = len(case.prompt_ids) // self._draw.page_size
             harness.submit(
                 f"{name}-{number}",
                 case.prompt_ids,
                 max_tokens=len(case.token_ids),
                 ignore_eos=True,
-                hints=hints,
+                hints=[FetchHint(place, num_pages) for place in elsewhere],
             )
             if self._random.random() < 0.5:
                 self._step(harness, self._random.randrange(1, 8))
@@ -326,6 +332,14 @@ class _Play:
             assert time.monotonic() < end_s, f"seed {self._draw.seed}: the node holds {held}: {stats}"
             time.sleep(0.01)
         self._took_place.note_node(stats)
+
+
+def _calm_down(harness: Harness) -> None:
+    """Have the client leave for sure: a server cannot tell one whose farewell is lost from one that hangs."""
+    connection = harness.client.connection
+    if connection.injected is not None:
+        connection.injected.stop()  # what is late still comes, before the answer to this
+    eventually(lambda: isinstance(connection.ask_and_wait(Lookup([]), 1.0), Found))
 
 
 def _held(stats: StatsReply) -> dict[str, int]:

@@ -130,6 +130,11 @@ def test_once_stopped_all_pass():
     assert found[-300:] == MESSAGES[-300:] and len(found) < NUM_MESSAGES
 
 
+def test_once_stopped_none_passes_a_late_one():
+    found, _ = sent(MessageInjection(1, delay_ratio=0.5, max_delay_s=0.2), stops_at=100)
+    assert found[-300:] == MESSAGES[-300:] and sorted(found) == MESSAGES
+
+
 def test_a_new_socket_gets_nothing_that_was_meant_for_the_last():
     clock, last, new = Clock(), FakeSocket(), FakeSocket()
     injected = InjectedSocket(MessageInjection(1, delay_ratio=1.0, max_delay_s=1.0), clock)
