@@ -59,7 +59,7 @@ def check_that_no_slot_is_lost(litmus, folder, rounds, fenced):
 def test_no_slot_is_lost_with_the_fence_and_some_are_without(litmus, tmp_path):
     rounds = 100
     with pytest.raises(AssertionError, match=r"fence: \d+ slots are lost"):
-        while rounds <= 100_000:  # a machine that shows no reordering would prove nothing with the fence
+        while rounds <= 1_000_000:  # a machine that shows no reordering would prove nothing with the fence
             rounds *= 4
             check_that_no_slot_is_lost(litmus, tmp_path, rounds, "bare")
     check_that_no_slot_is_lost(litmus, tmp_path, 2 * rounds, "fenced")

@@ -200,7 +200,8 @@ def daemon():
     children = psutil.Process(process.pid).children()
     yield ProcessId.of(process.pid), ProcessId.of(children[0].pid)
     for one in (*children, process):
-        one.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
     process.wait(10)
 
 
