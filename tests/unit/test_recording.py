@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.unit.engine_plans import PlanLog, generate, tiny_card, tiny_engine
-from workers.engine.graph_runner import GraphRunner
+from workers.engine.graph_runner import GraphRunner, repeats
 from workers.engine.mechanisms import ALL_ON, Mechanisms
 from workers.engine.model_runner import ModelRunner
 from workers.engine.recording import Arena, Recording, RecordingError, RecordingKernels
@@ -125,6 +125,13 @@ def test_logits_of_a_replay_outlive_the_next() -> None:
     check_that_logits_last(ALL_ON)
     with pytest.raises(AssertionError, match=r"replayed_logits: they last \[False, False, False, True\]"):
         check_that_logits_last(Mechanisms(clones_outputs=False))
+
+
+def test_a_replay_may_round_otherwise_and_no_more() -> None:
+    computed = torch.tensor([[3.0, -20.0, 0.5]])
+    assert repeats(computed.nextafter(torch.tensor(0.0)), computed)
+    assert not repeats(computed * 1.001, computed)
+    assert not repeats(torch.full_like(computed, torch.nan), computed)
 
 
 class HostBranching:
