@@ -4,6 +4,7 @@ A test module subclasses the contract and gives it its harness.
 """
 
 import hashlib
+import itertools
 import os
 import random
 import subprocess
@@ -245,11 +246,13 @@ class PageContract:
         stored: list[PutStatus] = []
         found: list[bool] = []
         faults: list[object] = []
-        is_over = threading.Event()
+        is_over, has_found = threading.Event(), threading.Event()
         legal_misses = {GetStatus.MISSING} | ({GetStatus.CORRUPT} if self.removes_under_readers else set())
 
         def write(records):
-            for turn in range(num_rounds):
+            for turn in itertools.count():
+                if turn >= (num_rounds if has_found.is_set() else 100 * num_rounds):
+                    return  # not before a reader has had its turn
                 statuses = store.put(records, TIMEOUT_S).results
                 stored.extend(statuses)
                 if turn % 3 == 0:
@@ -260,6 +263,8 @@ class PageContract:
                 for result, buffer in zip(store.get(buffers, TIMEOUT_S).results, buffers, strict=True):
                     is_found = result.status is GetStatus.FOUND
                     found.append(is_found)
+                    if is_found:
+                        has_found.set()
                     if is_found and bytes(buffer.data) not in legal[buffer.key]:
                         faults.append(buffer.key)
                     if not is_found and result.status not in legal_misses:
