@@ -9,6 +9,7 @@ import fcntl
 import logging
 import os
 import re
+import time
 from pathlib import Path
 
 from cache_service import arena_format
@@ -20,6 +21,10 @@ from cache_service.prefault import Prefault
 from cache_service.processes import ProcessId
 
 logger = logging.getLogger(__name__)
+
+ORPHAN_PATIENCE_S = 5.0
+"""A killed server's lock goes with its memory, which takes the system a while."""
+_RETRY_S = 0.05
 
 SHARED_MEMORY = Path("/dev/shm")
 _PREFIX, _SUFFIX = "eyrie-", ".arena"
@@ -132,25 +137,28 @@ class OwnedArena:
         self._descriptor = -1
 
 
-def settle_orphan(path: Path, *, keep: bool) -> bool:
+def settle_orphan(path: Path, *, keep: bool, patience_s: float = ORPHAN_PATIENCE_S) -> bool:
     """Do what a killed server could not: remove its arena, or with `keep` mark it as left on purpose.
 
-    Return whether there was one.
+    Return whether there was one. `patience_s` is how long its owner may take to be gone.
     """
+    end_s = time.monotonic() + patience_s
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        while not _is_locked(descriptor):
+            if time.monotonic() >= end_s:
+                logger.warning("an arena's owner lives: its file stays", extra={"path": str(path)})
+                return False
+            time.sleep(_RETRY_S)
         if not _is_at(path, descriptor):  # a new server has replaced it
             return False
         if keep:
             os.pwrite(descriptor, (1).to_bytes(_WORD_BYTES, "little"), arena_format.KEPT_WORD * _WORD_BYTES)
         else:
             path.unlink(missing_ok=True)
-    except BlockingIOError:  # its owner lives
-        return False
     finally:
         os.close(descriptor)
     return True
@@ -215,6 +223,15 @@ def _locked(path: Path) -> int | None:
         raise
     os.close(descriptor)
     return None
+
+
+def _is_locked(descriptor: int) -> bool:
+    """Lock a file unless another has; tell whether it is ours now."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _is_at(path: Path, descriptor: int) -> bool:

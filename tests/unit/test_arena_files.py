@@ -186,8 +186,18 @@ def test_an_orphan_is_removed_and_the_arena_of_a_living_owner_is_not(tmp_path):
     try:
         assert settle_orphan(arena_path("dead", "127.0.0.1", tmp_path), keep=False)
         assert not settle_orphan(arena_path("dead", "127.0.0.1", tmp_path), keep=False), "it is gone"
-        assert not settle_orphan(arena_path("alive", "127.0.0.1", tmp_path), keep=False)
+        assert not settle_orphan(arena_path("alive", "127.0.0.1", tmp_path), keep=False, patience_s=0.1)
         assert [path.name for path in tmp_path.iterdir()] == ["eyrie-alive-127.0.0.1.arena"]
+    finally:
+        end(process)
+
+
+def test_an_orphan_is_removed_once_its_dying_owner_is_gone(tmp_path):
+    process = owner_process(tmp_path, "dying")
+    threading.Timer(0.3, process.kill).start()
+    try:
+        assert settle_orphan(arena_path("dying", "127.0.0.1", tmp_path), keep=False)
+        assert list(tmp_path.iterdir()) == []
     finally:
         end(process)
 
