@@ -8,7 +8,8 @@ from cache_service import messages
 from cache_service.messages import FetchStatus
 from cache_service.one_call import CallError
 from tests.unit.arena_pages import ArenaHarness
-from tests.unit.cache_nodes import eventually, new_client, serving, store_chain
+from tests.unit.arenas import key
+from tests.unit.cache_nodes import eventually, new_client, serving, store_chain, write
 from tests.unit.mooncake_master import MooncakeMaster, free_port, has_mooncake
 from tests.unit.page_contract import LAYOUT, PageContract
 from tests.unit.test_fetch_calls import take_all, wanted
@@ -117,7 +118,7 @@ def test_a_master_that_comes_back_is_found_without_anybodys_help(tmp_path):
 
         def puts_again():
             """Its members join the heir after a while; until then puts are lost."""
-            store_chain(client, [next(numbers)])
+            client.commit([write(client, key(next(numbers)))])  # which may be lost, too
             return server.ask(messages.Stats()).num_known_remote > 2
 
         eventually(puts_again, 90.0)
