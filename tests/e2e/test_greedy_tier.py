@@ -135,8 +135,11 @@ FETCHES_ALL = Safety(weighs_fetches=False)
 """Tiny models compute faster than anybody fetches."""
 
 
-def serve_on(host, config, cases, followers, turn, comparison, peer=None):
-    """Serve on a node and return the harness, whose figures are still to be read."""
+def serve_on(host, config, cases, followers, turn, comparison, peer=None, *, is_stored=False):
+    """Serve on a node and return the harness, whose figures are still to be read.
+
+    `is_stored`: not before it knows that the store has the prompts' pages.
+    """
     with Harness(
         config,
         followers=followers if config.tp_size > 1 else None,
@@ -144,13 +147,17 @@ def serve_on(host, config, cases, followers, turn, comparison, peer=None):
         safety=FETCHES_ALL,
         incarnation=2,
     ) as harness:
+        namespace = harness.engine.namespace.digest()
+        stored = (
+            [page_keys(namespace, case.prompt_ids, PAGE_SIZE) for case in cases] if host.has_store else []
+        )
+        for keys in stored if is_stored else []:
+            wait_until_remote(harness.client, keys)
         serve(harness, cases, turn, comparison, peer)
         pages = harness.idle_pages()
         assert pages["owned"] == pages["cached"], f"pages leaked: {pages}"
-        if host.has_store:
-            for case in cases:
-                namespace = harness.engine.namespace.digest()
-                wait_until_remote(harness.client, page_keys(namespace, case.prompt_ids, PAGE_SIZE))
+        for keys in stored:
+            wait_until_remote(harness.client, keys)
         return harness
 
 
@@ -184,7 +191,7 @@ def test_answers_are_the_oracles_with_pages_from_disk(tiny, followers, compariso
     store = f"disk:{tmp_path / 'store'}?gb=0.1"
     for turn in ("first", "second"):
         with NodeHost(tmp_path / turn, store=store) as host:  # its arena goes with it
-            harness = serve_on(host, config, cases, followers, turn, comparison)
+            harness = serve_on(host, config, cases, followers, turn, comparison, is_stored=turn == "second")
         assert ("remote" in origins(harness)) == (turn == "second")
     assert any(answer.num_cached_tokens > 0 for answer in harness.answers.values())
 
