@@ -177,9 +177,9 @@ def test_answers_are_the_oracles_with_pages_from_a_peer(
         first = serve_on(owner, config, cases, followers, "first", comparison)
         assert "peer" not in origins(first)
         second = serve_on(reader, config, cases, followers, "second", comparison, owner.endpoint)
-        assert second.prefetcher.stats.fetched_pages["peer"] > 0
         assert not second.tier.stats.failed_loads
-        if policy != "best_effort":
+        if policy != "best_effort":  # which waits for nothing: all may be computed before anything has come
+            assert second.prefetcher.stats.fetched_pages["peer"] > 0
             assert "peer" in origins(second)
             assert second.answers["second-0-0"].num_cached_tokens > 0
 
