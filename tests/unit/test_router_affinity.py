@@ -141,7 +141,9 @@ async def test_a_burst_without_a_common_prefix_is_spread(replicas):
         await asyncio.gather(*map(finish, streams))
     finally:
         await router.close()
-    assert set(Counter(recorder.replicas).values()) == {5}
+    # Not always 5 and 5: a replica that has answered meanwhile is free again.
+    counts = Counter(recorder.replicas)
+    assert len(counts) == 2 and min(counts.values()) >= 3, counts
 
 
 async def test_a_prefix_the_index_is_wrong_about_is_computed_by_the_worker(replicas):
