@@ -170,8 +170,9 @@ class NodeHost:
         return NodePlace(self._endpoint, self._num_groups, self._faults)
 
     def cache_of(self, attached: CacheClient) -> CacheClient:
-        """Return what the tier of a group asks, once it may write, and others may read its node's arena."""
+        """Return what the tier of a group asks. It may write, knows the node's pages, and can be read."""
         eventually(lambda: attached.num_grants)
+        eventually(lambda: attached.num_known_pages >= self.stats().num_ready)
         if self._network is not None:
             eventually(lambda: self._thread.core._peers.wire.transfer)
         return attached

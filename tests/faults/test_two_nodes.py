@@ -26,12 +26,7 @@ FAILED_PAGES = re.compile(r'eyrie_fetch_failed_pages_total{[^}]*source="peer"[^}
 HOST_PAGES = re.compile(r'eyrie_router_host_pages{cache_node="([^"]+)"[^}]*} ([0-9.]+)')
 READ = "import sys, urllib.request as r; print(r.urlopen(sys.argv[1], timeout=10).read().decode())"
 
-WHY_NOT = missing()
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(600),
-    pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT)),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 class Service:
@@ -203,6 +198,8 @@ def test_what_a_process_left_that_ended_by_itself_ends_with_the_nodes():
 
 @pytest.fixture(scope="module")
 def nodes():
+    if (lacking := missing()) is not None:
+        pytest.skip(lacking)
     with TwoNodes() as nodes:
         yield nodes
 

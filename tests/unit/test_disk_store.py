@@ -294,11 +294,17 @@ def test_a_killed_writer_leaves_whole_files_only(tmp_path):
     harness.close()
 
 
-@pytest.mark.skipif(
-    shutil.which("unshare") is None
-    or subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode != 0,
-    reason="needs a mount namespace for a small disk",
-)
+@pytest.fixture
+def mount_namespace():
+    can_be_had = shutil.which("unshare") is not None
+    if (
+        not can_be_had
+        or subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode
+    ):
+        pytest.skip("needs a mount namespace for a small disk")
+
+
+@pytest.mark.usefixtures("mount_namespace")
 def test_a_full_disk_is_a_counted_failure(tmp_path):
     program = f"""
         from pathlib import Path

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.unit.tensor_parallel_group import Ranks
-from workers.parallel import TPGroup, TPTimeoutError, listen
+from workers.parallel import TPGroup, TPPeerLostError, TPTimeoutError, listen
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +40,20 @@ def test_a_killed_peer_ends_a_collective_with_an_error(ranks: Ranks) -> None:
     assert survivor["error"] == "TPPeerLostError"
     assert "rank 0: all_reduce" in survivor["message"]
     assert survivor["after_s"] < 10
+
+
+def test_what_took_less_than_the_timeout_has_not_timed_out_whatever_the_error_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class KilledPeer:
+        def allreduce(self, *_: object) -> None:
+            raise RuntimeError("[gloo] Application timeout caused pair closure")
+
+    group = TPGroup.single()
+    monkeypatch.setattr(group, "_timeout_s", 30.0)
+    monkeypatch.setattr(group, "_process_group", KilledPeer())
+    with pytest.raises(TPPeerLostError, match="rank 0: all_reduce"):
+        group.all_reduce(torch.ones(3))
 
 
 def test_a_killed_leader_wakes_its_followers(ranks: Ranks) -> None:
