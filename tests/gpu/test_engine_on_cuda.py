@@ -6,9 +6,10 @@ import torch
 from tests.unit.engine_plans import PlanLog, generate, tiny_card, tiny_engine
 from tests.unit.test_reference_attention import MIXES, PagedRows, layer
 from workers.attention.reference import ReferenceAttention
+from workers.engine.copies import CudaCopies
 from workers.engine.forward_batch import ForwardBatch
 from workers.engine.model_runner import ModelRunner
-from workers.engine.staging import BucketInputs, CudaCopies, Stager
+from workers.engine.staging import BucketInputs, Stager
 from workers.kvcache.kv_pool import KVPool
 from workers.kvcache.page_table import PageTable
 from workers.kvcache.sanitizer import SanitizerError
@@ -65,7 +66,7 @@ def test_bfloat16_decodes() -> None:
 def test_a_delayed_compute_stream_reads_each_step_s_own_inputs() -> None:
     """Plan ahead of a stream that sleeps: each pass must still see what was staged for it (I3)."""
     log, table = PlanLog(4, 30), PageTable(2, 4, 4, 30, checked=True)
-    stager, bucket = Stager(table, 16, CUDA, CudaCopies()), BucketInputs(2, 4, CUDA)
+    stager, bucket = Stager(table, 16, CUDA, CudaCopies(CUDA)), BucketInputs(2, 4, CUDA)
     log.open(0, list(range(1, 16)))
     found = []
     for _ in range(10):

@@ -13,9 +13,10 @@ from tests.property.fake_group import VOCAB_SIZE
 from tests.property.fake_mover import FakeMover
 from tests.property.fake_ranks import FakeRank
 from workers.config import WorkerConfig
+from workers.engine.copies import InlineCopies
 from workers.engine.forward_batch import ForwardBatch
 from workers.engine.mechanisms import ALL_ON
-from workers.engine.staging import BucketInputs, InlineCopies, Stager
+from workers.engine.staging import BucketInputs, Stager
 from workers.kvcache.kv_pool import KVPool
 from workers.kvcache.layout import target_only
 from workers.kvcache.page_table import PageTable

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from tests.unit.engine_plans import PlanLog, generate, tiny_engine
+from workers.engine.copies import Fence, InlineCopies
 from workers.engine.graph_runner import GraphRunner
 from workers.engine.mechanisms import ALL_ON, Mechanisms
 from workers.engine.model_runner import ModelRunner
-from workers.engine.staging import NUM_STAGING_SETS, BucketInputs, Fence, InlineCopies, Stager
+from workers.engine.staging import NUM_STAGING_SETS, BucketInputs, Stager
 from workers.kvcache.kv_pool import DUMMY_PAGE, KVPool
 from workers.kvcache.layout import target_only
 from workers.kvcache.page_table import PageTable

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from workers.engine.copies import InlineCopies
 from workers.engine.sampler import Sampler
 from workers.plan import OpenSlot
 from workers.protocol import SamplingParams
@@ -33,11 +34,16 @@ def open_slot(slot, prompt=(1, 2, 3), generated=(), seed=0, end_token_ids=(), **
     )
 
 
-def make_sampler(*ops, vocab_size=VOCAB_SIZE, max_slots=8):
-    sampler = Sampler(vocab_size, max_slots, "cpu")
+def make_sampler(*ops, vocab_size=VOCAB_SIZE, max_slots=8, may_wait=True):
+    sampler = Sampler(vocab_size, max_slots, "cpu", InlineCopies(), may_wait)
     for op in ops:
         sampler.open(op)
     return sampler
+
+
+def sample(sampler, logits, slots, positions):
+    """Tokens and logprobs of each row, on the host."""
+    return sampler.sample(logits, slots, positions).read()
 
 
 def make_logits(rows, vocab_size=VOCAB_SIZE, seed=0, scale=2.0):
@@ -99,13 +105,13 @@ def chi_squared_is_plausible(counts, probabilities):
 
 def count_draws(op, logits, num_draws=20_000, seeds=200):
     """Counts over many positions of many seeds, as many requests with the same next-token logits."""
-    sampler = Sampler(logits.shape[-1], seeds, "cpu")
+    sampler = Sampler(logits.shape[-1], seeds, "cpu", InlineCopies())
     for slot in range(seeds):
         sampler.open(OpenSlot(slot, op.sampling, 1000 + slot, op.prompt_len, op.token_ids, op.end_token_ids))
     rows = logits.expand(seeds, -1)
     counts = np.zeros(logits.shape[-1], dtype=np.int64)
     for position in range(num_draws // seeds):
-        tokens, _ = sampler.sample(rows, list(range(seeds)), [position + len(op.token_ids)] * seeds)
+        tokens, _ = sample(sampler, rows, list(range(seeds)), [position + len(op.token_ids)] * seeds)
         np.add.at(counts, tokens, 1)
     return counts
 
@@ -143,11 +149,11 @@ def test_chi_squared_tells_a_wrong_temperature():
 
 def test_neighbouring_positions_and_seeds_are_independent():
     logits = torch.zeros(1, 4)
-    sampler = Sampler(4, 300, "cpu")
+    sampler = Sampler(4, 300, "cpu", InlineCopies())
     for slot in range(300):
         sampler.open(open_slot(slot, seed=slot, prompt=(1,)))
     draws = np.array(
-        [sampler.sample(logits.expand(300, -1), range(300), [pos] * 300)[0] for pos in range(1, 81)]
+        [sample(sampler, logits.expand(300, -1), range(300), [pos] * 300)[0] for pos in range(1, 81)]
     )  # [positions, seeds]
     for pairs in (4 * draws[1:] + draws[:-1], 4 * draws[:, 1:] + draws[:, :-1]):
         assert chi_squared_is_plausible(np.bincount(pairs.ravel(), minlength=16), np.full(16, 1 / 16))
@@ -173,7 +179,7 @@ def test_penalties_equal_the_reference_step_by_step(params, temperature):
         expected = reference_probabilities(
             logits[0], SamplingParams(temperature=1.0, **params), [1, 2, 3], generated
         )
-        [token], [logprobs] = sampler.sample(logits, [0], [3 + step])
+        [token], [logprobs] = sample(sampler, logits, [0], [3 + step])
         by_token = np.zeros(VOCAB_SIZE)
         by_token[logprobs.top_ids] = np.exp(logprobs.top_logprobs)
         np.testing.assert_allclose(by_token, expected, rtol=1e-4)
@@ -186,14 +192,14 @@ def test_presence_and_frequency_leave_the_prompt_alone():
     logits = torch.zeros(1, VOCAB_SIZE)
     logits[0, 2] = 1.0
     sampler = make_sampler(open_slot(0, prompt=(2, 2, 2), temperature=0.0, presence_penalty=2.0))
-    assert sampler.sample(logits, [0], [3])[0] == [2]
-    assert sampler.sample(logits, [0], [4])[0] == [0]
+    assert sample(sampler, logits, [0], [3])[0] == [2]
+    assert sample(sampler, logits, [0], [4])[0] == [0]
 
 
 def test_logprobs_hold_after_penalties_and_before_temperature_and_filters():
     logits = make_logits(1)
     sampler = make_sampler(open_slot(0, temperature=0.3, top_k=2, num_logprobs=5, logit_bias=[(9, 50.0)]))
-    [token], [logprobs] = sampler.sample(logits, [0], [3])
+    [token], [logprobs] = sample(sampler, logits, [0], [3])
     logits[0, 9] += 50.0
     expected = logits.log_softmax(-1)[0]
     assert token == 9
@@ -208,7 +214,7 @@ def test_rows_get_exactly_the_logprobs_they_asked_for():
         open_slot(1, temperature=1.0),
         open_slot(2, temperature=1.0, num_logprobs=3),
     )
-    _, logprobs = sampler.sample(make_logits(3), [0, 1, 2], [3, 3, 3])
+    _, logprobs = sample(sampler, make_logits(3), [0, 1, 2], [3, 3, 3])
     assert logprobs[0].top_ids == []
     assert logprobs[1] is None
     assert len(logprobs[2].top_ids) == len(logprobs[2].top_logprobs) == 3
@@ -218,7 +224,7 @@ def test_end_tokens_are_banned_until_min_tokens_are_generated():
     logits = torch.zeros(1, VOCAB_SIZE)
     logits[0, 7], logits[0, 8], logits[0, 9] = 30.0, 20.0, 10.0
     sampler = make_sampler(open_slot(0, temperature=0.0, min_tokens=2, end_token_ids=[7], stop_token_ids=[8]))
-    tokens = [sampler.sample(logits, [0], [3 + i])[0][0] for i in range(3)]
+    tokens = [sample(sampler, logits, [0], [3 + i])[0][0] for i in range(3)]
     assert tokens == [9, 9, 7]
 
 
@@ -226,7 +232,7 @@ def test_ignored_end_tokens_are_not_banned():
     logits = torch.zeros(1, VOCAB_SIZE)
     logits[0, 7] = 30.0
     sampler = make_sampler(open_slot(0, temperature=0.0, min_tokens=2, end_token_ids=[7], ignore_eos=True))
-    assert sampler.sample(logits, [0], [3])[0] == [7]
+    assert sample(sampler, logits, [0], [3])[0] == [7]
 
 
 def test_bias_forces_and_bans():
@@ -235,7 +241,7 @@ def test_bias_forces_and_bans():
         open_slot(1, temperature=1.0, logit_bias=[(t, -100.0) for t in range(VOCAB_SIZE) if t != 12]),
     )
     for position in range(3, 40):
-        assert sampler.sample(make_logits(2, seed=position), [0, 1], [position] * 2)[0] == [33, 12]
+        assert sample(sampler, make_logits(2, seed=position), [0, 1], [position] * 2)[0] == [33, 12]
 
 
 VARIED = [
@@ -256,7 +262,7 @@ def generate(sampler, slots, logits, first_position, num_tokens):
     logprobs = []
     for step in range(num_tokens):
         rows = torch.stack([logits[slot, first_position - 3 + step] for slot in slots])
-        chosen, some = sampler.sample(rows, slots, [first_position + step] * len(slots))
+        chosen, some = sample(sampler, rows, slots, [first_position + step] * len(slots))
         logprobs.append(some)
         for slot, token in zip(slots, chosen, strict=True):
             tokens[slot].append(token)
@@ -295,7 +301,7 @@ def test_another_seed_gives_other_tokens():
     runs = []
     for seed in (0, 1, 2**63, -1):
         sampler = make_sampler(open_slot(0, seed=seed))
-        runs.append(tuple(sampler.sample(logits, [0], [3 + i])[0][0] for i in range(20)))
+        runs.append(tuple(sample(sampler, logits, [0], [3 + i])[0][0] for i in range(20)))
     assert len(set(runs)) == 4
 
 
@@ -305,7 +311,7 @@ def test_equal_logits_rank_by_token_id():
     sampler = make_sampler(open_slot(0, top_k=3, num_logprobs=4), open_slot(1, temperature=0.0))
     drawn = set()
     for position in range(3, 103):
-        (token, greedy), (logprobs, _) = sampler.sample(logits.expand(2, -1), [0, 1], [position] * 2)
+        (token, greedy), (logprobs, _) = sample(sampler, logits.expand(2, -1), [0, 1], [position] * 2)
         drawn.add(token)
         assert greedy == 0
         assert logprobs.top_ids == [0, 1, 2, 3]
@@ -320,25 +326,37 @@ def test_a_nucleus_wider_than_the_first_candidates_is_drawn_whole():
     assert chi_squared_is_plausible(counts[:num_kept], np.full(num_kept, 1 / num_kept))
 
 
+@pytest.mark.parametrize("scale", [0.01, 1.0, 4.0])
+def test_a_nucleus_is_the_same_whether_the_host_waits_for_its_size_or_not(scale):
+    """Flat logits need more candidates than are ranked at first, steep ones do not."""
+    vocab_size, slots = 5000, list(range(8))
+    ops = [open_slot(slot, seed=slot, top_p=0.5 + 0.06 * slot, min_p=1e-6) for slot in slots]
+    waiting, ahead = (make_sampler(*ops, vocab_size=vocab_size, may_wait=wait) for wait in (True, False))
+    for position in range(3, 23):
+        logits = make_logits(len(slots), vocab_size, seed=position, scale=scale)
+        logits[:, ::3] = logits[:, 1::3].mean()  # equal ones, in and around the nucleus
+        assert sample(waiting, logits, slots, [position] * 8) == sample(ahead, logits, slots, [position] * 8)
+
+
 def test_top_p_close_to_zero_and_top_k_one_are_greedy():
     logits = make_logits(2)
     sampler = make_sampler(open_slot(0, top_p=1e-9), open_slot(1, top_k=1))
     for position in range(3, 30):
-        assert sampler.sample(logits, [0, 1], [position] * 2)[0] == logits.argmax(-1).tolist()
+        assert sample(sampler, logits, [0, 1], [position] * 2)[0] == logits.argmax(-1).tolist()
 
 
 def test_a_tiny_temperature_is_greedy_and_finite():
     logits = make_logits(1)
     for temperature in (1e-4, 1e-6, 1e-30):
         sampler = make_sampler(open_slot(0, temperature=temperature, top_p=0.9))
-        assert sampler.sample(logits, [0], [3])[0] == [logits.argmax().item()]
+        assert sample(sampler, logits, [0], [3])[0] == [logits.argmax().item()]
 
 
 def test_logits_are_not_changed():
     logits = make_logits(len(VARIED))
     before = logits.clone()
     ops = [open_slot(slot, **params) for slot, params in enumerate(VARIED)]
-    make_sampler(*ops).sample(logits, list(range(len(VARIED))), [3] * len(VARIED))
+    sample(make_sampler(*ops), logits, list(range(len(VARIED))), [3] * len(VARIED))
     assert torch.equal(logits, before)
 
 
@@ -350,8 +368,8 @@ def test_a_slot_opened_again_has_no_memory_of_the_last_request():
         sampler.open(open_slot(0, temperature=0.0, presence_penalty=1.5))
         sampler.open(open_slot(1, temperature=0.0, repetition_penalty=3.0, prompt=(5,)))
         sampler.check()
-        assert sampler.sample(logits.expand(2, -1), [0, 1], [3, 1])[0] == [5, 6]
-        assert sampler.sample(logits.expand(2, -1), [0, 1], [4, 2])[0] == [6, 5]
+        assert sample(sampler, logits.expand(2, -1), [0, 1], [3, 1])[0] == [5, 6]
+        assert sample(sampler, logits.expand(2, -1), [0, 1], [4, 2])[0] == [6, 5]
         sampler.close(0)
         sampler.close(1)
         sampler.check()

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tests.unit.engine_plans import PlanLog
-from workers.engine.staging import BucketInputs, InlineCopies, Stager
+from workers.engine.copies import InlineCopies
+from workers.engine.staging import BucketInputs, Stager
 from workers.kvcache.kv_pool import DUMMY_PAGE, KVPool
 from workers.kvcache.layout import target_only
 from workers.kvcache.page_table import PageTable

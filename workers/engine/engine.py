@@ -5,7 +5,7 @@ No Ray, no scheduler, no clock: what a step does is a function of the plans so f
 
 import hashlib
 import logging
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import asdict
 
 import msgspec
@@ -18,14 +18,17 @@ from workers.attention.native import NativeAttention
 from workers.attention.reference import ReferenceAttention
 from workers.card import ModelCard
 from workers.config import WorkerConfig
+from workers.engine.copies import copies_to
 from workers.engine.forward_batch import ForwardBatch
 from workers.engine.graph_guard import EagerReason, GraphGuard, Outcome, default_batch_sizes
 from workers.engine.graph_runner import GraphRunner
+from workers.engine.launched_step import LaunchedStep
 from workers.engine.mechanisms import ALL_ON, Mechanisms
 from workers.engine.model_runner import ModelRunner
 from workers.engine.recording import RecordingKernels
+from workers.engine.sampled import Sampled
 from workers.engine.sampler import Sampler
-from workers.engine.staging import CudaCopies, InlineCopies, Stager
+from workers.engine.staging import Stager
 from workers.kvcache.kv_pool import KVPool, allocate_pool
 from workers.kvcache.layout import BundleLayout, target_only
 from workers.kvcache.page_mover import PageMover
@@ -52,7 +55,6 @@ from workers.plan import (
     SetRow,
     StepOutput,
 )
-from workers.protocol import TokenLogprobs
 
 logger = logging.getLogger(__name__)
 
@@ -113,8 +115,9 @@ class Engine:
         max_slots = config.max_running_requests
         self._pool = allocate_pool(config, self.layout, size.num_pages, device)
         self._table = PageTable(max_slots, pages_per_row, config.page_size, size.num_pages, self._is_checked)
-        self._sampler = Sampler(card.vocab_size, max_slots, device) if tp_group.rank == 0 else None
-        copies = CudaCopies() if device.type == "cuda" else InlineCopies()
+        copies = self._copies = copies_to(device)
+        self._sampler = Sampler(card.vocab_size, max_slots, device, copies) if tp_group.rank == 0 else None
+        self._launched: deque[LaunchedStep] = deque()
         # A step may hold max_tokens_per_step tokens or one token of every slot.
         max_tokens = max(config.max_tokens_per_step, max_slots)
         self._stager = Stager(self._table, max_tokens, device, copies, mechanisms)
@@ -177,11 +180,11 @@ class Engine:
         if self._sanitizer:
             self._sanitizer.watch(mover)
 
-    def run(self, plan: BatchPlan) -> StepOutput:
-        """Apply the plan's ops, run its rows, sample on rank 0; on return the device has done all of it.
+    def launch(self, plan: BatchPlan) -> None:
+        """Apply the plan's ops, run its rows, sample on rank 0, all of it behind the steps launched before.
 
-        SAVEs and LOADs that it starts go on after that, but for the LOADs of pages that its rows read: what
-        became of those is on the board.
+        On return the device may have yet to do it: `collect`. SAVEs and LOADs that it starts may go on after
+        the step, but for the LOADs of pages that its rows read: what became of those is on the board.
 
         Raises RelocationVersionError, having applied and launched nothing, where this rank's log differs from
         rank 0's (I8); PageTableError, TokenError and SanitizerError where a staged index is not what it must
@@ -190,18 +193,32 @@ class Engine:
         version = self._advance(plan)
         self._apply(plan.ops)
         self._version = version
-        token_ids: list[int] = []
-        logprobs: list[TokenLogprobs | None] = []
+        sampled: Sampled | None = None
         if plan.slots:
             if self._is_checked:
                 self._check_tokens(plan)
             with torch.inference_mode():
-                token_ids, logprobs = self._run_rows(plan)
-        if not token_ids and self._device.type == "cuda":
-            # I2: the loop publishes this step as complete next, and pages that it reads become free. Sampled
-            # tokens reach the host after the whole pass; without any, the pass is no more than enqueued.
-            torch.cuda.current_stream(self._device).synchronize()
-        return StepOutput(plan.step, version, token_ids, logprobs)
+                sampled = self._run_rows(plan)
+                sampled = None if sampled is None else sampled.to_host(self._copies)
+        self._launched.append(LaunchedStep(plan.step, version, sampled, self._copies.fence()))
+
+    def collect(self) -> StepOutput:
+        """Wait until the oldest launched step has ended and return what came of it. Raises StepTimeoutError.
+
+        The device has then done all of it (I2): its pages may be freed.
+        """
+        return self._launched.popleft().output()
+
+    @property
+    def has_ended(self) -> bool:
+        """Tell whether `collect` would not wait."""
+        return self._launched[0].has_ended
+
+    def run(self, plan: BatchPlan) -> StepOutput:
+        """Launch a step and collect it, with no other under way."""
+        assert not self._launched, "steps are under way"
+        self.launch(plan)
+        return self.collect()
 
     def close(self) -> None:
         """Let go of the device's memory; no plan may follow."""
@@ -241,7 +258,7 @@ class Engine:
             assert self._mover is not None, "checked above"
             self._mover.start(move)
 
-    def _run_rows(self, plan: BatchPlan) -> tuple[list[int], list[TokenLogprobs | None]]:
+    def _run_rows(self, plan: BatchPlan) -> Sampled | None:
         mode = plan.mode
         has_waited = self._wait_for_loads(plan)
         decision = self._guard.decide(mode, len(plan.slots), after_load=has_waited)
@@ -253,12 +270,15 @@ class Engine:
             self._sanitizer.check_inputs(batch, slots)
         logits = self._compute(batch)
         sampled_slots = [plan.slots[row] for row in plan.sampled]
-        if batch.bucket is not None and logits is not None and len(plan.sampled) < len(plan.slots):
-            logits = logits[plan.sampled]  # a replay computes the logits of all its rows
+        if not plan.sampled:
+            logits = None
+        elif batch.bucket is not None and logits is not None and len(plan.sampled) < len(plan.slots):
+            # A replay computes the logits of all its rows.
+            logits = logits.index_select(0, self._copies.upload(plan.sampled))
         if self._sanitizer:
             self._sanitizer.check_outputs(logits, sampled_slots)
-        if logits is None or self._sampler is None or not plan.sampled:
-            return [], []
+        if logits is None or self._sampler is None:
+            return None
         positions = [plan.starts[row] + plan.lens[row] for row in plan.sampled]
         return self._sampler.sample(logits, sampled_slots, positions)
 

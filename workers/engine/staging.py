@@ -5,12 +5,12 @@ set is written again only after its copy. Locations and page rows are derived fr
 """
 
 from collections.abc import Callable
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from workers.engine.copies import CopyStream, Fence
 from workers.engine.forward_batch import ForwardBatch
 from workers.engine.mechanisms import ALL_ON, Mechanisms
 from workers.kvcache.kv_pool import DUMMY_PAGE
@@ -23,49 +23,6 @@ MAX_STEPS_IN_FLIGHT = 1
 """Depth: steps that may be planned while one runs."""
 NUM_STAGING_SETS = MAX_STEPS_IN_FLIGHT + 2
 _ALIGNMENT = 64
-
-
-class Fence(Protocol):
-    """A place in the compute stream, `torch.cuda.Event` for one."""
-
-    def synchronize(self) -> None:
-        """Wait until the stream has passed it."""
-
-
-class CopyStream(Protocol):
-    """Where copies of staged inputs are enqueued: before the pass that reads them, on the compute stream."""
-
-    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Enqueue target = source."""
-
-    def fence(self) -> Fence | None:
-        """Return a fence behind all copies so far; None where they are already done."""
-
-
-class InlineCopies:
-    """The CPU's CopyStream: a copy is done when it returns."""
-
-    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Copy now."""
-        target.copy_(source)
-
-    def fence(self) -> Fence | None:
-        """Return None: nothing is pending."""
-        return None
-
-
-class CudaCopies:
-    """The current CUDA stream as CopyStream."""
-
-    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Enqueue a copy; `source` is pinned."""
-        target.copy_(source, non_blocking=True)
-
-    def fence(self) -> Fence | None:
-        """Record an event."""
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
-        return event
 
 
 class StepInputs:

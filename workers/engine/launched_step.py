@@ -1,0 +1,51 @@
+"""LaunchedStep: a step that the device may still be running, and what will come of it. Engine's thread."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from workers.engine.copies import Fence
+from workers.engine.sampled import Sampled
+from workers.plan import RelocationVersion, StepOutput
+
+STEP_TIMEOUT_S = 300.0
+"""The longest that a device may take for a step; a group's collectives give up sooner."""
+_LOOK_S = 20e-6
+"""Between two looks at the device: sleeping leaves the interpreter to other threads."""
+
+
+class StepTimeoutError(RuntimeError):
+    """The device did not end a step in time: it hangs, and the replica with it."""
+
+
+@dataclass(frozen=True)
+class LaunchedStep:
+    """`sampled` is on its way to the host, None where no row was sampled here; `fence` is behind that and the
+    whole pass, None where both are done."""
+
+    step: int
+    relocation_version: RelocationVersion
+    sampled: Sampled | None
+    fence: Fence | None
+
+    @property
+    def has_ended(self) -> bool:
+        """Tell whether the device has done all of it."""
+        return self.fence is None or self.fence.query()
+
+    def output(
+        self,
+        timeout_s: float = STEP_TIMEOUT_S,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> StepOutput:
+        """Wait for the device and return what came of the step. Raises StepTimeoutError."""
+        deadline_s = clock() + timeout_s
+        while not self.has_ended:
+            if clock() > deadline_s:
+                raise StepTimeoutError(
+                    f"step {self.step}: the device has not ended it in {timeout_s:g} s; restart the replica"
+                )
+            sleep(_LOOK_S)
+        token_ids, logprobs = ([], []) if self.sampled is None else self.sampled.read()
+        return StepOutput(self.step, self.relocation_version, token_ids, logprobs)
