@@ -170,6 +170,34 @@ def test_without_a_grant_nothing_is_saved_and_children_of_what_is_not_saved_neit
     assert bench.tier.stats.num_lost_pages == 2
 
 
+@pytest.mark.parametrize("policy", ["write_through", "write_through_selective"])
+def test_a_page_that_the_arena_could_not_take_is_saved_once_it_is_used_again(policy):
+    bench = Bench(num_slots=4, policy=policy)
+    free, bench.host.free = bench.host.free, []
+    bench.run(0, tokens(13))
+    bench.run(0, tokens(13))
+    assert bench.saves() == []
+    bench.host.free = free
+    bench.run(0, tokens(17))
+    bench.run(0, tokens(17))
+    bench.finish()
+    assert list(bench.host.stored) == page_keys(NAMESPACE, tokens(16), PAGE_SIZE)
+
+
+@pytest.mark.parametrize("policy", ["write_through", "write_through_selective"])
+def test_a_chat_whose_pages_the_arena_has_lost_is_saved_again_when_it_goes_on(policy):
+    bench = Bench(policy=policy)
+    bench.run(0, tokens(13))
+    bench.run(0, tokens(13))
+    bench.finish()
+    bench.host.evict(KEYS[2])
+    bench.finish()
+    bench.run(0, tokens(17))
+    bench.run(0, tokens(17))
+    bench.finish()
+    assert list(bench.host.stored) == page_keys(NAMESPACE, tokens(16), PAGE_SIZE)
+
+
 def test_a_failed_save_gives_its_slot_back_and_takes_its_children_along():
     bench = Bench()
     bench.run(0, tokens(13))

@@ -21,7 +21,8 @@ from workers.move_board import MoveStatus
 from workers.plan import LoadPages, PlanOp, SavePages
 
 WritePolicy = Literal["write_through", "write_through_selective", "write_back"]
-"""When a page is saved: once it is complete; once it is used again; once it would be evicted."""
+"""When a page is saved: once it is complete, or if that failed once it is used again; once it is used again;
+once it would be evicted."""
 
 DISTRUST_STEPS = 1_000
 """A place whose load failed is not tried again for so many steps; by then the arena has dropped the page, if
@@ -175,9 +176,12 @@ class HostTier:
             self._save(nodes)
 
     def used(self, path: Sequence[Node]) -> None:
-        """Note that a request goes on from pages that were there."""
-        if self._policy == "write_through_selective":
-            self._save([node for node in path if node.is_readable])
+        """Note that a request goes on from pages that were there: those the arena lacks it may take now.
+
+        Else nothing that continues them could ever be saved.
+        """
+        if self._policy != "write_back":
+            self._save([node for node in path if node.is_readable and not node.is_saved])
         if path and self._is_there(path[-1]):
             self._host.touch([node.key for node in path])
 
