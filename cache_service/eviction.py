@@ -112,6 +112,7 @@ class S3Fifo:
             from_small = is_due or num_main == 0 or (self._main_is_stuck and num_small > 0)
             slot = self._queues.front(self._SMALL if from_small else self._MAIN)
             if slot is None or self._uses[slot] == 0:
+                self._main_is_stuck = False
                 return slot
             self._uses[slot] = 0 if from_small else self._uses[slot] - 1
             self._queues.move(slot, self._MAIN)

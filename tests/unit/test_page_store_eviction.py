@@ -88,6 +88,22 @@ def test_s3_fifo_takes_back_into_the_main_queue_what_it_saw_leave():
     assert order.candidate() is None
 
 
+def test_s3_fifo_looks_once_at_the_small_queue_for_a_page_of_the_main_one_that_cannot_go():
+    order = S3Fifo(100)
+    for slot in range(50):
+        order.add(slot, key(slot))
+        order.touch(slot)
+    assert order.candidate() == 0, "all were used: they are in the main queue now"
+    for slot in range(50, 54):
+        order.add(slot, key(slot))
+    order.defer(0)
+    gone = []
+    for _ in range(3):
+        gone.append(order.candidate())
+        order.remove(gone[-1], key(gone[-1]), was_evicted=True)
+    assert gone == [50, 1, 2], "new pages do not all go for one old page that somebody reads"
+
+
 def test_ghosts_are_the_last_keys_and_no_others():
     ghosts = GhostKeys(100)
     assert key("never") not in ghosts
