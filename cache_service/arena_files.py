@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from cache_service import arena_format
@@ -57,14 +58,14 @@ class OwnedArena:
         path: Path,
         spec: ArenaSpec,
         first_incarnation: int,
-        memory: HostMemory | None = None,
+        read_memory: Callable[[Path], HostMemory] = HostMemory.read,
         safety: ArenaSafety | None = None,
     ) -> "OwnedArena":
         """Take the arena at `path`: adopt an orphan of the same spec, wipe any other, create what misses.
 
         Its incarnation is above that of an adopted one and at least `first_incarnation`; a clock's
-        nanoseconds keep it rising over files that are gone. `memory` None: read this machine's. Raises
-        ArenaOwnedError while another server lives, ArenaSizeError where there is no room for it.
+        nanoseconds keep it rising over files that are gone. Raises ArenaOwnedError while another server
+        lives, ArenaSizeError where there is no room for it.
         """
         while True:
             descriptor = _locked(path)
@@ -81,7 +82,7 @@ class OwnedArena:
                     path.unlink(missing_ok=True)
                     os.close(descriptor)
                     continue
-                return cls._take(descriptor, path, spec, bool(found), first_incarnation, memory, safety)
+                return cls._take(descriptor, path, spec, bool(found), first_incarnation, read_memory, safety)
             except BaseException:
                 with contextlib.suppress(OSError):
                     os.close(descriptor)
@@ -95,12 +96,12 @@ class OwnedArena:
         spec: ArenaSpec,
         is_adopted: bool,
         first_incarnation: int,
-        memory: HostMemory | None,
+        read_memory: Callable[[Path], HostMemory],
         safety: ArenaSafety | None,
     ) -> "OwnedArena":
         try:
             allocated = os.fstat(descriptor).st_blocks * 512
-            (memory or HostMemory.read(path.parent)).require(spec.file_bytes - allocated, path.parent)
+            read_memory(path.parent).require(spec.file_bytes - allocated, path.parent)
             if not is_adopted:
                 os.ftruncate(descriptor, spec.file_bytes)
                 os.posix_fallocate(descriptor, 0, spec.data_offset)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cache_service import arena_format
 from cache_service.arena import Arena
-from cache_service.arena_files import ArenaOwnedError, OwnedArena, sweep_dead_clusters
+from cache_service.arena_files import ArenaOwnedError, OwnedArena, settle_orphan, sweep_dead_clusters
 from cache_service.arena_format import ArenaIdentity, ArenaSpec
 from cache_service.arena_safety import ArenaSafety
 from cache_service.arena_user import ArenaAccess, ArenaUser
@@ -72,6 +72,8 @@ class NodeArena:
         self.log = RelocationLog(incarnation)
         sweep_dead_clusters(cluster_id, path.parent)
         orphan = self._orphan()
+        if orphan is None and settle_orphan(path, keep=False, patience_s=patience_s):
+            logger.warning("removed what is no arena of this version", extra={"path": str(path)})
         memory = read_memory(path.parent)
         size = config.arena_bytes(memory)
         if orphan is None:
@@ -179,11 +181,10 @@ class NodeArena:
 
     def _take(self, spec: ArenaSpec, incarnation: int, patience_s: float) -> OwnedArena:
         """Own the file, once its last owner has gone."""
-        memory = self._read_memory(self._path.parent)
         end_s = time.monotonic() + patience_s
         while True:
             try:
-                return OwnedArena.open(self._path, spec, incarnation, memory, self._safety)
+                return OwnedArena.open(self._path, spec, incarnation, self._read_memory, self._safety)
             except ArenaOwnedError:
                 if time.monotonic() >= end_s:
                     raise

@@ -26,7 +26,7 @@ def open_arena(folder, wanted=None, safety=None, incarnation=1, prefault=True, m
     """Own an arena in `folder`; with all slots usable unless `prefault` is off."""
     wanted = wanted or spec()
     path = arena_path(wanted.cluster_id, "127.0.0.1", folder)
-    owned = OwnedArena.open(path, wanted, incarnation, memory, safety)
+    owned = OwnedArena.open(path, wanted, incarnation, lambda folder: memory, safety)
     if prefault:
         owned.prefault.start()
         assert owned.prefault.wait(10) and owned.prefault.error is None

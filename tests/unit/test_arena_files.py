@@ -377,7 +377,7 @@ def test_a_stop_during_prefault_takes_one_step(tmp_path):
 
 def test_a_file_that_cannot_be_made_is_an_os_error(tmp_path):
     with pytest.raises(OSError):
-        OwnedArena.open(tmp_path / "missing" / "x.arena", spec(), 1, PLENTY)
+        OwnedArena.open(tmp_path / "missing" / "x.arena", spec(), 1, lambda folder: PLENTY)
 
 
 def test_a_view_that_outlives_a_clean_stop_does_not_keep_the_arena_owned(tmp_path):

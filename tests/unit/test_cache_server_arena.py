@@ -24,6 +24,7 @@ from tests.unit.cache_nodes import (
     NUM_SLOTS,
     SECRET,
     TIMEOUT_S,
+    eventually,
     make_core,
     new_client,
     port_of,
@@ -94,6 +95,31 @@ def test_a_kept_arena_of_another_size_is_wiped(tmp_path):
     ):
         assert raw.attach().num_slots > 100
         assert raw.ask(messages.Lookup([key("a")])).locations == [None]
+
+
+@pytest.mark.parametrize("format_version", [1, 99])
+def test_what_an_arena_to_be_wiped_takes_of_the_memory_does_not_count(tmp_path, format_version):
+    def read_memory(folder):
+        """Room for one arena and a half of the second size."""
+        used = sum(path.stat().st_blocks * 512 for path in folder.iterdir())
+        return HostMemory(1 << 40, None, int(3 * CONFIG.host_cache_gb * 2**30) - used)
+
+    def core(config):
+        place = Place("127.0.0.1", folder=tmp_path)
+        return CacheServerCore(config, SECRET, place, time.time_ns(), read_memory=read_memory)
+
+    kept = CacheConfig(host_cache_gb=2 * CONFIG.host_cache_gb, keep_arena=True)
+    with serving(tmp_path, kept) as server, RawClient(server) as raw:
+        raw.attach()
+        eventually(lambda: raw.ask(messages.Stats()).num_unusable == 0)
+    path = arena_path(cluster_id_of(SECRET), "127.0.0.1", tmp_path)
+    with path.open("r+b") as file:
+        file.seek(8)
+        file.write(format_version.to_bytes(4, "little"))
+    other = core(CacheConfig(host_cache_gb=2.5 * CONFIG.host_cache_gb))
+    assert not path.exists() or path.stat().st_size > 2.4 * CONFIG.host_cache_gb * 2**30
+    other.stop()
+    other.run()
 
 
 def test_a_second_server_of_the_node_is_refused(tmp_path):
