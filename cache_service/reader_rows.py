@@ -137,7 +137,9 @@ class ReaderRows:
         return free
 
     def _write(self, row: ReaderRow, process: ProcessId) -> None:
-        for word, value in zip(_ROW_WORDS, (process.pid, process.start_ticks, row.group), strict=True):
+        """Give a row an owner, whose pid comes last: without it a successor takes the row for nobody's."""
+        words = (row.group, process.start_ticks, process.pid)
+        for word, value in zip(reversed(_ROW_WORDS), words, strict=True):
             self._arena.set_row_word(row.row, word, value)
 
     def _clear(self, row: int) -> None:

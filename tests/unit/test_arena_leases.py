@@ -231,6 +231,27 @@ def test_rows_are_given_once_and_again_after_leaving(tmp_path):
     owned.close()
 
 
+@pytest.mark.parametrize("num_words", [0, 1, 2])
+def test_a_row_half_written_by_a_server_that_was_killed_is_nobody_s(tmp_path, num_words, monkeypatch):
+    owned = open_arena(tmp_path)
+    write, written = owned.arena.set_row_word, []
+
+    def die(row, word, value):
+        if len(written) == num_words:
+            raise InterruptedError("killed")
+        written.append(word)
+        write(row, word, value)
+
+    monkeypatch.setattr(owned.arena, "set_row_word", die)
+    with pytest.raises(InterruptedError):
+        ReaderRows(owned.arena, ProcessWatch()).attach(ProcessId.current(), 77)
+    monkeypatch.undo()
+    rows = ReaderRows(owned.arena, ProcessWatch())
+    assert rows.groups == set()
+    assert rows.attach(ProcessId.current(), 77).group == 77
+    owned.close()
+
+
 def test_more_readers_than_rows_are_refused(tmp_path):
     owned = open_arena(tmp_path)
     rows = ReaderRows(owned.arena, ProcessWatch())
