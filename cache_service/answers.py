@@ -243,6 +243,13 @@ class Answers:
             return self.refuse(
                 "cluster", f"the client is of cluster {request.cluster_id}, this server of {self._cluster_id}"
             )
+        process = ProcessId(request.pid, request.start_ticks)
+        if not process.is_alive():
+            return self.refuse(
+                "process",
+                f"the server sees no process {request.pid}: worker and server have to see each other's"
+                " processes (one PID namespace), or a living reader's leases end as a dead one's",
+            )
         try:
             row = self._arena.attach(request, now_s)
         except NoReaderRowError as error:
@@ -255,8 +262,7 @@ class Answers:
             return self.refuse("layout", str(error))
         arena, store = self._arena.arena, self._arena.store
         assert arena is not None and store is not None
-        client = _Client(ProcessId(request.pid, request.start_ticks), row)
-        self._clients[identity] = client
+        self._clients[identity] = _Client(process, row)
         logger.info("a process attached", extra={"pid": request.pid, "row": row.row, "group": row.group})
         return messages.Attached(
             str(arena.path),

@@ -313,7 +313,7 @@ class Done(msgspec.Struct, frozen=True, array_like=True, tag="done"):
 
 RefusalCode = Literal[
     "protocol_version", "layout", "cluster", "no_reader_row", "not_attached", "pin_budget", "check_failed",
-    "undecodable", "arena_size", "arena_owned", "no_transfer", "store", "fenced", "busy",
+    "undecodable", "arena_size", "arena_owned", "no_transfer", "store", "fenced", "busy", "process",
 ]  # fmt: skip
 
 

@@ -99,6 +99,17 @@ def test_a_worker_of_another_kind_is_refused_by_name(server, changes, code, text
         assert re.search(text, answer.reason), answer.reason
 
 
+def test_a_worker_that_the_server_cannot_see_is_refused(server, sleeper):
+    """Its leases would count as a dead process's."""
+    process = ProcessId.of(sleeper.pid)
+    unseen = ProcessId(process.pid, process.start_ticks - 1)
+    with RawClient(server, unseen) as raw, RawClient(server, process) as seen:
+        answer = raw.attach()
+        assert answer.code == "process" and "have to see each other's processes" in answer.reason
+        assert isinstance(seen.attach(), messages.Attached)
+        assert seen.ask(messages.Stats()).num_readers == 1
+
+
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
