@@ -11,7 +11,7 @@ from cache_service.host_memory import HostMemory
 from cache_service.page_store import PageStoreOptions
 from cache_service.store_address import parse_store_address
 
-_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 _GIB = 1 << 30
 
 TransferKind = Literal["off", "tcp", "rdma"]
@@ -22,7 +22,7 @@ FreeRatio = Annotated[float, Field(ge=0, lt=1)]
 class CacheConfig:
     """Options of a node's CacheServer. Without a size there is none, and no page leaves the devices."""
 
-    host_cache_gb: Annotated[float, Field(gt=0)] | None = None
+    host_cache_gb: Annotated[float, Field(gt=0, le=1e6)] | None = None
     """Shared memory on each node for KV pages that leave the devices, GiB. Not given: as `host_cache_ratio`
     says."""
     host_cache_ratio: Annotated[float, Field(gt=0, le=0.9)] | None = None

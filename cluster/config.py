@@ -24,7 +24,7 @@ API_KEYS_VARIABLE = "EYRIE_API_KEYS"
 
 HIDDEN = "***"
 
-_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 Seconds = Annotated[float, Field(gt=0)]
 

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 PositiveInt = Annotated[int, Field(ge=1)]
 
@@ -30,7 +30,7 @@ class WorkerConfig:
     """Tokens a KV page holds; shared prefixes are found in whole pages."""
     num_pages: PositiveInt | None = None
     """KV pages each rank has. Not given: as many as `kv_gb` holds."""
-    kv_gb: Annotated[float, Field(gt=0)] = 0.5
+    kv_gb: Annotated[float, Field(gt=0, le=1e6)] = 0.5
     """Device memory for KV pages on each rank, GiB."""
     max_context_len: PositiveInt | None = None
     """Most tokens of a request, prompt and answer together. Not given: the model's context, or less where
