@@ -33,8 +33,6 @@ class CacheConfig:
     unused for longest (`lru`)."""
     tenant_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Most of the host cache that one tenant's pages take."""
-    pinned_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.5
-    """Most of the host cache that pinned pages take."""
     min_free_ratio: FreeRatio = 0.02
     """Part of the host cache that is kept free for new pages."""
     target_free_ratio: FreeRatio = 0.05
@@ -87,9 +85,7 @@ class CacheConfig:
     @property
     def store_options(self) -> PageStoreOptions:
         """What the PageStore takes of these."""
-        return PageStoreOptions(
-            self.eviction, self.min_free_ratio, self.target_free_ratio, self.tenant_ratio, self.pinned_ratio
-        )
+        return PageStoreOptions(self.eviction, self.min_free_ratio, self.target_free_ratio, self.tenant_ratio)
 
     def arena_bytes(self, memory: HostMemory) -> int:
         """Return how large an arena's file may be; raise ArenaSizeError without a size."""

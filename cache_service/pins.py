@@ -31,7 +31,7 @@ class Pins:
         if len(self._held) + more > self._max_pages:
             raise PinBudgetError(
                 f"{len(self._held)} pages are pinned and this pin needs {more} more, over the budget of"
-                f" {self._max_pages}; unpin some, or raise the pin budget"
+                f" {self._max_pages}; unpin some"
             )
         self._pins[slot] = self._pins.get(slot, 0) + 1
         self._hold(slot, 1)

@@ -73,7 +73,10 @@ def test_flags_speak_the_types_of_their_options():
         ("host_cache_gb: 4", ["`host_cache_gb`", "belongs at `cache.host_cache_gb`"]),
         ("cache: {host_cache_gb: 0}", ["`cache.host_cache_gb` is 0", "greater than 0"]),
         ("cache: {host_cache_gb: .inf}", ["`cache.host_cache_gb` is inf", "finite"]),
-        ("cache: {host_cache_gb: 1.0e+300}", ["`cache.host_cache_gb` is 1e+300", "less than or equal to 1000000"]),
+        (
+            "cache: {host_cache_gb: 1.0e+300}",
+            ["`cache.host_cache_gb` is 1e+300", "less than or equal to 1000000"],
+        ),
         ("worker: {kv_gb: .inf}", ["`worker.kv_gb` is inf", "finite"]),
         ("drain_s: .inf", ["`drain_s` is inf", "finite"]),
         ("cache: {eviction: fifo}", ["`cache.eviction` is 'fifo'", "'s3fifo' or 'lru'"]),
