@@ -79,13 +79,13 @@ class PutQueue:
     def offer(self, keys: Iterable[PageKey]) -> None:
         """Take pages of this node, with what they continue, unless the store has them."""
         for key in keys:
-            if len(self._waiting) >= self._max_pages:
-                self._counts["puts", "queue_full"] += 1
+            room = self._max_pages - len(self._waiting)
+            if key in self._queued or key in self._keys:
                 continue
-            for page in self._missing(key)[: self._max_pages - len(self._waiting)]:
-                self._waiting.append(page)
-                self._queued.add(page)
-            if key not in self._queued and key not in self._keys:  # its parents took the room
+            missing = self._missing(key) if room > 0 else [key]
+            self._waiting.extend(missing[:room])
+            self._queued.update(missing[:room])
+            if len(missing) > room:  # its parents took the room, if there was any
                 self._counts["puts", "queue_full"] += 1
 
     def has_page(self) -> bool:

@@ -116,6 +116,13 @@ def test_a_full_queue_is_a_counted_loss_and_parents_have_the_room(tmp_path, limi
     node.owned.close()
 
 
+def test_a_page_that_left_the_arena_before_it_was_offered_is_no_loss(node):
+    """As the pages are that were there before their store was: they are offered when there is room."""
+    node.queue.offer([key("gone"), *node.chain("a"), key("gone too")])
+    assert len(node.queue) == 1
+    assert node.losses == {}
+
+
 @pytest.mark.parametrize("limits", [PutLimits(max_batch_pages=2), PutLimits(max_batch_bytes=2 * 512)])
 def test_a_batch_is_bounded(tmp_path, limits):
     node = Node(tmp_path, limits)
