@@ -51,10 +51,6 @@ class PageReplica:
             lost, self._lost = self._lost, {}
         return list(lost)
 
-    def forget(self) -> None:
-        """Take all pages for lost."""
-        self.restart([])
-
     def restart(self, stored: Sequence[Standing]) -> None:
         """See RelocationListener."""
         before = self._locations

@@ -7,7 +7,7 @@ _NONE = -1
 
 
 class PageTree:
-    """A forest over slots in five arrays. The children of a page are a ring, the oldest first."""
+    """A forest over slots in four arrays. The children of a page are a ring, the oldest first."""
 
     def __init__(self, num_slots: int) -> None:
         self._parent = array("i", [_NONE]) * num_slots
@@ -43,10 +43,6 @@ class PageTree:
         """Return the page that a page continues."""
         parent = self._parent[slot]
         return None if parent == _NONE else parent
-
-    def is_leaf(self, slot: int) -> bool:
-        """Tell whether no page continues this one."""
-        return self._oldest_child[slot] == _NONE
 
     def leaf_under(self, slot: int) -> int:
         """Return a page without children that continues `slot`, or `slot` itself: always the oldest child."""

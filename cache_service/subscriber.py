@@ -1,6 +1,6 @@
 """Subscriber: hears one owner's broadcasts in a thread of its own and keeps a replica of its index true.
 
-Workers, routers and other CacheServers hold one per CacheServer.
+Rank 0 of each replica holds one for its node's CacheServer, an API process one for each node's.
 """
 
 import contextlib

@@ -55,8 +55,9 @@ class WorkerConfig:
     evicted from the device."""
     prefetch_policy: Literal["best_effort", "wait_complete", "timeout"] = "wait_complete"
     """How long a queued request waits while pages of its prompt are fetched from other nodes or the remote
-    store: not at all; until they are there, but no longer than computing them would take; or
-    `prefetch_timeout_s`. Nothing is fetched that is computed sooner, and others go ahead meanwhile."""
+    store: not at all; until they are there, but no longer than computing them would take, half a second at
+    least; or `prefetch_timeout_s`. Nothing is fetched that is thought to be computed sooner, and
+    others go ahead meanwhile."""
     prefetch_timeout_s: Annotated[float, Field(ge=0)] = 0.5
     """Under `timeout`: seconds a request waits, beside what its pages are allowed, 10 ms for a megabyte."""
     verify_pages: Literal["always", "once"] = "once"
