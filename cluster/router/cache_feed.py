@@ -1,4 +1,4 @@
-"""CacheFeed: one CacheServer's relocations on their way into the HostPages of an API process.
+"""CacheFeed: one CacheServer's relocations on their way into the NodePages of an API process.
 
 Its Subscriber's thread shares the interpreter with the event loop: it keeps keys only, and decodes piece by
 piece.
@@ -13,7 +13,7 @@ from cache_service.changes_call import changes_since
 from cache_service.one_call import CallError
 from cache_service.relocation import Changes, Snapshot, Version
 from cache_service.subscriber import Subscriber
-from cluster.router.host_index import CacheAddress, HostPages
+from cluster.router.host_index import CacheAddress, NodePages
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class CacheFeed:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.address = address
-        self.pages = HostPages()
+        self.pages = NodePages()
         self._cluster_secret = cluster_secret
         self._silence_s = silence_s
         self._clock = clock

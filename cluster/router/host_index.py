@@ -51,7 +51,7 @@ class FetchScope:
         return FetchScope(config.transfer != "off", config.store is None or _is_shared(config.store))
 
 
-class HostPages:
+class NodePages:
     """A RelocationListener that keeps keys only: where in the arena a page is does not matter here."""
 
     def __init__(self) -> None:
@@ -106,7 +106,7 @@ class KnownNode(Protocol):
         ...
 
     @property
-    def pages(self) -> HostPages:
+    def pages(self) -> NodePages:
         """What it told."""
         ...
 

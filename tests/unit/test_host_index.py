@@ -10,7 +10,7 @@ from cache_service.relocation_records import (
     Stored,
     StoredRemotely,
 )
-from cluster.router.host_index import CacheAddress, FetchScope, HostIndex, HostPages
+from cluster.router.host_index import CacheAddress, FetchScope, HostIndex, NodePages
 from cluster.router.ways import Residence
 from workers.protocol import FetchHint, ReplicaId
 
@@ -21,7 +21,7 @@ KEYS = [bytes([n]) * 16 for n in range(10)]
 class Node:
     def __init__(self, name):
         self.address = CacheAddress(name, f"tcp://{name}:1", f"tcp://{name}:2")
-        self.pages = HostPages()
+        self.pages = NodePages()
         self.speaks = True
 
     def is_heard(self, now_s):
@@ -47,7 +47,7 @@ def index(nodes):
 
 
 def test_pages_come_and_go_by_snapshot_and_changes():
-    pages = HostPages()
+    pages = NodePages()
     pages.restart([*stored(0, 4), *stored_remotely(2, 5)])
     assert (pages.num_in_arena, pages.num_remote, pages.num_leading(KEYS)) == (4, 3, 4)
     pages.apply([*stored(4, 6), Removed(KEYS[5], 5, 2), RemovedRemotely(KEYS[2]), StoredRemotely(KEYS[7])])
@@ -61,7 +61,7 @@ def test_pages_come_and_go_by_snapshot_and_changes():
 
 @pytest.mark.parametrize("num", range(11))
 def test_leading_pages_are_counted_whatever_their_number(num):
-    pages = HostPages()
+    pages = NodePages()
     pages.apply(stored(0, num))
     assert pages.num_leading(KEYS) == num
     assert pages.num_leading([]) == 0
