@@ -87,9 +87,9 @@ def _port(endpoint):
     return int(endpoint.rpartition(":")[2])
 
 
-def eventually(holds):
+def eventually(holds, timeout_s=TIMEOUT_S):
     """Wait until `holds()` and return what it returned."""
-    end_s = time.monotonic() + TIMEOUT_S
+    end_s = time.monotonic() + timeout_s
     while not (found := holds()):
         if time.monotonic() > end_s:
             raise TimeoutError("it never came to be")

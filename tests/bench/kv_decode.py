@@ -1,12 +1,16 @@
-"""Steady decodes, with and without SAVEs and LOADs going on beside them.
+"""Steady decodes, with and without SAVEs and LOADs going on beside them; and the moves by themselves.
 
 One rank's Scheduler and Engine in a plain process. The moves come with the steps' plans, as in service, over
 pages of the same pool that no request owns; stretches with and without them take turns within one batch.
 """
 
+import contextlib
+import dataclasses
 import os
+import resource
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
@@ -20,57 +24,82 @@ from workers.card import load_card
 from workers.config import WorkerConfig
 from workers.engine.engine import Engine
 from workers.kvcache.manager import KVCacheManager
+from workers.kvcache.page_mover import VerifyPolicy
+from workers.move_board import MoveStatus
 from workers.parallel import TPGroup
 from workers.protocol import RequestId, SamplingParams, SubmitRequest
 from workers.scheduler.scheduler import Scheduler
 
-RATE = 500e6
-"""Bytes a second, of SAVEs and of LOADs."""
-NUM_REQUESTS = 8
-PROMPT_LEN = 128
 NUM_STEPS = 8
 """Of one stretch, and one more at its beginning that does not count."""
-NUM_REQUEST_PAGES = 1_024
-NUM_MOVED = 256
-"""Pages, and slots, of each kind of moves: 90 MB, more than the caches hold."""
+
+
+@dataclass(frozen=True)
+class DecodeSetup:
+    """What decodes, and what moves beside it."""
+
+    config: WorkerConfig
+    """All but `num_pages`."""
+    rate: float = 500e6
+    """Bytes a second, of SAVEs and of LOADs."""
+    num_requests: int = 8
+    prompt_len: int = 128
+    num_request_pages: int = 1_024
+    num_moved: int = 256
+    """Pages, and slots, of each kind of moves; by default 90 MB of SmolLM2's, more than the caches hold."""
+    verify: VerifyPolicy = "always"
 
 
 def measure_decode(num_stretches):
     """Return decode_penalty, the latencies behind it and the rates that the moves came to."""
     torch.set_num_threads(os.cpu_count() or 1)
-    with tempfile.TemporaryDirectory(dir=SHARED_MEMORY) as folder:
-        decode = _Decode(Path(folder))
-        try:
-            return decode.measure(num_stretches)
-        finally:
-            decode.close()
+    config = WorkerConfig(max_running_requests=8, max_tokens_per_step=512)
+    with Decode(DecodeSetup(config)) as decode:
+        return decode.measure(num_stretches)
 
 
-class _Decode:
-    def __init__(self, folder):
-        num_pages = NUM_REQUEST_PAGES + 2 * NUM_MOVED
-        config = WorkerConfig(num_pages=num_pages, max_running_requests=NUM_REQUESTS, max_tokens_per_step=512)
+class Decode:
+    """Use as a context manager."""
+
+    def __init__(self, setup):
+        self._setup = setup
+        config = dataclasses.replace(setup.config, num_pages=setup.num_request_pages + 2 * setup.num_moved)
         card = load_card(config.model)
-        self._group = TPGroup.single()
-        self._engine = Engine(config, card, self._group)
-        cache = KVCacheManager(
-            NUM_REQUEST_PAGES, config.page_size, self._engine.namespace.digest(), 1, prefix_caching=False
-        )
-        self._scheduler = Scheduler(
-            config,
-            cache,
-            end_token_ids=list(card.end_token_ids),
-            max_context_len=self._engine.max_context_len,
-            vocab_size=card.vocab_size,
-            seeds=Random(0),
-        )
-        self._traffic = _Traffic(folder, self._engine, self._group)
+        with contextlib.ExitStack() as stack:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(dir=SHARED_MEMORY))
+            group = TPGroup.single()
+            self._engine = Engine(config, card, group)
+            cache = KVCacheManager(
+                setup.num_request_pages,
+                config.page_size,
+                self._engine.namespace.digest(),
+                1,
+                prefix_caching=False,
+            )
+            self._scheduler = Scheduler(
+                config,
+                cache,
+                end_token_ids=list(card.end_token_ids),
+                max_context_len=self._engine.max_context_len,
+                vocab_size=card.vocab_size,
+                seeds=Random(0),
+            )
+            self._num_tokens = min(20_000, card.vocab_size - 100)  # to choose from
+            self.traffic = Traffic(Path(folder), self._engine, group, setup)
+            stack.callback(self.traffic.close)
+            self._resources = stack.pop_all()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._resources.close()
 
     def measure(self, num_stretches):
         num_tokens = (2 * num_stretches + 2) * (NUM_STEPS + 1) + 8
         sampling = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
-        for number in range(NUM_REQUESTS):
-            prompt = [100 + (number * 7_919 + place * 31) % 20_000 for place in range(PROMPT_LEN)]
+        for number in range(self._setup.num_requests):
+            prompt = [100 + (number * 7_919 + place * 31) % 20_000 for place in range(self._setup.prompt_len)]
             self._scheduler.add(SubmitRequest(RequestId(str(number)), prompt, sampling), time.monotonic())
         while not self._step([]):
             pass
@@ -92,7 +121,7 @@ class _Decode:
 
     def _stretch(self, arm, totals):
         """Return the mean inter-token latency of some steps."""
-        traffic = self._traffic
+        traffic = self.traffic
         traffic.begin()
         self._step(traffic.ops() if arm == "beside" else [])
         before, began_s = traffic.num_bytes(), time.perf_counter()
@@ -111,26 +140,27 @@ class _Decode:
             self._engine.run(msgspec.structs.replace(plan, ops=[*plan.ops, *ops]))
         )
         self._scheduler.completed(plan.step)
-        return sum(len(output.token_ids) for output in outputs) == NUM_REQUESTS
-
-    def close(self):
-        self._traffic.close()
+        return sum(len(output.token_ids) for output in outputs) == self._setup.num_requests
 
 
-class _Traffic:
-    """SAVEs and LOADs at a steady rate, of pages above those that requests may own."""
+class Traffic:
+    """SAVEs and LOADs of pages above those that requests may own."""
 
-    def __init__(self, folder, engine, group):
-        self._tier = Tier(folder, [engine.pool], num_slots=2 * NUM_MOVED, board=group.moves)
+    def __init__(self, folder, engine, group, setup):
+        self._setup = setup
+        num_moved, first = setup.num_moved, setup.num_request_pages + 1
+        self._tier = Tier(
+            folder, [engine.pool], num_slots=2 * num_moved, board=group.moves, verify=setup.verify
+        )
         self._mover = self._tier.mover
         engine.attach(self._mover)
         self._bundle_bytes = engine.layout.bundle_bytes
-        self._keys = keys(NUM_MOVED)
-        self._saved = list(range(NUM_REQUEST_PAGES + 1, NUM_REQUEST_PAGES + NUM_MOVED + 1))
-        self._loaded = [page + NUM_MOVED for page in self._saved]
-        engine.pool.data[NUM_REQUEST_PAGES + 1 :] = 1
+        self._keys = keys(num_moved)
+        self._saved = list(range(first, first + num_moved))
+        self._loaded = [page + num_moved for page in self._saved]
+        engine.pool.data[first:] = 1
         self._locations = self._tier.save(self._loaded, self._keys)
-        self._grants = self._tier.grant(NUM_MOVED)  # never committed: they may be written again and again
+        self._grants = self._tier.grant(num_moved)  # never committed: they may be written again and again
         self._num_issued = 0
         self._began_s = 0.0
 
@@ -142,19 +172,34 @@ class _Traffic:
 
     def ops(self):
         """Return the moves that are due by now, of either kind as many; fewer where the mover lags."""
-        num_due = int(RATE * (time.perf_counter() - self._began_s) / self._bundle_bytes)
-        num = min(num_due - self._num_issued, NUM_MOVED - self._mover.num_in_flight)
-        places = [(self._num_issued + place) % NUM_MOVED for place in range(num)]
+        num_moved = self._setup.num_moved
+        num_due = int(self._setup.rate * (time.perf_counter() - self._began_s) / self._bundle_bytes)
+        num = max(0, min(num_due - self._num_issued, num_moved - self._mover.num_in_flight))
+        places = [(self._num_issued + place) % num_moved for place in range(num)]
         self._num_issued += num
-        if not places:
-            return []
-        pages, grants = [self._saved[place] for place in places], [self._grants[place] for place in places]
-        targets = [self._loaded[place] for place in places]
-        locations, names = (
-            [self._locations[place] for place in places],
-            [self._keys[place] for place in places],
-        )
-        return [self._tier.save_op(pages, grants, names), self._tier.load_op(targets, locations, names)]
+        return [self._op(kind, places) for kind in ("save", "load")] if places else []
+
+    def move_all(self, *kinds):
+        """Move every page of these kinds while nothing decodes; return bytes, seconds, processor seconds."""
+        self.begin()
+        ops = [self._op(kind, range(self._setup.num_moved)) for kind in kinds]
+        began_s, usage = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
+        for op in ops:
+            self._tier.start(op)
+        for op in ops:
+            outcome = self._tier.outcome(op)
+            assert outcome == [MoveStatus.DONE] * len(outcome), "a move failed"
+        seconds, ended = time.perf_counter() - began_s, resource.getrusage(resource.RUSAGE_SELF)
+        cpu_s = ended.ru_utime + ended.ru_stime - usage.ru_utime - usage.ru_stime
+        return len(kinds) * self._setup.num_moved * self._bundle_bytes, seconds, cpu_s
+
+    def _op(self, kind, places):
+        names = [self._keys[place] for place in places]
+        if kind == "save":
+            pages, grants = [self._saved[p] for p in places], [self._grants[p] for p in places]
+            return self._tier.save_op(pages, grants, names)
+        pages, locations = [self._loaded[p] for p in places], [self._locations[p] for p in places]
+        return self._tier.load_op(pages, locations, names)
 
     def num_bytes(self):
         return dict(self._mover.stats.num_bytes)

@@ -5,6 +5,7 @@ at one digest. Tensors are streamed: beside the shard, at most one tensor's chun
 """
 
 import hashlib
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -30,6 +31,9 @@ _CHUNK_BYTES = 32 << 20
 """Of float32 rows converted at a time."""
 _DUMMY_ROWS = 256
 """Rows of a dummy tensor made from one seed."""
+_DRAWN_ON_DEVICE = 1 << 22
+"""Dummy tensors of more values are drawn by the device that holds them: one core takes a minute for 8
+billion. Smaller ones are the CPU's, so that a tiny model is the same everywhere."""
 _IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "rope_freqs.weight")
 _DTYPES: dict[Dtype, torch.dtype] = {
     "float32": torch.float32,
@@ -70,7 +74,7 @@ def load_model(
         )
         if load_format == "dummy":
             _fill_dummy(decoder, seed)
-            digest = _dummy_digest(config, seed)
+            digest = _dummy_digest(config, seed, device)
         else:
             digest = _fill(decoder, card.source, checkpoint_tensors(card))
     return LoadedModel(decoder.eval(), digest, torch_dtype)
@@ -113,14 +117,18 @@ class _SafetensorsWeight:
 
 
 class _DummyWeight:
-    """Random values that depend on (seed, name, row), so that every rank count gives the same model."""
+    """Random values that depend on (seed, name, row), so that every rank count gives the same model.
+
+    Where `device` draws them itself they are those of its kind of device.
+    """
 
     kind = "dummy"
 
-    def __init__(self, name: str, shape: tuple[int, ...], seed: int) -> None:
+    def __init__(self, name: str, shape: tuple[int, ...], seed: int, device: torch.device) -> None:
         self.name = name
         self.shape = shape
         self._seed = seed
+        self._device = device if math.prod(shape) > _DRAWN_ON_DEVICE else torch.device("cpu")
 
     def raw(self) -> Octets:
         return np.empty(0, np.uint8)
@@ -138,11 +146,11 @@ class _DummyWeight:
 
     def _chunk(self, row: int, num_rows: int) -> torch.Tensor:
         word = hashlib.sha256(f"{self._seed}/{self.name}/{row}".encode()).digest()[:8]
-        generator = torch.Generator().manual_seed(int.from_bytes(word, "little") >> 1)
+        generator = torch.Generator(self._device).manual_seed(int.from_bytes(word, "little") >> 1)
         shape = (num_rows, *self.shape[1:])
         # Matrices keep the scale of what they multiply.
         scale = self.shape[-1] ** -0.5 if len(shape) > 1 else 1.0
-        return torch.empty(shape).normal_(0.0, scale, generator=generator)
+        return torch.empty(shape, device=self._device).normal_(0.0, scale, generator=generator)
 
 
 def _fill(decoder: Decoder, source: Path, tensors: Iterator[StoredTensor]) -> str:
@@ -195,11 +203,17 @@ def _place(placement: Placement, tensor: StoredTensor, source: Path) -> None:
 
 def _fill_dummy(decoder: Decoder, seed: int) -> None:
     for name, placement in decoder.placements().items():
-        _place(placement, _DummyWeight(name, placement.shape, seed), Path("dummy"))
+        weight = _DummyWeight(name, placement.shape, seed, placement.parameter.device)
+        _place(placement, weight, Path("dummy"))
 
 
-def _dummy_digest(config: ModelConfig, seed: int) -> str:
-    settings = {"seed": seed, "scaling": type(config.rope_scaling).__name__, **asdict(config)}
+def _dummy_digest(config: ModelConfig, seed: int, device: torch.device) -> str:
+    settings = {
+        "seed": seed,
+        "device": device.type,
+        "scaling": type(config.rope_scaling).__name__,
+        **asdict(config),
+    }
     return xxhash.xxh3_128(msgspec.json.encode(settings, order="sorted")).hexdigest()
 
 

@@ -1,0 +1,112 @@
+"""Greedy decode at several batch sizes: time to first token, time per token, and the floor of the card."""
+
+import statistics
+from random import Random
+from typing import Any
+
+from tests.bench.gpu_rank import BenchRank, prompt
+from tests.bench.measuring import say
+from workers.protocol import Received, RequestId, RequestOutput, SamplingParams, SubmitRequest
+
+PROMPT_LEN, NUM_TOKENS = 128, 128
+BATCH_SIZES = (1, 8, 64, 256)
+MAX_STEP_TOKENS = 16_384
+"""Two steps compute all prompts of the largest batch."""
+
+
+class Batch:
+    """Clients that ask all at once; notes when each token came."""
+
+    def __init__(self, name: str, prompts: list[list[int]], num_tokens: int) -> None:
+        self._waiting = {RequestId(f"{name}/{number}"): tokens for number, tokens in enumerate(prompts)}
+        self._sampling = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
+        self._num_left = len(prompts)
+        self.asked_s = 0.0
+        self.times_s: dict[RequestId, list[float]] = {name: [] for name in self._waiting}
+        self.ends_s: list[float] = []
+        """When the steps ended that brought every client a token."""
+
+    @property
+    def are_done(self) -> bool:
+        return not self._num_left
+
+    def ask(self, now_s: float) -> list[Received]:
+        self.asked_s = now_s if self._waiting else self.asked_s
+        asked = [SubmitRequest(name, tokens, self._sampling) for name, tokens in self._waiting.items()]
+        self._waiting = {}
+        return list(asked)
+
+    def wait_s(self, now_s: float) -> float:
+        return 0.0
+
+    def take(self, outputs: list[RequestOutput], now_s: float) -> None:
+        num_new = 0
+        for output in outputs:
+            if output.token_ids:
+                assert len(output.token_ids) == 1, "speculation is off"
+                num_new += 1
+                self.times_s[output.request_id].append(now_s)
+            self._num_left -= output.finish_reason is not None
+        if num_new == len(self.times_s):
+            self.ends_s.append(now_s)
+
+
+def measure_decode(
+    shape: str,
+    options: dict[str, Any],
+    read_gb_s: float,
+    *,
+    num_rounds: int,
+    batch_sizes: tuple[int, ...] = BATCH_SIZES,
+    num_tokens: int = NUM_TOKENS,
+) -> dict[str, Any]:
+    """Return figures by `b1`, `b8`, ...: medians over rounds, and the range of the rounds' TPOT."""
+    page_size = options.get("page_size", 16)
+    pages_per_request = -(-(PROMPT_LEN + num_tokens) // page_size) + 1
+    defaults = {
+        "num_pages": batch_sizes[-1] * pages_per_request,
+        "max_running_requests": batch_sizes[-1],
+        "max_tokens_per_step": MAX_STEP_TOKENS,
+        "prefix_caching": False,
+    }
+    results: dict[str, Any] = {}
+    with BenchRank(shape, defaults | options) as rank:
+        results["start_s"] = round(rank.start_s, 1)
+        for batch_size in batch_sizes:
+            rounds = [
+                _one_round(rank, f"{batch_size}/{round_}", batch_size, num_tokens if round_ >= 0 else 8)
+                for round_ in range(-1, num_rounds)  # the first warms up
+            ][1:]
+            tpots = [tpot_s for _, tpot_s, _ in rounds]
+            tpot_s = statistics.median(tpots)
+            mean_len = PROMPT_LEN + num_tokens / 2
+            read_bytes = rank.weight_bytes_read + batch_size * mean_len * rank.token_bytes
+            floor_s = read_bytes / (read_gb_s * 1e9)
+            results[f"b{batch_size}"] = found = {
+                "ttft_ms": round(1000 * statistics.median(ttft_s for ttft_s, _, _ in rounds), 3),
+                "tpot_ms": round(1000 * tpot_s, 4),
+                "tpot_range_ms": [round(1000 * min(tpots), 4), round(1000 * max(tpots), 4)],
+                "decode_tok_s": round(batch_size / tpot_s, 1),
+                "floor_ms": round(1000 * floor_s, 4),
+                "tpot_over_floor": round(tpot_s / floor_s, 3),
+                "replayed_ratio": round(min(ratio for _, _, ratio in rounds), 4),
+            }
+            say(f"{shape} batch {batch_size}: {found}")
+        results["weight_gb_read"] = round(rank.weight_bytes_read / 1e9, 3)
+    return results
+
+
+def _one_round(rank: BenchRank, name: str, batch_size: int, num_tokens: int) -> tuple[float, float, float]:
+    """Return the mean time to the first token, the mean time per token with all decoding, and the part of
+    the decode steps that were replayed."""
+    random = Random(name)
+    prompts = [prompt(random, PROMPT_LEN, rank.model.vocab_size) for _ in range(batch_size)]
+    batch = Batch(name, prompts, num_tokens)
+    steps = rank.run(batch)
+    assert all(len(times_s) == num_tokens for times_s in batch.times_s.values()), "tokens are missing"
+    ttft_s = statistics.fmean(times_s[0] - batch.asked_s for times_s in batch.times_s.values())
+    decodes = [step for step in steps if step.mode == "decode"]
+    replayed = sum(step.outcome != "eager" for step in decodes) / len(decodes)
+    # The first step that serves all may be a mixed one: what follows it are decodes of the whole batch.
+    tpot_s = (batch.ends_s[-1] - batch.ends_s[0]) / (len(batch.ends_s) - 1)
+    return ttft_s, tpot_s, replayed

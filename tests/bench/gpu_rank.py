@@ -1,0 +1,280 @@
+"""A rank with its real step loop, without Ray and sockets: the clients are objects of the same thread.
+
+What a client sees is timed where the service would send it: after a step's commit.
+"""
+
+import contextlib
+import dataclasses
+import json
+import tempfile
+import time
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
+from random import Random
+from typing import Any, Protocol
+
+from pydantic import TypeAdapter, ValidationError
+
+from tests.bench.cache_node import SECRET, CacheNode, eventually
+from tests.harness import write_tiny_model
+from workers.card import load_card
+from workers.config import WorkerConfig
+from workers.engine.engine import Engine
+from workers.host_pages import CachePlace, HostPages
+from workers.kvcache.manager import KVCacheManager
+from workers.parallel import TPGroup
+from workers.plan import BatchPlan, StepOutput
+from workers.protocol import Received, RequestId, RequestOutput
+from workers.scheduler.scheduler import Scheduler
+from workers.step_loop import StepLoop
+
+LLAMA_8B = {
+    "vocab_size": 128_256,
+    "hidden_size": 4_096,
+    "intermediate_size": 14_336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 8_192,
+    "rope_theta": 500_000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+SMOL_135M = {
+    "vocab_size": 49_152,
+    "hidden_size": 576,
+    "intermediate_size": 1_536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "max_position_embeddings": 8_192,
+    "rope_theta": 100_000.0,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+}
+TINY = {"vocab_size": 2_048, "max_position_embeddings": 8_192}
+"""For rehearsals without a GPU: whatever is left out of write_tiny_model's shape."""
+SHAPES: dict[str, dict[str, Any]] = {"llama8b": LLAMA_8B, "smol135m": SMOL_135M, "tiny": TINY}
+ARENA_TIMEOUT_S = 240.0
+"""A machine may give 50 GB of memory as slowly as that."""
+FIRST_TOKEN = 100
+"""Prompts are of random tokens from here on."""
+
+
+class Clients(Protocol):
+    """What asks for answers: the rank calls both from its loop."""
+
+    @property
+    def are_done(self) -> bool:
+        """Tell whether all answers have come."""
+        ...
+
+    def ask(self, now_s: float) -> list[Received]:
+        """Return what is due by now."""
+        ...
+
+    def wait_s(self, now_s: float) -> float:
+        """Return the seconds until something may be due; 0 where an answer has to come first."""
+        ...
+
+    def take(self, outputs: list[RequestOutput], now_s: float) -> None:
+        """See what a step brought."""
+
+
+@dataclasses.dataclass
+class StepRecord:
+    """How one step ran."""
+
+    mode: str
+    outcome: str
+    """`replay`, `replay_after_load` or `eager`."""
+    num_rows: int
+    num_decodes: int
+    """Rows of one token each: requests that generate."""
+    num_tokens: int
+    duration_s: float = 0.0
+    was_moving: bool = False
+    """Pages were on their way between device and host when it began."""
+
+
+class BenchRank:
+    """Use as a context manager. `options` are WorkerConfig's beside the shape."""
+
+    def __init__(self, shape: str, options: dict[str, Any]) -> None:
+        with ExitStack() as stack:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            config = self.config = shape_config(Path(folder), shape, options)
+            card = load_card(config.model)
+            self.model = card.config
+            self._group = TPGroup.single()
+            began_s = time.perf_counter()
+            self.engine = Engine(config, card, self._group)
+            stack.callback(self.engine.close)
+            self.start_s = time.perf_counter() - began_s
+            cache = self.cache = KVCacheManager(
+                self.engine.num_pages,
+                config.page_size,
+                self.engine.namespace.digest(),
+                incarnation=1,
+                prefix_caching=config.prefix_caching,
+            )
+            self.host_pages: HostPages | None = None
+            self.scheduler = Scheduler(
+                config,
+                cache,
+                end_token_ids=[],
+                max_context_len=self.engine.max_context_len,
+                vocab_size=card.vocab_size,
+                seeds=Random(0),
+            )
+            self._resources = stack.pop_all()
+        self.steps: list[StepRecord] = []
+
+    def __enter__(self) -> "BenchRank":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._resources.close()
+
+    def attach(self, node: CacheNode) -> HostPages:
+        """Save pages to a node's arena and load them, once all of the arena can be had; the caller closes."""
+        place = CachePlace(node.endpoint, SECRET)
+        self.host_pages = HostPages(place, self.config, self.engine, self._group, 1)
+        self.host_pages.lead(self.cache)
+        arena = self.host_pages.client.arena
+        eventually(lambda: arena.num_usable_slots == arena.spec.num_slots, ARENA_TIMEOUT_S)
+        return self.host_pages
+
+    @property
+    def weight_bytes_read(self) -> int:
+        """Bytes of weights that a decode step cannot but read: of the embedding only where it is the head."""
+        shape, width = self.model, 4 if self.config.dtype == "float32" else 2
+        attention = shape.head_dim * shape.hidden_size * 2 * (shape.num_heads + shape.num_kv_heads)
+        layer = attention + 3 * shape.hidden_size * shape.intermediate_size
+        return width * (shape.num_layers * layer + shape.vocab_size * shape.hidden_size)
+
+    @property
+    def token_bytes(self) -> float:
+        """Bytes of KV a token."""
+        return self.engine.layout.bundle_bytes / self.config.page_size
+
+    def run(self, clients: Clients, timeout_s: float = 300.0) -> list[StepRecord]:
+        """Step until the clients have all their answers; return how each step ran."""
+        self.steps = []
+        inbox = _Inbox(clients, timeout_s)
+        loop = StepLoop(
+            self.scheduler,
+            _WatchedEngine(self),
+            self._group,
+            inbox,
+            _Recorder(self),
+            self.cache.take_events,
+            incarnation=1,
+            clock=time.perf_counter,
+        )
+        inbox.stop = loop.stop
+        loop.run()
+        return self.steps
+
+    @property
+    def num_moving(self) -> int:
+        """Pages on their way between device and host."""
+        return 0 if self.host_pages is None else self.host_pages.mover.num_in_flight
+
+
+class _Inbox:
+    """The loop's inbox, filled by the clients."""
+
+    def __init__(self, clients: Clients, timeout_s: float) -> None:
+        self._clients = clients
+        self._end_s = time.perf_counter() + timeout_s
+        self.requests: list[RequestId] = []  # a failed step raises: nobody is to be told
+        self.stop = lambda: None
+
+    def drain(self, timeout_s: float) -> list[Received]:
+        now_s = time.perf_counter()
+        if now_s > self._end_s:
+            raise TimeoutError("the workload did not end in time")
+        received = self._clients.ask(now_s)
+        if not received and timeout_s > 0:
+            time.sleep(min(timeout_s, self._clients.wait_s(now_s) or timeout_s))
+            received = self._clients.ask(time.perf_counter())
+        return received
+
+    def publish(self, outputs: list[RequestOutput], **_: object) -> None:
+        refused = [output for output in outputs if output.finish_reason in ("rejected", "error")]
+        assert not refused, f"refused: {refused[0].error}"
+        self._clients.take(outputs, time.perf_counter())
+        if self._clients.are_done:
+            self.stop()
+
+
+class _WatchedEngine:
+    """The rank's engine; notes how the guard had each step run."""
+
+    def __init__(self, rank: BenchRank) -> None:
+        self._rank = rank
+
+    def run(self, plan: BatchPlan) -> StepOutput:
+        rank, before = self._rank, Counter(self._rank.engine.graph_steps)
+        was_moving = rank.num_moving > 0
+        output = rank.engine.run(plan)
+        for mode, outcome in Counter(rank.engine.graph_steps) - before:
+            num_decodes = sum(length == 1 for length in plan.lens)
+            rank.steps.append(
+                StepRecord(mode, outcome, len(plan.lens), num_decodes, sum(plan.lens), was_moving=was_moving)
+            )
+        return output
+
+
+class _Recorder:
+    """Takes the loop's durations."""
+
+    def __init__(self, rank: BenchRank) -> None:
+        self._rank = rank
+
+    def stepped(self, plan: BatchPlan, duration_s: float) -> None:
+        if plan.slots:
+            self._rank.steps[-1].duration_s = duration_s
+
+    def loaded(self, load: object) -> None:
+        pass
+
+
+def shape_config(folder: Path, shape: str, options: dict[str, Any]) -> WorkerConfig:
+    """Return the options of a model with random weights, whose description is written to `folder`."""
+    model = write_tiny_model(folder / shape, **SHAPES[shape])
+    return WorkerConfig(model=str(model), load_format="dummy", **options)
+
+
+def worker_options(texts: dict[str, str | None]) -> dict[str, Any]:
+    """Return WorkerConfig's options from the command line's texts; those not given are left out.
+
+    Raise ValueError for what it does not allow.
+    """
+    found = {}
+    types = {field.name: field.type for field in dataclasses.fields(WorkerConfig)}
+    for name in option_names():
+        if (text := texts.get(name)) is None:
+            continue
+        value: object = text
+        with contextlib.suppress(json.JSONDecodeError):
+            value = json.loads(text)
+        try:
+            found[name] = TypeAdapter(types[name]).validate_python(value)
+        except ValidationError as error:
+            raise ValueError(f"{name}: found {text}; {error.errors()[0]['msg']}") from error
+    return found
+
+
+def option_names() -> list[str]:
+    """WorkerConfig's options that a command line may give: all but what the benchmark itself decides."""
+    decided = ("model", "load_format", "device", "dtype", "tp_size")
+    return [field.name for field in dataclasses.fields(WorkerConfig) if field.name not in decided]
+
+
+def prompt(random: Random, length: int, vocab_size: int) -> list[int]:
+    return [random.randrange(FIRST_TOKEN, vocab_size) for _ in range(length)]
