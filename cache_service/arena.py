@@ -82,6 +82,11 @@ class Arena:
                 view.release()
             self._memory.close()
 
+    def prefer_huge_pages(self) -> None:
+        """Ask for huge pages where the system has them for shared memory; it may not."""
+        with contextlib.suppress(OSError, AttributeError):
+            self._memory.madvise(mmap.MADV_HUGEPAGE)
+
     # The arena header: written by the owner.
 
     @property

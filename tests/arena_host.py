@@ -17,8 +17,9 @@ from cache_service.lease_row import LeaseRow
 from cache_service.page_records import Entry, Grant, Location
 from tests.unit.arenas import new_store
 from workers.engine.engine import Engine
+from workers.kvcache.arena_part import MappedArena
+from workers.kvcache.mover import Mover, mover_for
 from workers.kvcache.moves import MoveInjection
-from workers.kvcache.page_mover import MappedArena, PageMover
 from workers.parallel import TPGroup
 
 GROUP = 1
@@ -32,12 +33,12 @@ class ArenaPlace:
     spec: ArenaSpec
     injection: MoveInjection | None
 
-    def attach(self, engine: Engine, group: TPGroup) -> tuple[Arena, PageMover]:
+    def attach(self, engine: Engine, group: TPGroup) -> tuple[Arena, Mover]:
         """Map the arena into this rank's process and have its engine move pages."""
         arena = Arena.map(self.path, self.spec)
         leases = LeaseRow(arena, group.rank)
         mapped = MappedArena(arena, leases)
-        mover = PageMover(engine.pool, lambda: mapped, group.rank, group.moves, injection=self.injection)
+        mover = mover_for(engine.pool, lambda: mapped, group.rank, group.moves, injection=self.injection)
         engine.attach(mover)
         return arena, mover
 

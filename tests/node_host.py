@@ -22,8 +22,9 @@ from cache_service.transfer import Transfer
 from tests.unit.cache_nodes import SECRET, TIMEOUT_S, ServerProcess, ServerThread, eventually
 from workers.engine.engine import Engine
 from workers.engine.mechanisms import ALL_ON, Mechanisms
+from workers.kvcache.arena_part import MappedArena
+from workers.kvcache.mover import Mover, mover_for
 from workers.kvcache.moves import MoveInjection
-from workers.kvcache.page_mover import MappedArena, PageMover
 from workers.parallel import TPGroup
 
 ARENA_GB = 0.002
@@ -56,7 +57,7 @@ class NodePlace:
     incarnation: int
     faults: NodeFaults
 
-    def attach(self, engine: Engine, group: TPGroup) -> tuple[CacheClient, PageMover]:
+    def attach(self, engine: Engine, group: TPGroup) -> tuple[CacheClient, Mover]:
         """Attach this rank's process and have its engine move pages."""
         spec = ClientSpec(
             fingerprint=bytes.fromhex(engine.layout.fingerprint()),
@@ -75,7 +76,7 @@ class NodePlace:
             injection=faults.client if group.rank == 0 else NO_INJECTION,
         )
         client.start(TIMEOUT_S)
-        mover = PageMover(
+        mover = mover_for(
             engine.pool,
             lambda: MappedArena(client.arena, client.leases),
             group.rank,

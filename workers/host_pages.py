@@ -18,9 +18,10 @@ from cache_service.client import (
 from cache_service.metrics import CacheClientCollector, MetricLabels
 from workers.config import WorkerConfig
 from workers.engine.engine import Engine
+from workers.kvcache.arena_part import MappedArena, MoverError
 from workers.kvcache.fetch_costs import FetchCosts
 from workers.kvcache.manager import KVCacheManager
-from workers.kvcache.page_mover import MappedArena, MoverError, PageMover
+from workers.kvcache.mover import mover_for
 from workers.kvcache.prefetcher import PrefetchOptions
 from workers.metrics import LABELS, RankLabels, TierSources, count_tier
 from workers.parallel import TPGroup
@@ -63,7 +64,7 @@ class HostPages:
         self._page_bytes = engine.layout.bundle_bytes * group.size
         try:
             self._attach()
-            self.mover = PageMover(
+            self.mover = mover_for(
                 engine.pool, self._mapped, group.rank, group.moves, verify=config.verify_pages
             )
         except (CacheAttachError, MoverError):

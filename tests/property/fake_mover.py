@@ -29,6 +29,8 @@ class Faults:
     io_ratio: float = 0.0
     stale_ratio: float = 0.0
     torn_ratio: float = 0.0
+    late_ratio: float = 0.0
+    """Of LOADs that a step waits for: the verdict comes later, as where a device copies by itself."""
 
 
 class FakeMover:
@@ -44,6 +46,7 @@ class FakeMover:
         self._faults = faults
         self._chance = chance
         self._in_flight: dict[int, Move] = {}
+        self._verdicts: dict[int, MoveStatus] = {}  # of copies that are over, and not told
 
     @property
     def num_in_flight(self) -> int:
@@ -61,13 +64,17 @@ class FakeMover:
                 self._advance(move)
 
     def wait_for(self, slot: int, pages: Iterable[int]) -> None:
-        """The LOADs of pages that a row reads end before it: they have to be enqueued (I5)."""
+        """The copies of pages that a row reads end before it: they have to be enqueued (I5)."""
         read = set(pages)
         for move in [move for move in self._in_flight.values() if move.kind == "load" and move.page in read]:
             assert self.status(move.number) is MoveStatus.ENQUEUED, (
                 f"load: slot {slot} reads page {move.page}, whose LOAD is {self.status(move.number).name}"
             )
-            self._advance(move)
+            if self._faults.late_ratio and self._chance.random() < self._faults.late_ratio:
+                if move.number not in self._verdicts:
+                    self._verdicts[move.number] = self._load(move)
+            else:
+                self._advance(move)
 
     def move_of(self, page: int) -> Move | None:
         """Return a move that may still touch a page."""
@@ -77,6 +84,9 @@ class FakeMover:
 
     def status(self, move: int) -> MoveStatus:
         return self._board.own_status(move)
+
+    def comes_first(self, move: int) -> bool:
+        return move in self._verdicts
 
     def saved_checksum(self, slot: int) -> int:
         return self.arena.slots[slot].checksums.get(self._part, 0)
@@ -89,7 +99,9 @@ class FakeMover:
         return f"rank {self._part}"
 
     def _advance(self, move: Move) -> None:
-        if move.kind == "save":
+        if move.number in self._verdicts:
+            status = self._verdicts.pop(move.number)
+        elif move.kind == "save":
             status = self._save(move)
         elif self.status(move.number) is MoveStatus.PENDING:
             status = self._begin_load(move)

@@ -34,6 +34,7 @@ def tier_options(random: Random, seed: int) -> TierOptions:
             io_ratio=pick([0.0, 0.0, 0.1] if is_large else [0.0, 0.0, 0.3, 1.0]),
             stale_ratio=pick([0.0, 0.0, 0.1]),
             torn_ratio=pick([0.0, 0.0, 0.1, 0.4]),
+            late_ratio=Random(f"late/{seed}").choice([0.0, 0.0, 0.3, 1.0]),
         ),
         sources=SourceOptions(
             policy=pick(["best_effort", "wait_complete", "timeout"]),

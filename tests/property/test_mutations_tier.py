@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from tests.property.fake_group import FakeGroup, plain_rank
+from tests.property.fake_mover import Faults
 from tests.property.random_tier import live
 from tests.property.sanitized_rank import SanitizedRank
 from tests.property.stored_group import KEYS, TEXT, advance, stored_group
@@ -34,7 +35,7 @@ def test_with_all_mechanisms_on_nothing_fires() -> None:
         ("awaits_loads", None, r"load: slot \d reads page \d+, whose LOAD is PENDING"),
         (
             "rolls_back",
-            r"(page \d+ of the tree will never be readable|generates another's text)",
+            r"(page \d+ of the tree will never be readable|generates another's text|requests left)",
             r"(holds another's text|requests left)",
         ),
         ("commits_in_order", None, r"order: slot \d+ comes before its parent, whose SAVE is under way"),
@@ -86,6 +87,36 @@ def fail_a_load_on_one_rank(safety: Safety, make_rank) -> FakeGroup:
     assert group.tier.stats.failed_loads == {"corrupt": 1}
     group.end()
     return group
+
+
+def read_a_page_that_is_torn(safety: Safety) -> FakeGroup:
+    """A step reads a page that its device copies; that it was torn is known only after the step."""
+    group = stored_group(2, safety, plain_rank)
+    mover = group.tier.movers[0]
+    mover._faults = Faults(torn_ratio=1.0, late_ratio=1.0)
+    request_id = group.submit(TEXT, SamplingParams(max_tokens=3))
+    for _ in range(6):
+        group.step()
+        if mover._verdicts:
+            break
+        advance(group, 0)
+    group.check_stream(request_id)
+    for _ in range(3):
+        group.step()
+        group.check_stream(request_id)
+    mover._faults = Faults()
+    group.end()
+    group.check_stream(request_id)
+    return group
+
+
+def test_what_a_row_made_counts_once_its_loads_are_proven() -> None:
+    group = read_a_page_that_is_torn(ALL_ON)
+    assert group.scheduler.stats.num_unproven_rows > 0
+    assert group.tier.stats.failed_loads["torn"] > 0
+    mutant = replace(ALL_ON, awaits_verdicts=False)
+    with pytest.raises(AssertionError, match=r"generates another's text"):
+        read_a_page_that_is_torn(mutant)
 
 
 @pytest.mark.parametrize(

@@ -11,17 +11,26 @@ from cache_service.arena_format import INCARNATION_WORD
 from cache_service.arena_safety import ArenaSafety
 from cache_service.page_records import CommitStatus, Entry, Grant, Location
 from tests.unit.arenas import key
+from tests.unit.fake_copies import FakeCuda
 from tests.unit.tiers import CPU, GROUP, LAYOUT, Tier, eventually, keys, pool
 from workers.engine.mechanisms import Mechanisms
+from workers.kvcache.arena_part import MappedArena, MoverError
 from workers.kvcache.kv_pool import KVPool
 from workers.kvcache.layout import target_only
+from workers.kvcache.move_queue import MoveOfNoPageError, MoveTimeoutError
 from workers.kvcache.moves import MoveInjection
-from workers.kvcache.page_mover import PIECE_BYTES, MappedArena, MoverError, MoveTimeoutError
+from workers.kvcache.page_mover import PIECE_BYTES, PageMover
 from workers.move_board import MoveStatus
 
 ENQUEUED, DONE = MoveStatus.ENQUEUED, MoveStatus.DONE
 STALE, CORRUPT = MoveStatus.FAILED_STALE, MoveStatus.FAILED_CORRUPT
 TORN, IO = MoveStatus.FAILED_TORN, MoveStatus.FAILED_IO
+
+
+@pytest.fixture(params=["cpu", "device"])
+def make(request):
+    """A mover that copies by itself, and one that has a device copy."""
+    return PageMover if request.param == "cpu" else FakeCuda()
 
 
 class Watch:
@@ -46,10 +55,12 @@ def copies(pools, source, target) -> bool:
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize("verify", ["always", "once"])
-def test_a_page_comes_back_byte_for_byte_into_another_page_on_every_rank(tmp_path, num_ranks, verify) -> None:
+def test_a_page_comes_back_byte_for_byte_into_another_page_on_every_rank(
+    tmp_path, num_ranks, verify, make
+) -> None:
     pools = [pool(seed) for seed in range(num_ranks)]
     before = [each.data.clone() for each in pools]
-    with Tier(tmp_path, pools, verify=verify) as tier:
+    with Tier(tmp_path, pools, make=make, verify=verify) as tier:
         locations = tier.save([1, 2, 3], keys(3))
         assert all(torch.equal(each.data, old) for each, old in zip(pools, before, strict=True))
         for targets in ([7, 8, 9], [10, 11, 12]):
@@ -79,10 +90,10 @@ def test_a_page_of_several_pieces_comes_back_whole(tmp_path) -> None:
         assert copies([large], 1, 2)
 
 
-def test_ranks_parts_are_told_apart(tmp_path) -> None:
+def test_ranks_parts_are_told_apart(tmp_path, make) -> None:
     """Rank 1's bytes in rank 0's place are wrong bytes."""
     pools = [pool(seed) for seed in range(2)]
-    with Tier(tmp_path, pools) as tier:
+    with Tier(tmp_path, pools, make=make) as tier:
         (location,) = tier.save([1], keys(1))
         first, second = (tier.arena.bundle(location.slot, part) for part in range(2))
         first[:], second[:] = bytes(second), bytes(first)
@@ -116,8 +127,8 @@ def one_load(tier, location, page_key) -> tuple[list[MoveStatus], bool]:
         ("no such slot", [IO]),
     ],
 )
-def test_a_load_that_must_not_be_is_never_enqueued(tmp_path, num_ranks, fault, expected) -> None:
-    with Tier(tmp_path, [pool(seed) for seed in range(num_ranks)]) as tier:
+def test_a_load_that_must_not_be_is_never_enqueued(tmp_path, num_ranks, fault, expected, make) -> None:
+    with Tier(tmp_path, [pool(seed) for seed in range(num_ranks)], make=make) as tier:
         (location,) = tier.save([1], keys(1))
         page_key, part = keys(1)[0], num_ranks - 1
         if fault == "stale epoch":
@@ -143,17 +154,17 @@ def test_a_load_that_must_not_be_is_never_enqueued(tmp_path, num_ranks, fault, e
         assert changed == (fault == "none")
 
 
-def test_a_flipped_bit_is_loaded_where_loads_are_not_verified(tmp_path) -> None:
-    with Tier(tmp_path, [pool(0)], mechanisms=Mechanisms(verifies_loads=False)) as tier:
+def test_a_flipped_bit_is_loaded_where_loads_are_not_verified(tmp_path, make) -> None:
+    with Tier(tmp_path, [pool(0)], make=make, mechanisms=Mechanisms(verifies_loads=False)) as tier:
         (location,) = tier.save([1], keys(1))
         tier.arena.bundle(location.slot, 0)[77] ^= 4
         assert one_load(tier, location, keys(1)[0]) == ([ENQUEUED, DONE], True)
 
 
-def test_once_verified_is_enough_only_by_that_policy_and_for_that_epoch(tmp_path) -> None:
+def test_once_verified_is_enough_only_by_that_policy_and_for_that_epoch(tmp_path, make) -> None:
     outcomes = {}
     for verify in ("always", "once"):
-        with Tier(tmp_path, [pool(0)], verify=verify) as tier:
+        with Tier(tmp_path, [pool(0)], make=make, verify=verify) as tier:
             (location,) = tier.save([1], keys(1))
             first = tier.run(tier.load_op([5], [location], keys(1)))
             tier.arena.bundle(location.slot, 0)[77] ^= 4
@@ -165,8 +176,8 @@ def test_once_verified_is_enough_only_by_that_policy_and_for_that_epoch(tmp_path
     assert outcomes == {"always": [DONE, CORRUPT, CORRUPT], "once": [DONE, DONE, CORRUPT]}
 
 
-def test_pages_are_verified_anew_once_another_server_has_the_arena(tmp_path) -> None:
-    with Tier(tmp_path, [pool(0)], verify="once") as tier:
+def test_pages_are_verified_anew_once_another_server_has_the_arena(tmp_path, make) -> None:
+    with Tier(tmp_path, [pool(0)], make=make, verify="once") as tier:
         (location,) = tier.save([1], keys(1))
         assert tier.run(tier.load_op([5], [location], keys(1))) == [DONE]
         tier.arena.bundle(location.slot, 0)[77] ^= 4
@@ -198,9 +209,9 @@ def test_only_without_leases_does_the_evictor_tear_a_copy_and_then_it_shows(tmp_
         )
 
 
-def test_a_dropped_page_s_slot_waits_for_the_copy_under_way(tmp_path) -> None:
+def test_a_dropped_page_s_slot_waits_for_the_copy_under_way(tmp_path, make) -> None:
     watch, pools = Watch(), [pool(0)]
-    with Tier(tmp_path, pools, num_slots=1, injection=watch.injection) as tier:
+    with Tier(tmp_path, pools, make=make, num_slots=1, injection=watch.injection) as tier:
         watch.may_go_on.set()
         (location,) = tier.save([1], keys(1))
         watch.may_go_on.clear()
@@ -216,8 +227,8 @@ def test_a_dropped_page_s_slot_waits_for_the_copy_under_way(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("fault", ["another epoch", "even epoch", "committed", "taken back"])
-def test_a_save_without_its_grant_writes_nothing(tmp_path, fault) -> None:
-    with Tier(tmp_path, [pool(0)]) as tier:
+def test_a_save_without_its_grant_writes_nothing(tmp_path, fault, make) -> None:
+    with Tier(tmp_path, [pool(0)], make=make) as tier:
         (grant,) = tier.grant()
         if fault == "another epoch":
             grant = Grant(grant.slot, grant.epoch + 2)
@@ -233,16 +244,16 @@ def test_a_save_without_its_grant_writes_nothing(tmp_path, fault) -> None:
         assert bytes(tier.arena.slot_data(grant.slot)) == before
 
 
-def test_a_grant_that_ends_within_a_save_leaves_no_checksum(tmp_path) -> None:
+def test_a_grant_that_ends_within_a_save_leaves_no_checksum(tmp_path, make) -> None:
     injection = MoveInjection(0, during_copy=lambda move: tier.store.reclaim(GROUP))
-    with Tier(tmp_path, [pool(0)], injection=injection) as tier:
+    with Tier(tmp_path, [pool(0)], make=make, injection=injection) as tier:
         (grant,) = tier.grant()
         assert tier.run(tier.save_op([1], [grant], keys(1))) == [TORN]
         assert tier.arena.checksum(grant.slot, 0) == 0
 
 
-def test_a_slot_is_committed_only_once_every_rank_has_saved(tmp_path) -> None:
-    with Tier(tmp_path, [pool(0), pool(1)]) as tier:
+def test_a_slot_is_committed_only_once_every_rank_has_saved(tmp_path, make) -> None:
+    with Tier(tmp_path, [pool(0), pool(1)], make=make) as tier:
         (grant,) = tier.grant()
         op = tier.save_op([1], [grant], keys(1))
         tier.movers[1].start(op)
@@ -267,7 +278,7 @@ def test_waiting_ends_with_the_load_and_not_before(tmp_path) -> None:
         eventually(lambda: tier.board.status(op.first_move) is ENQUEUED)
         assert sorted(tier.mover.loading_pages()) == [5, 6]
         assert tier.mover.wait_for([1, 2, 7]) is False
-        with pytest.raises(MoveTimeoutError, match=r"\(5, 3\)"):
+        with pytest.raises(MoveTimeoutError, match=r"LOADs \[3\]"):
             tier.mover.wait_for([4, 5], timeout_s=0.01)
         threading.Timer(0.05, watch.may_go_on.set).start()
         assert tier.mover.wait_for([5, 6]) is True
@@ -317,10 +328,10 @@ def test_closing_ends_every_move(tmp_path) -> None:
         assert not [thread for thread in threading.enumerate() if thread.name.startswith("page-mover")]
 
 
-def test_a_pool_that_does_not_fit_the_arena_is_refused(tmp_path) -> None:
+def test_a_pool_that_does_not_fit_the_arena_is_refused(tmp_path, make) -> None:
     other = KVPool(target_only(1, 8, 1, 8, "float32"), 4, CPU)
-    with Tier(tmp_path, [pool(0)]) as tier:
-        mover = type(tier.mover)
+    with Tier(tmp_path, [pool(0)], make=make) as tier:
+        mover = make
         mapped = partial(MappedArena, tier.arena, tier.leases[0])
         with pytest.raises(MoverError, match=r"bundles of 512 bytes; .* has 1 parts of 256 bytes"):
             mover(other, mapped, 0, tier.board)
@@ -328,10 +339,10 @@ def test_a_pool_that_does_not_fit_the_arena_is_refused(tmp_path) -> None:
             mover(pool(0), mapped, 1, tier.board)
 
 
-def test_moves_fail_until_there_is_an_arena(tmp_path) -> None:
-    with Tier(tmp_path, [pool(0)]) as tier:
+def test_moves_fail_until_there_is_an_arena(tmp_path, make) -> None:
+    with Tier(tmp_path, [pool(0)], make=make) as tier:
         arenas: list[MappedArena] = []
-        late = type(tier.mover)(pool(0), lambda: arenas[0] if arenas else None, 0, tier.board)
+        late = make(pool(0), lambda: arenas[0] if arenas else None, 0, tier.board)
         grants = tier.grant(2)
         early, then = (
             tier.save_op([page], [grant], keys(1)) for page, grant in zip([1, 2], grants, strict=True)
@@ -344,13 +355,13 @@ def test_moves_fail_until_there_is_an_arena(tmp_path) -> None:
         late.close()
 
 
-def test_our_own_bugs_are_caught_when_a_move_starts(tmp_path) -> None:
+def test_our_own_bugs_are_caught_when_a_move_starts(tmp_path, make) -> None:
     watch = Watch()
-    with Tier(tmp_path, [pool(0)], injection=watch.injection) as tier:
+    with Tier(tmp_path, [pool(0)], make=make, injection=watch.injection) as tier:
         watch.may_go_on.set()
         (location,) = tier.save([1], keys(1))
         watch.may_go_on.clear()
-        with pytest.raises(AssertionError, match="dummy page"):
+        with pytest.raises(MoveOfNoPageError, match="dummy page"):
             tier.mover.start(tier.load_op([0], [location], keys(1)))
         op = tier.load_op([5], [location], keys(1))
         tier.mover.start(op)

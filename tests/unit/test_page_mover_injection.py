@@ -5,8 +5,8 @@ from functools import partial
 import torch
 
 from tests.unit.tiers import Tier, boards, eventually, keys, pool
+from workers.kvcache.arena_part import MappedArena
 from workers.kvcache.moves import Move, MoveInjection
-from workers.kvcache.page_mover import MappedArena
 from workers.move_board import MoveStatus
 
 DONE, IO, CORRUPT = MoveStatus.DONE, MoveStatus.FAILED_IO, MoveStatus.FAILED_CORRUPT

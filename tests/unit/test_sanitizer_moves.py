@@ -24,6 +24,10 @@ class Witness:
         self.statuses: dict[int, MoveStatus] = {}
         self.wrong_pages: set[int] = set()
         self.asked: list[int] = []
+        self.awaited: set[int] = set()
+
+    def comes_first(self, move: int) -> bool:
+        return move in self.awaited
 
     def status(self, move: int) -> MoveStatus:
         self.asked.append(move)

@@ -14,9 +14,10 @@ from cache_service.keys import PageKey
 from cache_service.lease_row import LeaseRow
 from cache_service.page_records import CommitStatus, Entry, Grant, Location
 from tests.unit.arenas import key, new_store
+from workers.kvcache.arena_part import MappedArena
 from workers.kvcache.kv_pool import KVPool
 from workers.kvcache.layout import target_only
-from workers.kvcache.page_mover import MappedArena, PageMover
+from workers.kvcache.page_mover import PageMover
 from workers.move_board import MOVE_CAPACITY, MoveBoard, MoveStatus
 from workers.plan import LoadPages, SavePages
 
@@ -85,10 +86,20 @@ def eventually(is_so, timeout_s: float = TIMEOUT_S) -> None:
 class Tier:
     """An arena with its store, and a mover for each of `pools`: the ranks' pools, in the order of parts.
 
-    `options` go to every mover; moves are numbered here.
+    `make` makes the movers, and `options` go to each; moves are numbered here.
     """
 
-    def __init__(self, folder, pools: Sequence[KVPool], *, num_slots=8, safety=None, board=None, **options):
+    def __init__(
+        self,
+        folder,
+        pools: Sequence[KVPool],
+        *,
+        num_slots=8,
+        safety=None,
+        board=None,
+        make=PageMover,
+        **options,
+    ):
         num_ranks = len(pools)
         self.owned, self.store, self.changes = new_store(
             folder,
@@ -102,7 +113,7 @@ class Tier:
         self.boards = [board] if board else boards(num_ranks)
         self.leases = [LeaseRow(self.arena, row) for row in range(num_ranks)]
         self.movers = [
-            PageMover(
+            make(
                 pool, partial(MappedArena, self.arena, self.leases[part]), part, self.boards[part], **options
             )
             for part, pool in enumerate(pools)

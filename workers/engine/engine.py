@@ -31,7 +31,7 @@ from workers.engine.sampler import Sampler
 from workers.engine.staging import Stager
 from workers.kvcache.kv_pool import KVPool, allocate_pool
 from workers.kvcache.layout import BundleLayout, target_only
-from workers.kvcache.page_mover import PageMover
+from workers.kvcache.mover import Mover
 from workers.kvcache.page_table import PageTable
 from workers.kvcache.pool_size import available_host_bytes, pool_size
 from workers.kvcache.sanitizer import KVSanitizer
@@ -109,7 +109,7 @@ class Engine:
         self._is_checked = config.checked or config.kv_sanitizer
         # Every rank starts at counter 0 of the incarnation that the first plan names.
         self._version: RelocationVersion | None = None
-        self._mover: PageMover | None = None
+        self._mover: Mover | None = None
 
         pages_per_row = size.pages_per_row(config.page_size)
         max_slots = config.max_running_requests
@@ -170,7 +170,7 @@ class Engine:
         """Steps the sanitizer has checked; 0 without it."""
         return self._sanitizer.num_steps if self._sanitizer else 0
 
-    def attach(self, mover: PageMover | None) -> None:
+    def attach(self, mover: Mover | None) -> None:
         """Move pages through `mover`, made over `pool`, from the next plan on; None: there is no cache tier.
 
         The mover before it has no move in flight. Its maker closes it, after the last plan.

@@ -26,6 +26,12 @@ class Mechanisms:
     """A step comes after the LOADs in flight of the pages that it reads (I5)."""
     verifies_loads: bool = True
     """A LOAD holds its bytes against their checksum before it copies them (I7)."""
+    fences_moves: bool = True
+    """A device's copies come after what its compute stream was given before them (I6)."""
+    enqueues_before_waits: bool = True
+    """A LOAD is told of, and waited for, once its copy and the mark behind it are enqueued (I5)."""
+    leases_whole_copies: bool = True
+    """A LOAD's slot is leased until the device has copied it, not only until that is enqueued (I7)."""
 
 
 ALL_ON = Mechanisms()

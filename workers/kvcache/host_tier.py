@@ -344,7 +344,8 @@ class HostTier:
         self._loads = still
         for load in over:
             self._let_go(load.node, is_leased=self._safety.load_leases)
-            self.stats.num_loaded_pages += load.outcome == "readable"
+            load.node.is_proven = load.outcome == "readable"
+            self.stats.num_loaded_pages += load.node.is_proven
         if over:
             self._host.release([load.location.slot for load in over])
         return settled

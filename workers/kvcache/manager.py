@@ -168,6 +168,10 @@ class KVCacheManager:
         """Tell whether the slot's prefix is there, or ordered before whatever reads it (I5)."""
         return self._rows[slot].is_readable() or not self._safety.awaits_loads
 
+    def is_proven(self, slot: int) -> bool:
+        """Tell whether every LOAD of the slot's prefix is over and was good on every rank (I7)."""
+        return self._rows[slot].is_proven() or not self._safety.awaits_verdicts
+
     def settle(self) -> list[int]:
         """Take in what has come of moves; return the slots on pages whose load failed, to be closed at once.
 
@@ -321,9 +325,7 @@ class KVCacheManager:
         check_rows(self._rows, self._pool, self._tree, busy_pages, has_paths=self._prefix_caching)
 
     def _match(self, tokens: KeyedTokens) -> list[Node]:
-        if not self._prefix_caching:
-            return []
-        return self._tree.match(self._keys(tokens))
+        return self._tree.match(self._keys(tokens)) if self._prefix_caching else []
 
     def _keys(self, tokens: KeyedTokens) -> list[PageKey]:
         return tokens.keys(0, self._num_findable(tokens))

@@ -19,10 +19,14 @@ _WAS_ENQUEUED = (MoveStatus.ENQUEUED, MoveStatus.DONE, MoveStatus.FAILED_TORN)
 
 
 class MoveWitness(Protocol):
-    """What the sanitizer asks of workers.kvcache.page_mover.PageMover."""
+    """What the sanitizer asks of a mover."""
 
     def status(self, move: int) -> MoveStatus:
         """Return what has become of a move on this rank."""
+        ...
+
+    def comes_first(self, move: int) -> bool:
+        """Tell whether what the device computes next comes after a LOAD that is not over."""
         ...
 
     def saved_checksum(self, slot: int) -> int:
@@ -95,15 +99,17 @@ class MoveShadow:
             self.check_loaded(int(slots[row]), int(pages[row, column]))
 
     def check_loaded(self, slot: int | None, page: int) -> None:
-        """Require that a page's LOAD, if it had one, is over and brought the bytes that were saved.
+        """Require that a page's LOAD, if it had one, comes first and brings the bytes that were saved.
 
-        One that was torn has told so on the board; it passes if the page holds the right bytes all the same.
+        It is over, or the device waits for it. One that was torn has told so on the board; it passes if the
+        page holds the right bytes all the same.
         """
         watched = self._loads.get(page)
         if watched is None:
             return
         status = self._status(watched)
-        if status not in (MoveStatus.DONE, MoveStatus.FAILED_TORN):
+        is_awaited = status is MoveStatus.ENQUEUED and self._witness.comes_first(watched.move.number)
+        if status not in (MoveStatus.DONE, MoveStatus.FAILED_TORN) and not is_awaited:
             raise SanitizerError("page_loaded", slot, page, "a LOAD that is done", status.name)
         found = self._witness.page_checksum(page, watched.move.key)
         if found != watched.checksum:

@@ -14,7 +14,9 @@ from workers.move_board import MoveStatus
 from workers.plan import LoadPages, SavePages
 
 MoveKind = Literal["save", "load"]
+WaitKind = Literal["stream", "host"]
 _KINDS: tuple[MoveKind, ...] = ("save", "load")
+_WAITS: tuple[WaitKind, ...] = ("stream", "host")
 
 
 class Move(NamedTuple):
@@ -51,12 +53,27 @@ class MoveStats:
     num_bytes: Counter[MoveKind] = field(default_factory=lambda: Counter(dict.fromkeys(_KINDS, 0)))
     """Bytes of moves that are DONE."""
     seconds: dict[MoveKind, float] = field(default_factory=lambda: dict.fromkeys(_KINDS, 0.0))
-    """Time that threads spent on moves: verification and copy, not the queue."""
+    """Time that moves took: verification and copy, not the queue. Checks of one batch beside the copies of
+    another count twice."""
+    num_copies: Counter[MoveKind] = field(default_factory=lambda: Counter(dict.fromkeys(_KINDS, 0)))
+    """Copies that a device's copy engines were given: a run of neighbouring pages is one."""
+    num_bounced: Counter[MoveKind] = field(default_factory=lambda: Counter(dict.fromkeys(_KINDS, 0)))
+    """Pages that went through a bounce buffer: their slots are not pinned, or not yet."""
+    num_waits: Counter[WaitKind] = field(default_factory=lambda: Counter(dict.fromkeys(_WAITS, 0)))
+    """Steps that came after LOADs in flight, by who waited: `stream`; or `host`, which on CUDA is an error
+    path: a step was planned on a page whose LOAD was not enqueued here."""
+    num_pinned_bytes: Callable[[], int] = lambda: 0
+    """Of the arena, which the device copies by itself."""
 
     def page_s(self, kind: MoveKind) -> float | None:
         """Return a thread's seconds for each page so far; None: there was none."""
         num_pages = self.counts[kind, MoveStatus.DONE]
         return self.seconds[kind] / num_pages if num_pages else None
+
+    def copied(self, kind: MoveKind, num_copies: int, num_bounced: int) -> None:
+        """Count copies that were enqueued on a device."""
+        self.num_copies[kind] += num_copies
+        self.num_bounced[kind] += num_bounced
 
     def finished(self, move: Move, status: MoveStatus, num_bytes: int, seconds: float) -> None:
         """Count a move that is over."""
@@ -97,7 +114,8 @@ class MoveInjection:
     reorder_window: int = 0
     """A move may be taken before others that stand up to so many places ahead of it."""
     during_copy: Callable[[Move], None] | None = None
-    """Called in the mover's thread when half of a move's bytes are copied."""
+    """Called in the mover's thread within a move's copy: on a CPU when half of its bytes are copied, on
+    another device once it is enqueued."""
 
     def fault(self, move: Move, part: int) -> Fault:
         """Return what happens to a move on the rank whose bundles are the slots' `part`."""

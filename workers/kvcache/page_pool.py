@@ -37,6 +37,8 @@ class Safety:
     """The page of a LOAD is held until every rank is done with it, whatever came of it on one."""
     awaits_loads: bool = True
     """A request is planned once the LOADs of its pages are enqueued on every rank (I5)."""
+    awaits_verdicts: bool = True
+    """What a row made counts once the LOADs of all that it read are known to be good (I7)."""
     rolls_back: bool = True
     """Who is on a page whose LOAD failed computes it anew (I7)."""
     commits_in_order: bool = True

@@ -18,6 +18,7 @@ class Node:
 
     __slots__ = (
         "is_busy",
+        "is_proven",
         "is_readable",
         "is_saved",
         "key",
@@ -41,6 +42,8 @@ class Node:
         self.num_locks = 1
         self.is_readable = is_readable
         """False while its page is being loaded."""
+        self.is_proven = is_readable
+        """False until its LOAD, if it had one, is over on every rank: until then it may turn out torn."""
         self.is_busy = False
         """A SAVE or LOAD of its page is under way: it is not evicted before that is over (I6, I11)."""
         self.is_saved = False

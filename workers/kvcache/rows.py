@@ -38,7 +38,9 @@ class Row:
     pages     p0 p1 p2 p3 p4 p5
               |------|              num_complete: wholly written, or being loaded; with prefix caching the
                                     pages of `path`, which other rows may share
-              |--|                  num_readable: of those, loaded
+              |--|                  num_readable: of those, loaded; or, on a device that copies by itself,
+                                    on their way, so that they come before whatever reads them
+              |-|                   num_proven: of those, loaded for certain on every rank
                      |--------|     this row's alone, reserved for tokens to come
     """
 
@@ -47,6 +49,7 @@ class Row:
     path: list[Node] = field(default_factory=list)
     num_complete: int = 0
     num_readable: int = 0
+    num_proven: int = 0
     origins: Counter[Origin] = field(default_factory=Counter)
     """Pages that it was opened on, by where they were found."""
 
@@ -55,6 +58,12 @@ class Row:
         while self.num_readable < len(self.path) and self.path[self.num_readable].is_readable:
             self.num_readable += 1
         return self.num_readable == len(self.path)
+
+    def is_proven(self) -> bool:
+        """Tell whether no page of its path may still turn out to be torn."""
+        while self.num_proven < len(self.path) and self.path[self.num_proven].is_proven:
+            self.num_proven += 1
+        return self.num_proven == len(self.path)
 
 
 @dataclass(frozen=True, slots=True)

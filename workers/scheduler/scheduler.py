@@ -5,6 +5,7 @@ Plain ints and lists; no torch, no clock and no randomness of its own.
 """
 
 from bisect import insort
+from collections.abc import Sequence
 from operator import attrgetter
 from random import Random
 
@@ -22,7 +23,7 @@ from workers.protocol import (
 )
 from workers.scheduler.admission import Admission, QueueFullError, RequestRefusedError, WaitingQueue
 from workers.scheduler.request import Request
-from workers.scheduler.stats import SchedulerStats
+from workers.scheduler.stats import SchedulerStats, load_report
 from workers.scheduler.step import Step, assemble
 
 _order = attrgetter("order")
@@ -158,7 +159,7 @@ class Scheduler:
         """
         step, self._in_flight = self._in_flight, None
         assert step is not None and step.plan.step == output.step, f"step {output.step} was not planned"
-        self._settle()  # what a row made of a page that failed to load does not count
+        self._settle(step.rows)  # what a row made of a page that failed to load does not count
         planned = step.plan.relocation_version
         if output.relocation_version != planned and self._safety.versions:
             raise RelocationVersionError(output.step, output.relocation_version, planned)
@@ -192,20 +193,9 @@ class Scheduler:
 
     def load(self, step_s: float, now_s: float) -> LoadReport:
         """Report the load. Free and cached pages together are what new requests can have at once."""
-        pages, times = self._cache.stats(), self._cache.costs.page_times(now_s)
-        return LoadReport(
-            num_running=len(self._running),
-            num_waiting=len(self._waiting),
-            num_prefill_tokens=self._waiting.num_tokens
-            + sum(request.num_left for request in self._running if request.num_left > 1),
-            num_pages=self._cache.num_pages,
-            num_free_pages=pages.num_free_pages,
-            num_cached_pages=pages.num_evictable_pages,
-            step_s=step_s,
-            load_page_s=times.load_s,
-            peer_page_s=times.peer_s,
-            remote_page_s=times.remote_s,
-        )
+        num_left = sum(request.num_left for request in self._running if request.num_left > 1)
+        num_tokens = self._waiting.num_tokens + num_left
+        return load_report(self._cache, len(self._running), len(self._waiting), num_tokens, step_s, now_s)
 
     def check(self) -> None:
         """Prove that every request is in one place, that rows are reserved, and what its parts prove."""
@@ -345,14 +335,21 @@ class Scheduler:
         self._waiting.push(request)
         self.stats.num_preemptions += 1
 
-    def _settle(self) -> None:
-        """Take in what has come of moves. Who is on a page that failed to load computes it after all."""
+    def _settle(self, rows: Sequence[Request] = ()) -> None:
+        """Take in what has come of moves. Who is on a page that failed to load computes it after all.
+
+        So do `rows` that read one whose LOAD may still turn out torn (I7): devices copy ahead of the verdict.
+        """
         slots = self._cache.settle()
         for request in [request for request in self._running if request.slot in slots]:
             if not request.num_generated:
                 request.num_cached = None
             self._preempt(request)
         self._cache.drop_failed()
+        for request in rows:
+            if request.slot is not None and not self._cache.is_proven(request.slot):
+                self._preempt(request)
+                self.stats.num_unproven_rows += 1
 
     def _close(self, request: Request) -> None:
         assert request.slot is not None

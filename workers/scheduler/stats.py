@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from workers.kvcache.arrivals import Origin
-from workers.protocol import FinishReason
+from workers.kvcache.manager import KVCacheManager
+from workers.protocol import FinishReason, LoadReport
 
 PrefixOrigin = Literal["computed"] | Origin
 
@@ -19,6 +20,8 @@ class SchedulerStats:
     num_refused: Counter[str] = field(default_factory=Counter)
     """By RequestOutput.error_code."""
     num_preemptions: int = 0
+    num_unproven_rows: int = 0
+    """Rows to be computed again: what became of a LOAD that they read was not known when their step ended."""
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     """Prompt tokens found in the cache, of the requests that got a token."""
@@ -33,3 +36,27 @@ class SchedulerStats:
         self.num_cached_tokens += num_cached
         self.prefix_tokens.update(origins)
         self.prefix_tokens["computed"] += prompt_len - num_cached
+
+
+def load_report(
+    cache: KVCacheManager,
+    num_running: int,
+    num_waiting: int,
+    num_prefill_tokens: int,
+    step_s: float,
+    now_s: float,
+) -> LoadReport:
+    """Return a replica's load from its Scheduler's counts and its cache's."""
+    pages, times = cache.stats(), cache.costs.page_times(now_s)
+    return LoadReport(
+        num_running=num_running,
+        num_waiting=num_waiting,
+        num_prefill_tokens=num_prefill_tokens,
+        num_pages=cache.num_pages,
+        num_free_pages=pages.num_free_pages,
+        num_cached_pages=pages.num_evictable_pages,
+        step_s=step_s,
+        load_page_s=times.load_s,
+        peer_page_s=times.peer_s,
+        remote_page_s=times.remote_s,
+    )
