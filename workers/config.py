@@ -30,8 +30,12 @@ class WorkerConfig:
     """Tokens a KV page holds; shared prefixes are found in whole pages."""
     num_pages: PositiveInt | None = None
     """KV pages each rank has. Not given: as many as `kv_gb` holds."""
-    kv_gb: Annotated[float, Field(gt=0, le=1e6)] = 0.5
-    """Device memory for KV pages on each rank, GiB."""
+    kv_gb: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    """Device memory for KV pages on each rank, GiB. Not given: 0.5 on cpu; on cuda what `device_memory_ratio`
+    leaves beside weights and work space."""
+    device_memory_ratio: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """On cuda without `kv_gb` and `num_pages`: the share of each device's memory for weights, KV pages and
+    the work space of steps; graphs and other processes take from the rest."""
     max_context_len: PositiveInt | None = None
     """Most tokens of a request, prompt and answer together. Not given: the model's context, or less where
     the KV pages hold less."""

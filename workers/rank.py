@@ -180,7 +180,7 @@ def warn_of_short_context(max_context_len: int, model_context_len: int) -> None:
     if max_context_len < model_context_len:
         logger.warning(
             "the KV pages hold %d tokens of the model's context of %d: longer requests are refused; raise"
-            " kv_gb or num_pages, or set max_context_len",
+            " kv_gb or num_pages (on cuda without either, device_memory_ratio), or set max_context_len",
             max_context_len,
             model_context_len,
         )

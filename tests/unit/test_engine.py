@@ -7,9 +7,11 @@ import torch
 
 from cache_service.keys import KVNamespace
 from tests.unit.engine_plans import VOCAB_SIZE, PlanLog, generate, tiny_card, tiny_engine
+from workers.config import WorkerConfig
+from workers.engine.device_memory import work_bytes
 from workers.engine.engine import Engine, TokenError
 from workers.kvcache.page_table import PageTableError
-from workers.kvcache.pool_size import PoolSizeError
+from workers.kvcache.pool_size import PoolSizeError, is_measured, left_bytes, pool_size
 from workers.plan import RelocationVersion, RelocationVersionError, SetRow
 from workers.protocol import SamplingParams
 
@@ -215,6 +217,29 @@ def test_the_pool_is_sized_by_pages_or_by_memory() -> None:
     assert size(num_pages=100) == (100, 256)
     assert size(num_pages=100, max_context_len=70) == (100, 70)
     assert size(kv_gb=9.5 * bundle_bytes / 2**30) == (8, 32)  # the ninth is the dummy page
+
+
+def test_a_measured_pool_takes_what_its_share_of_the_device_leaves() -> None:
+    gib = 1 << 30
+    assert left_bytes(80 * gib, 60 * gib, 0.9, 2 * gib) == 50 * gib
+    config = WorkerConfig(device="cuda")
+    assert is_measured(config) and not is_measured(WorkerConfig())
+    assert not is_measured(WorkerConfig(device="cuda", kv_gb=1.0))
+    assert pool_size(config, 1 << 20, 4096, 60 * gib, 50 * gib).num_pages == 50 * 1024 - 1
+    assert pool_size(config, 64, 4096, 60 * gib, 50 * gib).num_pages == 1 << 22  # of tiny pages, not all
+    with pytest.raises(PoolSizeError, match=r"device_memory_ratio=0.2 of 80.00 GiB leaves nothing"):
+        left_bytes(80 * gib, 60 * gib, 0.2, 2 * gib)
+    with pytest.raises(PoolSizeError, match=r"device_memory_ratio=0.9 holds no page"):
+        pool_size(config, 1 << 30, 4096, 60 * gib, gib)
+    with pytest.raises(PoolSizeError, match=r"takes 50.00 GiB .* lower device_memory_ratio"):
+        pool_size(config, 1 << 20, 4096, 40 * gib, 50 * gib)
+
+
+def test_work_space_grows_with_what_a_step_may_hold() -> None:
+    small, large = (
+        work_bytes(WorkerConfig(max_tokens_per_step=tokens), tiny_card()) for tokens in (256, 1024)
+    )
+    assert 0 < small < large < 1 << 30
 
 
 @pytest.mark.parametrize(

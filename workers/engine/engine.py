@@ -19,6 +19,7 @@ from workers.attention.reference import ReferenceAttention
 from workers.card import ModelCard
 from workers.config import WorkerConfig
 from workers.engine.copies import copies_to
+from workers.engine.device_memory import log_memory, measured_pool_size
 from workers.engine.forward_batch import ForwardBatch
 from workers.engine.graph_guard import EagerReason, GraphGuard, Outcome, default_batch_sizes
 from workers.engine.graph_runner import GraphRunner
@@ -33,7 +34,7 @@ from workers.kvcache.kv_pool import KVPool, allocate_pool
 from workers.kvcache.layout import BundleLayout, target_only
 from workers.kvcache.mover import Mover
 from workers.kvcache.page_table import PageTable
-from workers.kvcache.pool_size import available_host_bytes, pool_size
+from workers.kvcache.pool_size import PoolSize, available_host_bytes, is_measured, pool_size
 from workers.kvcache.sanitizer import KVSanitizer
 from workers.models.config import Dtype
 from workers.models.sharding import head_layout, kv_shape
@@ -89,11 +90,7 @@ class Engine:
         dtype = card.config.dtype if config.dtype == "auto" else config.dtype
         num_layers, num_kv_heads, head_dim = kv_shape(card.config, config.tp_size)
         self.layout: BundleLayout = target_only(num_layers, config.page_size, num_kv_heads, head_dim, dtype)
-        size = pool_size(
-            config, self.layout.bundle_bytes, card.context_len, _available_bytes(device, config.tp_size)
-        )
-        self.num_pages = size.num_pages
-        self.max_context_len = size.max_context_len
+        size = None if is_measured(config) else self._asked_pool_size(config, card.context_len)
         loaded = load_model(
             card,
             group=tp_group,
@@ -101,8 +98,12 @@ class Engine:
             dtype=dtype,
             load_format=config.load_format,
             seed=config.seed,
-            max_context_len=size.max_context_len,
+            max_context_len=config.max_context_len if size is None else size.max_context_len,
         )
+        if size is None:
+            size = measured_pool_size(config, card, self.layout.bundle_bytes, tp_group, device)
+        self.num_pages = size.num_pages
+        self.max_context_len = size.max_context_len
         self.namespace: KVNamespace = _namespace(config, card, dtype, loaded.weights_digest, self.layout)
         self._vocab_size = card.vocab_size
         self._mechanisms = mechanisms
@@ -149,6 +150,8 @@ class Engine:
             if config.kv_sanitizer
             else None
         )
+        if device.type == "cuda":
+            log_memory(device, self._pool.data.nbytes)
 
     @property
     def pool(self) -> KVPool:
@@ -292,6 +295,10 @@ class Engine:
         num_columns = -(-max(map(sum, zip(plan.starts, plan.lens, strict=True))) // self._table.page_size)
         read = np.isin(loading, self._table.rows[plan.slots, :num_columns])
         return self._mover.wait_for([page for page, is_read in zip(loading, read, strict=True) if is_read])
+
+    def _asked_pool_size(self, config: WorkerConfig, model_context_len: int) -> PoolSize:
+        available_bytes = _available_bytes(self._device, config.tp_size)
+        return pool_size(config, self.layout.bundle_bytes, model_context_len, available_bytes)
 
     def _compute(self, batch: ForwardBatch) -> torch.Tensor | None:
         if batch.bucket is not None:

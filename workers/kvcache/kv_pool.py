@@ -6,7 +6,7 @@ import torch
 
 from workers.config import WorkerConfig
 from workers.kvcache.layout import BundleLayout, ElementType, Section
-from workers.kvcache.pool_size import GIB, PoolSizeError
+from workers.kvcache.pool_size import GIB, PoolSizeError, is_measured
 
 DUMMY_PAGE = 0
 """Padded rows read and write this page; no request owns it; between steps it holds zeros."""
@@ -78,7 +78,13 @@ def allocate_pool(config: WorkerConfig, layout: BundleLayout, num_pages: int, de
     try:
         return KVPool(layout, num_pages, device)
     except RuntimeError as error:  # torch's out-of-memory errors, of every device
-        option = "num_pages" if config.num_pages is not None else "kv_gb"
+        option = (
+            "num_pages"
+            if config.num_pages is not None
+            else "device_memory_ratio"
+            if is_measured(config)
+            else "kv_gb"
+        )
         raise PoolSizeError(
             f"{(num_pages + 1) * layout.bundle_bytes / GIB:.2f} GiB of KV pages could not be allocated beside"
             f" the weights ({error}); lower {option}"

@@ -1,0 +1,55 @@
+"""What a CUDA device has left for KV pages once the weights are on it. Used once, by the Engine."""
+
+import logging
+
+import torch
+
+from workers.card import ModelCard
+from workers.config import WorkerConfig
+from workers.kvcache.pool_size import PoolSize, left_bytes, pool_size
+from workers.parallel import TPGroup
+
+logger = logging.getLogger(__name__)
+
+_LOGITS_COPIES = 5
+"""Of a step's float32 logits, at once: the sampler's own, sorted, their order, probabilities."""
+
+
+def measured_pool_size(
+    config: WorkerConfig, card: ModelCard, bundle_bytes: int, group: TPGroup, device: torch.device
+) -> PoolSize:
+    """Size the pool by what is free now, the weights being there: the same on every rank, the least of all.
+
+    Raises PoolSizeError.
+    """
+    torch.cuda.empty_cache()  # what loading has left
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    left = left_bytes(total_bytes, free_bytes, config.device_memory_ratio, work_bytes(config, card))
+    of_ranks = torch.zeros(group.size, dtype=torch.int64, device=device)
+    of_ranks[group.rank] = left
+    group.all_reduce(of_ranks)
+    least = int(of_ranks.min().item())  # at start-up: may wait
+    return pool_size(config, bundle_bytes, card.context_len, free_bytes, least)
+
+
+def work_bytes(config: WorkerConfig, card: ModelCard) -> int:
+    """Estimate what the largest step needs beside weights, pages and graphs: activations and logits."""
+    model = card.config
+    width = 4 * model.hidden_size + 3 * model.intermediate_size + 4 * model.num_heads * model.head_dim
+    num_tokens = max(config.max_tokens_per_step, config.max_running_requests)
+    logits = config.max_running_requests * model.vocab_size * 4 * _LOGITS_COPIES
+    return num_tokens * width * 4 + logits
+
+
+def log_memory(device: torch.device, page_bytes: int) -> None:
+    """Say where the device's memory went, everything of the rank being on it."""
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    logger.info(
+        "device memory",
+        extra={
+            "total_bytes": total_bytes,
+            "page_bytes": page_bytes,
+            "other_bytes": torch.cuda.memory_reserved(device) - page_bytes,
+            "free_bytes": free_bytes,
+        },
+    )
