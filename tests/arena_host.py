@@ -4,7 +4,7 @@ Without sockets, so that every step is the test's; news of the store reach `loca
 """
 
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,13 +32,14 @@ class ArenaPlace:
     path: Path
     spec: ArenaSpec
     injection: MoveInjection | None
+    make: Callable[..., Mover] = mover_for
 
     def attach(self, engine: Engine, group: TPGroup) -> tuple[Arena, Mover]:
         """Map the arena into this rank's process and have its engine move pages."""
         arena = Arena.map(self.path, self.spec)
         leases = LeaseRow(arena, group.rank)
         mapped = MappedArena(arena, leases)
-        mover = mover_for(engine.pool, lambda: mapped, group.rank, group.moves, injection=self.injection)
+        mover = self.make(engine.pool, lambda: mapped, group.rank, group.moves, injection=self.injection)
         engine.attach(mover)
         return arena, mover
 
@@ -46,9 +47,15 @@ class ArenaPlace:
 class ArenaHost:
     """Use as a context manager. It outlives harnesses: what one of them saved, the next one finds."""
 
-    def __init__(self, num_slots: int, injection: MoveInjection | None = None) -> None:
+    def __init__(
+        self,
+        num_slots: int,
+        injection: MoveInjection | None = None,
+        make: Callable[..., Mover] = mover_for,
+    ) -> None:
         self._num_slots = num_slots
         self._injection = injection
+        self._make = make
         self._resources = ExitStack()
         self._lost: list[PageKey] = []
         self.is_hidden = False
@@ -69,7 +76,7 @@ class ArenaHost:
             )
             self._resources.callback(self.owned.close)
             self.leases = LeaseRow(self.owned.arena, num_ranks)  # the decider's; each rank has its own
-        return ArenaPlace(self.owned.arena.path, self.owned.arena.spec, self._injection)
+        return ArenaPlace(self.owned.arena.path, self.owned.arena.spec, self._injection, self._make)
 
     def cache_of(self, attached: Arena) -> Self:
         """Return what the tier of a group asks whose rank 0 is attached."""

@@ -2,6 +2,7 @@
 
 import ctypes
 import threading
+import time
 from collections import deque
 
 import numpy
@@ -26,6 +27,7 @@ class FakeMark:
 
     def synchronize(self) -> None:
         self._streams.fail_if_asked()
+        time.sleep(self._streams.delay_s)
         while not self.is_passed and not self._streams.flows.wait(0.001):
             self._streams.fail_if_asked()
         self._streams.run_until(self)
@@ -46,6 +48,8 @@ class FakeStreams:
         self._lock = threading.RLock()
         self.ops = {kind: deque() for kind in (*KINDS, "compute")}
         self.before_copy = lambda kind, page, address: None
+        self.delay_s = 0.0
+        """How long the device takes for what a thread waits for."""
         self.flows = threading.Event()
         self.flows.set()
         self.num_copies = 0
@@ -180,12 +184,16 @@ class FakePinning:
 class FakeCuda:
     """Makes movers over fakes: the device's `streams` and `pinning` of the last one."""
 
-    def __init__(self, is_inline: bool = True, pinning: FakePinning | None = None) -> None:
+    def __init__(
+        self, is_inline: bool = True, pinning: FakePinning | None = None, delay_s: float = 0.0
+    ) -> None:
         self._is_inline = is_inline
+        self._delay_s = delay_s
         self._pinning = pinning
 
     def __call__(self, pool, mapped, part, board, **options) -> CudaPageMover:
         self.streams = FakeStreams(pool, self._is_inline)
+        self.streams.delay_s = self._delay_s
         self.pinning = self._pinning or FakePinning()
         return CudaPageMover(
             pool,
