@@ -24,6 +24,9 @@ from cache_service.remote_tier import RemoteTier
 
 logger = logging.getLogger(__name__)
 
+_SHARE_OF_GRANTS = 8
+"""Of the arena's slots, all groups together hold one in so many in advance: it has no page for anybody."""
+
 
 @dataclass(frozen=True)
 class _Client:
@@ -177,7 +180,7 @@ class Answers:
         group = client.row.group
         match request:
             case messages.GrantSlots():
-                return messages.Granted(store.grant(group, request.num_slots))
+                return messages.Granted(store.grant(group, request.num_slots), self._max_grants())
             case messages.Commit():
                 results = store.commit(group, request.entries)
                 for result in results:
@@ -271,7 +274,13 @@ class Answers:
             row.row,
             self._broadcasts,
             store.grants_of(row.group),
+            self._max_grants(),
         )
+
+    def _max_grants(self) -> int:
+        arena, rows = self._arena.arena, self._arena.rows
+        assert arena is not None and rows is not None
+        return max(1, arena.spec.num_slots // _SHARE_OF_GRANTS // max(1, len(rows.groups)))
 
     def _report_corrupt(self, store: PageStore, request: messages.ReportCorrupt) -> Answer:
         """Drop a page; one that a peer complains of only if it is wrong here, not on the way or there."""

@@ -32,8 +32,6 @@ from cache_service.subscriber import Subscriber
 logger = logging.getLogger(__name__)
 
 MAX_GROUP = (1 << 32) - 1
-_MAX_SHARE_OF_GRANTS = 8
-"""Of the arena's slots, one in so many: granted slots hold no page for anybody."""
 
 
 class CacheAttachError(Exception):
@@ -57,8 +55,7 @@ class ClientSpec:
     is_decider: bool = True
     """Rank 0: finds pages, holds grants, commits. The others only lease and write what they are told."""
     num_grants: int = 256
-    """Held in advance, or an eighth of the arena if that is less; a long prompt's pages are saved all at
-    once."""
+    """Held in advance, or what the server allows if that is less; a step's pages are saved all at once."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +100,7 @@ class CacheClient:
         self._spec = spec
         self._deadlines = deadlines or Deadlines()
         self._clock = clock
-        self._grants = HeldGrants()
+        self._grants = HeldGrants(spec.num_grants)
         self._pages = PageReplica()
         self._arena: Arena | None = None
         self._leases: LeaseRow | None = None
@@ -274,9 +271,8 @@ class CacheClient:
             self._compare(self._arena, answer, version)
         self.stats.num_attaches += 1
         if self._spec.is_decider and not self._is_replaced:
-            share = max(1, answer.num_slots // _MAX_SHARE_OF_GRANTS)
-            self._grants.num_wanted = min(self._spec.num_grants, share)
             self._grants.hold(answer.grants)
+            self._grants.want(answer.max_grants)
             if self._subscriber is None:
                 self._subscriber = Subscriber(
                     answer.broadcasts,
@@ -307,6 +303,7 @@ class CacheClient:
         """Keep slots that were granted too late."""
         if isinstance(answer, messages.Granted):
             self._grants.hold(answer.grants)
+            self._grants.want(answer.max_grants)
 
     def tick(self, now_s: float) -> None:
         """Ask for more grants when they run low, give the unused back."""
@@ -358,8 +355,10 @@ class CacheClient:
         self._is_replaced = not is_same
 
     def _granted(self, num_asked: int, outcome: Answer | CallFailure) -> None:
-        grants = outcome.grants if isinstance(outcome, messages.Granted) else None
-        self._grants.answered(grants, num_asked, self._clock())
+        granted = outcome if isinstance(outcome, messages.Granted) else None
+        self._grants.answered(granted.grants if granted else None, num_asked, self._clock())
+        if granted:
+            self._grants.want(granted.max_grants)
 
     def _aborted(self, grants: list[Grant], outcome: Answer | CallFailure) -> None:
         if isinstance(outcome, messages.Done):

@@ -16,9 +16,9 @@ class HeldGrants:
     knows is held: an answer was lost.
     """
 
-    def __init__(self) -> None:
-        self.num_wanted = 0
-        """Slots to hold; set by the IO thread."""
+    def __init__(self, max_grants: int) -> None:
+        self._max_grants = max_grants
+        self._num_wanted = 0
         self._held: deque[Grant] = deque()
         self._unused: deque[Grant] = deque()
         self._known: set[Grant] = set()
@@ -31,7 +31,7 @@ class HeldGrants:
     @property
     def is_low(self) -> bool:
         """Tell whether more should be asked for."""
-        return 2 * len(self._held) <= self.num_wanted and self.num_wanted > 0
+        return 2 * len(self._held) <= self._num_wanted and self._num_wanted > 0
 
     def take(self) -> Grant | None:
         """Return a slot to write; None: there is none now."""
@@ -44,12 +44,18 @@ class HeldGrants:
         """Note grants to be aborted, sooner or later."""
         self._unused.extend(grants)
 
+    def want(self, num_allowed: int) -> None:
+        """Hold as many as are allowed from now on, and wanted; those beyond are given back."""
+        self._num_wanted = min(self._max_grants, num_allowed)
+        while len(self._held) > self._num_wanted and (grant := self.take()) is not None:
+            self._unused.append(grant)
+
     def num_to_ask(self, now_s: float) -> int:
         """Return how many slots to ask for now, and take them for asked; 0: none."""
         if self._is_asked or not self.is_low or now_s < self._next_s:
             return 0
         self._is_asked = True
-        return self.num_wanted - len(self._held)
+        return self._num_wanted - len(self._held)
 
     def answered(self, grants: Sequence[Grant] | None, num_asked: int, now_s: float) -> None:
         """Take the answer; None: there was none."""

@@ -55,6 +55,8 @@ class Attached(msgspec.Struct, frozen=True, array_like=True, tag="attached"):
     """The publisher's endpoint."""
     grants: list[Grant]
     """All that the group may write: an answer that gave some may have been lost."""
+    max_grants: int
+    """Slots that it may hold in advance; fewer, the more groups there are."""
 
 
 class Detach(msgspec.Struct, frozen=True, array_like=True, tag="detach"):
@@ -68,9 +70,10 @@ class GrantSlots(msgspec.Struct, frozen=True, array_like=True, tag="grant"):
 
 
 class Granted(msgspec.Struct, frozen=True, array_like=True, tag="granted"):
-    """Slots to write, fewer than asked where no more can be evicted."""
+    """Slots to write, fewer than asked where no more can be evicted; `max_grants` as in Attached."""
 
     grants: list[Grant]
+    max_grants: int
 
 
 class Commit(msgspec.Struct, frozen=True, array_like=True, tag="commit"):

@@ -1,5 +1,7 @@
 """CacheClient against a server in a thread: pages, grants, losses; nothing blocks."""
 
+import subprocess
+import sys
 import threading
 import time
 
@@ -34,6 +36,14 @@ AT_ONCE_S = 0.05
 def server(tmp_path):
     with serving(tmp_path) as server:
         yield server
+
+
+@pytest.fixture
+def sleeper():
+    popen = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    yield popen
+    popen.kill()
+    popen.wait()
 
 
 @pytest.fixture
@@ -104,6 +114,16 @@ def test_grants_are_held_in_advance_and_refilled(server, client):
     assert num_writing(server) == 16
     client.abort(grants)
     eventually(lambda: num_writing(server) == 8)
+
+
+def test_the_replicas_of_a_node_hold_an_eighth_of_it_among_them(server, sleeper):
+    client = new_client(server.core.endpoint, num_grants=NUM_SLOTS)
+    eventually(lambda: client.num_grants == NUM_SLOTS // 8)
+    with RawClient(server, ProcessId.of(sleeper.pid)) as other:
+        assert other.attach(group=8).max_grants == NUM_SLOTS // 16
+        client.abort([client.take_grant() for _ in range(NUM_SLOTS // 8)])
+        eventually(lambda: num_writing(server) == client.num_grants == NUM_SLOTS // 16)
+    client.close()
 
 
 def test_without_a_free_slot_there_is_no_grant_until_there_is_one(server, client):

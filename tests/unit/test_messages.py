@@ -42,8 +42,8 @@ REQUESTS = [
     messages.Stats(),
 ]
 ANSWERS = [
-    messages.Attached("/dev/shm/a.arena", 100, 64, 3, "tcp://10.0.0.1:7001", [Grant(1, 3)]),
-    messages.Granted([Grant(1, 3)]),
+    messages.Attached("/dev/shm/a.arena", 100, 64, 3, "tcp://10.0.0.1:7001", [Grant(1, 3)], 12),
+    messages.Granted([Grant(1, 3)], 12),
     messages.Committed(
         [
             CommitResult(CommitStatus.COMMITTED, Location(3, 6)),
@@ -97,7 +97,7 @@ def test_answers_cross_the_wire(answer):
         messages.Fetch([], None, 0.0),
         messages.Touch([KEY] * (messages.MAX_ITEMS + 1)),
         messages.Attach(1, 1, 1, 1 << 32, "cluster", b"f" * 16, 4_096, 2),
-        messages.Attached("/dev/shm/a.arena", 100, 64, 3, "tcp://10.0.0.1:7001", [Grant(1, 3)]),
+        messages.Attached("/dev/shm/a.arena", 100, 64, 3, "tcp://10.0.0.1:7001", [Grant(1, 3)], 12),
     ],
     ids=lambda request: type(request).__name__,
 )
