@@ -263,6 +263,8 @@ class Answers:
             return self.refuse("arena_size", str(error))
         except (ArenaLayoutError, ValueError) as error:
             return self.refuse("layout", str(error))
+        except OSError as error:
+            return self.refuse("arena_file", f"the arena's file cannot be made: {error}; look at its folder")
         arena, store = self._arena.arena, self._arena.store
         assert arena is not None and store is not None
         self._clients[identity] = _Client(process, row)

@@ -317,6 +317,7 @@ class Done(msgspec.Struct, frozen=True, array_like=True, tag="done"):
 RefusalCode = Literal[
     "protocol_version", "layout", "cluster", "no_reader_row", "not_attached", "pin_budget", "check_failed",
     "undecodable", "arena_size", "arena_owned", "no_transfer", "store", "fenced", "busy", "process",
+    "arena_file",
 ]  # fmt: skip
 
 

@@ -54,6 +54,17 @@ def test_pages_larger_than_the_cache_are_refused(server):
         assert answer.code == "arena_size" and "raise --host-cache-gb" in answer.reason
 
 
+def test_an_arena_that_cannot_be_made_is_refused_and_can_be_made_later(tmp_path):
+    folder = tmp_path / "shm"
+    folder.mkdir()
+    with serving(folder) as server, RawClient(server) as raw:
+        folder.rmdir()
+        answer = raw.attach()
+        assert answer.code == "arena_file" and "No such file or directory" in answer.reason
+        folder.mkdir()
+        assert raw.attach().num_slots == NUM_SLOTS
+
+
 def test_another_layout_replaces_an_arena_that_nobody_uses(server, sleeper):
     with RawClient(server, ProcessId.of(sleeper.pid)) as first, RawClient(server) as second:
         first.attach()
