@@ -27,6 +27,7 @@ from cache_service.host_memory import HostMemory
 from cache_service.identity import cluster_id_of
 from cache_service.inbox import Inbox
 from cache_service.messages import UNANSWERED, Answer, Call, Done, Refused, Reply, StatsReply
+from cache_service.native.fence import load_full_fence
 from cache_service.node_arena import PATIENCE_S, NodeArena
 from cache_service.peer_exchange import PeerExchange
 from cache_service.peer_source import PeerPatience
@@ -64,7 +65,7 @@ class CacheServerCore:
 
     `incarnation` has to differ from that of any former server of the node: nanoseconds of the clock do.
     Without `open_transfer` it neither lends pages to peers nor fetches from them. Raises BindError,
-    ArenaOwnedError, ArenaSizeError, TransferError.
+    ArenaOwnedError, ArenaSizeError, TransferError, NativeBuildError.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class CacheServerCore:
         open_store: OpenStore = open_store,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        load_full_fence()  # it may have to be compiled first, which is not to keep a worker waiting
         self._config = config
         self._clock = clock
         self._decoder = msgspec.msgpack.Decoder(Call)

@@ -22,6 +22,7 @@ from cache_service.gate import BindError
 from cache_service.log_format import set_up_logging
 from cache_service.messages import StatsReply
 from cache_service.metrics import CacheServerCollector
+from cache_service.native.build import NativeBuildError
 from cache_service.server import CacheServerCore, Place
 from cache_service.transfer import TransferError
 from cache_service.transfer_choice import transfer_opener
@@ -96,7 +97,9 @@ class CacheServer:
                     self._config.transfer, self._config.rdma_devices, self._place.host
                 ),
             )
-        except (ArenaOwnedError, ArenaSizeError, BindError, SecretFileError, TransferError) as error:
+        except (
+            ArenaOwnedError, ArenaSizeError, BindError, NativeBuildError, SecretFileError, TransferError,
+        ) as error:  # fmt: skip
             raise CacheStartError(f"the host cache of {self._place.host} cannot start: {error}") from None
         metrics_port = self._serve_metrics(core)
         self._core = core

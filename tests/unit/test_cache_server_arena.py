@@ -15,6 +15,7 @@ from cache_service.config import CacheConfig
 from cache_service.gate import BindError
 from cache_service.host_memory import HostMemory
 from cache_service.identity import cluster_id_of
+from cache_service.native.build import NativeBuildError
 from cache_service.processes import ProcessId
 from cache_service.server import CacheServerCore, Place
 from tests.unit.arenas import PLENTY, key, kill, open_arena, spec
@@ -52,6 +53,12 @@ def test_pages_larger_than_the_cache_are_refused(server):
     with RawClient(server) as raw:
         answer = raw.attach(bundle_bytes=128 * BUNDLE_BYTES)
         assert answer.code == "arena_size" and "raise --host-cache-gb" in answer.reason
+
+
+def test_without_a_compiler_for_the_fence_no_server_starts(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(NativeBuildError, match=r"install g\+\+ for the compiled fence"):
+        make_core(tmp_path)
 
 
 def test_an_arena_that_cannot_be_made_is_refused_and_can_be_made_later(tmp_path):
