@@ -47,15 +47,16 @@ class Joined:
 
     has_store = False
 
-    def __init__(self, endpoint: str, injection: MoveInjection) -> None:
+    def __init__(self, endpoint: str, injection: MoveInjection, has_pages: bool) -> None:
         self._endpoint = endpoint
         self._faults = NodeFaults(moves=injection)
+        self._has_pages = has_pages
 
     def place(self, bundle_bytes: int, num_ranks: int) -> NodePlace:
         return NodePlace(self._endpoint, 99, self._faults)
 
     def cache_of(self, attached):
-        eventually(lambda: attached.num_grants)
+        eventually(lambda: attached.num_grants and (attached.num_known_pages or not self._has_pages))
         return attached
 
 
@@ -67,7 +68,8 @@ def work_until_killed(model: Path, endpoint: str, kind: str, in_copy) -> None:
             in_copy.set()
             time.sleep(600)
 
-    answers(model, Joined(endpoint, MoveInjection(0, during_copy=during_copy)), 2, [PROMPT])
+    host = Joined(endpoint, MoveInjection(0, during_copy=during_copy), has_pages=kind == "load")
+    answers(model, host, 2, [PROMPT])
 
 
 def kill_in_copy(model, host, kind: Literal["save", "load"]) -> None:
