@@ -189,17 +189,20 @@ def sweep_dead_clusters(cluster_id: str, folder: Path = SHARED_MEMORY) -> list[P
     return swept
 
 
+def header_word(header: bytes, index: int) -> int:
+    """Return a word of an arena's header, or of a reader row's, as it was read from the file."""
+    return int.from_bytes(header[index * _WORD_BYTES : (index + 1) * _WORD_BYTES], "little")
+
+
 def _is_swept(descriptor: int, cluster_id: str) -> bool:
     header = os.pread(descriptor, arena_format.HEADER_BYTES, 0)
     spec = ArenaIdentity.unpack(header).spec
-    if spec is None or spec.cluster_id == cluster_id or _header_word(header, arena_format.KEPT_WORD):
+    if spec is None or spec.cluster_id == cluster_id or header_word(header, arena_format.KEPT_WORD):
         return False
     for row in range(spec.num_readers):
         start = spec.rows_offset + row * spec.row_bytes
         words = os.pread(descriptor, arena_format.ROW_HEADER_BYTES, start)
-        pid, ticks = (
-            _header_word(words, i) for i in (arena_format.ROW_PID_WORD, arena_format.ROW_START_WORD)
-        )
+        pid, ticks = (header_word(words, i) for i in (arena_format.ROW_PID_WORD, arena_format.ROW_START_WORD))
         if pid and ProcessId(pid, ticks).is_alive():
             return False
     return True
@@ -213,7 +216,7 @@ def _locked(path: Path) -> int | None:
         if _is_at(path, descriptor):
             return descriptor
     except BlockingIOError:
-        owner = _header_word(os.pread(descriptor, arena_format.HEADER_BYTES, 0), arena_format.OWNER_PID_WORD)
+        owner = header_word(os.pread(descriptor, arena_format.HEADER_BYTES, 0), arena_format.OWNER_PID_WORD)
         os.close(descriptor)
         raise ArenaOwnedError(
             f"{path} is owned by the live process {owner or '(starting)'}: one CacheServer runs per node and"
@@ -249,10 +252,6 @@ def _difference(descriptor: int, spec: ArenaSpec) -> str | None:
         return difference
     if os.fstat(descriptor).st_size != spec.file_bytes:
         return "its file is cut short"
-    if _header_word(header, arena_format.USABLE_WORD) > spec.num_slots:
+    if header_word(header, arena_format.USABLE_WORD) > spec.num_slots:
         return "its header is damaged"
     return None
-
-
-def _header_word(header: bytes, index: int) -> int:
-    return int.from_bytes(header[index * _WORD_BYTES : (index + 1) * _WORD_BYTES], "little")

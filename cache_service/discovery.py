@@ -3,11 +3,9 @@
 from pathlib import Path
 
 from cache_service import arena_format
-from cache_service.arena_files import SHARED_MEMORY, arena_path
+from cache_service.arena_files import SHARED_MEMORY, arena_path, header_word
 from cache_service.arena_format import ArenaIdentity
 from cache_service.processes import ProcessId
-
-_WORD_BYTES = 8
 
 
 def find_endpoints(cluster_id: str, folder: Path = SHARED_MEMORY) -> list[str]:
@@ -20,14 +18,8 @@ def find_endpoints(cluster_id: str, folder: Path = SHARED_MEMORY) -> list[str]:
                 header = file.read(arena_format.HEADER_BYTES)
         except OSError:
             continue
-        pid, ticks, port = (
-            int.from_bytes(header[word * _WORD_BYTES : (word + 1) * _WORD_BYTES], "little")
-            for word in (
-                arena_format.OWNER_PID_WORD,
-                arena_format.OWNER_START_WORD,
-                arena_format.PORT_WORD,
-            )
-        )
+        words = (arena_format.OWNER_PID_WORD, arena_format.OWNER_START_WORD, arena_format.PORT_WORD)
+        pid, ticks, port = (header_word(header, word) for word in words)
         if ArenaIdentity.unpack(header).spec is not None and port and ProcessId(pid, ticks).is_alive():
             node = path.name[len(begin) : -len(end)]
             endpoints.append(f"tcp://{node}:{port}")
