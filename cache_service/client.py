@@ -55,7 +55,8 @@ class ClientSpec:
     is_decider: bool = True
     """Rank 0: finds pages, holds grants, commits. The others only lease and write what they are told."""
     num_grants: int = 256
-    """Held in advance, or what the server allows if that is less; a step's pages are saved all at once."""
+    """Held in advance, or what the server allows if that is less. A step's pages are saved all at once, and
+    more are asked for when half are gone."""
 
 
 @dataclass(frozen=True)

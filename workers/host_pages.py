@@ -58,6 +58,7 @@ class HostPages:
                 num_ranks=group.size,
                 group=group_of(incarnation),
                 is_decider=group.rank == 0,
+                num_grants=max(ClientSpec.num_grants, 2 * config.max_tokens_per_step // config.page_size),
             ),
         )
         self._config = config
