@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Self
 
 from cache_service.arena import Arena
+from cache_service.arena_files import SHARED_MEMORY
 from cache_service.arena_format import ArenaSpec
 from cache_service.keys import PageKey
 from cache_service.lease_row import LeaseRow
@@ -62,7 +63,7 @@ class ArenaHost:
         """Nothing is found: the arena's news do not arrive."""
 
     def __enter__(self) -> Self:
-        self._folder = Path(self._resources.enter_context(tempfile.TemporaryDirectory()))
+        self._folder = Path(self._resources.enter_context(tempfile.TemporaryDirectory(dir=SHARED_MEMORY)))
         return self
 
     def __exit__(self, *_: object) -> None:

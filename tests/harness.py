@@ -148,9 +148,9 @@ class Harness:
                 safety=safety,
             )
             if place is not None:
-                attached, mover = place.attach(self.engine, self._group)
+                attached, self.mover = place.attach(self.engine, self._group)
                 stack.callback(attached.close)
-                stack.callback(mover.close)
+                stack.callback(self.mover.close)
                 self.attach(host.cache_of(attached), write_policy)
             self.scheduler = Scheduler(
                 config,
