@@ -172,6 +172,7 @@ class _LeaderCollector(Collector):
             ("eyrie_cached_tokens", "Prompt tokens found in the cache.", stats.num_cached_tokens),
             ("eyrie_generated_tokens", "Tokens sampled.", stats.num_generated_tokens),
             ("eyrie_preemptions", "Requests that lost their slot to go on later.", stats.num_preemptions),
+            ("eyrie_unproven_rows", "Rows run again: a LOAD's verdict was late.", stats.num_unproven_rows),
         ):
             yield self._counter(name, text, count)
         prefix = CounterMetricFamily(
@@ -235,8 +236,16 @@ class _TierCollector(Collector):
         counters = self._labels.counters
         yield counters("eyrie_move_bytes", "Bytes copied by moves.", "kind", _figures(stats.num_bytes))
         yield counters(
-            "eyrie_move_seconds", "Time that threads spent on moves.", "kind", _figures(stats.seconds)
+            "eyrie_move_seconds", "Time that moves took, but for the queue.", "kind", _figures(stats.seconds)
         )
+        for name, text, counts in (
+            ("eyrie_move_copies", "Copies that copy engines were given.", stats.num_copies),
+            ("eyrie_bounced_pages", "Pages copied through a buffer: not pinned.", stats.num_bounced),
+            ("eyrie_load_waits", "Steps that came after LOADs in flight, by who waited.", stats.num_waits),
+        ):
+            yield counters(name, text, "kind", _figures(counts))
+        num_bytes = stats.num_pinned_bytes()
+        yield self._labels.gauge("eyrie_pinned_bytes", "Of the arena, for a device's copies.", num_bytes)
 
     def _decisions(self, tier: HostTier, prefetcher: Prefetcher) -> Iterable[Metric]:
         stats, fetches = tier.stats, prefetcher.stats

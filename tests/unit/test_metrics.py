@@ -63,6 +63,9 @@ def tier_sources():
     moves = MoveStats()
     moves.finished(Move(1, "load", 3, 4, 2, b"k"), MoveStatus.DONE, 1000, 0.25)
     moves.finished(Move(2, "save", 3, 4, 2, b"k"), MoveStatus.FAILED_STALE, 1000, 0.5)
+    moves.copied("save", 7, 2)
+    moves.num_waits["stream"] = 6
+    moves.num_pinned_bytes = lambda: 1 << 26
     bench = Bench()
     bench.run(0, tokens(13))
     stats = bench.tier.stats
@@ -84,7 +87,7 @@ def rank():
     stats = SchedulerStats()
     stats.num_finished["abort"] = 2
     stats.num_refused["queue_full"] = 7
-    stats.num_preemptions = 1
+    stats.num_preemptions, stats.num_unproven_rows = 1, 9
     stats.num_prompt_tokens, stats.num_generated_tokens = 100, 30
     stats.prompted(100, 60, {"device": 32, "host": 16, "peer": 12})
     stats.queue_s = [0.01, 0.02]
@@ -127,6 +130,7 @@ def test_a_leader_counts_what_its_scheduler_and_engine_did(rank):
     assert value(rank, "eyrie_cached_tokens_total") == 60
     assert value(rank, "eyrie_generated_tokens_total") == 30
     assert value(rank, "eyrie_preemptions_total") == 1
+    assert value(rank, "eyrie_unproven_rows_total") == 9
     assert value(rank, "eyrie_kv_pages", state="free") == 16
     assert value(rank, "eyrie_kv_pages", state="owned") == 0
     assert value(rank, "eyrie_kv_page_bytes") == 4096
@@ -145,6 +149,11 @@ def test_a_leader_counts_what_its_tier_did(rank):
     assert value(rank, "eyrie_moves_total", kind="load", outcome="failed_torn") == 0
     assert value(rank, "eyrie_move_bytes_total", kind="load") == 1000
     assert value(rank, "eyrie_move_seconds_total", kind="save") == 0.5
+    assert value(rank, "eyrie_move_copies_total", kind="save") == 7
+    assert value(rank, "eyrie_bounced_pages_total", kind="save") == 2
+    assert value(rank, "eyrie_load_waits_total", kind="stream") == 6
+    assert value(rank, "eyrie_load_waits_total", kind="host") == 0
+    assert value(rank, "eyrie_pinned_bytes") == 1 << 26
     pages = {
         ("save", "done", ""): 3,
         ("fetch", "done", ""): 6,

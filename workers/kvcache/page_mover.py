@@ -104,6 +104,7 @@ class PageMover:
             raise MoveTimeoutError(
                 f"LOADs {sorted(moves)} of pages {read} are not over after {timeout_s} s; restart the replica"
             )
+        self.stats.num_waits["host"] += bool(awaited)
         return bool(awaited)
 
     def close(self) -> None:
