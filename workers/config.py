@@ -69,7 +69,8 @@ class WorkerConfig:
     kv_sanitizer: bool = False
     """Poison freed pages and prove, each step, that every page read is the right one."""
     checked: bool = False
-    """Check bounds and ownership of every staged index."""
+    """Check, each step, bounds, owner and order of every page index that it reads, writes, loads or saves:
+    the sanitizer's checks of indices, without those of bytes."""
     num_threads: Annotated[int, Field(ge=0)] = 0
     """Compute threads of a rank on CPU; 0: cores shared fairly among the ranks of the node."""
     collective_timeout_s: Annotated[float, Field(gt=0)] = 60.0

@@ -7,7 +7,7 @@ steps ran and what its own moves came to.
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -26,8 +26,6 @@ from workers.scheduler.stats import SchedulerStats
 
 StepCounts = Mapping[tuple[Mode, Outcome], int]
 ReasonCounts = Mapping[tuple[Mode, EagerReason], int]
-
-_Name = TypeVar("_Name", bound=str)
 
 LABELS = ("model", "replica", "rank", "node")
 
@@ -238,12 +236,11 @@ class _TierCollector(Collector):
         yield counters(
             "eyrie_move_seconds", "Time that moves took, but for the queue.", "kind", _figures(stats.seconds)
         )
-        for name, text, counts in (
-            ("eyrie_move_copies", "Copies that copy engines were given.", stats.num_copies),
-            ("eyrie_bounced_pages", "Pages copied through a buffer: not pinned.", stats.num_bounced),
-            ("eyrie_load_waits", "Steps that came after LOADs in flight, by who waited.", stats.num_waits),
-        ):
-            yield counters(name, text, "kind", _figures(counts))
+        copies, bounced = _figures(stats.num_copies), _figures(stats.num_bounced)
+        waits = _figures(stats.num_waits)
+        yield counters("eyrie_move_copies", "Copies that copy engines were given.", "kind", copies)
+        yield counters("eyrie_bounced_pages", "Pages copied through a buffer: not pinned.", "kind", bounced)
+        yield counters("eyrie_load_waits", "Steps behind LOADs in flight, by who waited.", "kind", waits)
         num_bytes = stats.num_pinned_bytes()
         yield self._labels.gauge("eyrie_pinned_bytes", "Of the arena, for a device's copies.", num_bytes)
 
@@ -308,5 +305,5 @@ class _TierCollector(Collector):
         yield failed
 
 
-def _figures(values: Mapping[_Name, float]) -> dict[str, float]:
+def _figures(values: Mapping[Any, float]) -> dict[str, float]:
     return {str(name): float(value) for name, value in dict(values).items()}

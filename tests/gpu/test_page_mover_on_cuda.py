@@ -17,6 +17,7 @@ import torch
 from tests.arena_host import ArenaHost
 from tests.tier_answers import NUM_SLOTS, answers
 from tests.unit.engine_plans import generate, tiny_engine
+from tests.unit.test_checked_mode import two_requests
 from tests.unit.test_engine_loads import PROMPT, finish
 from tests.unit.tier_plans import TierLog
 from tests.unit.tiers import LAYOUT, Tier, eventually, keys
@@ -265,6 +266,14 @@ def test_the_sanitizer_sees_a_step_that_does_not_wait(folder) -> None:
                 continue
             assert finish(engine, log, 1, 12) == generate(tiny_engine(), [PROMPT], 12)[0]
             engine.attach(None)
+
+
+def test_checked_mode_catches_a_planted_index() -> None:
+    engine, log = two_requests("cuda")
+    log.run(engine, s0=1, s1=1)
+    engine._table.rows[1, 0] = log.pages[0][2]
+    with pytest.raises(SanitizerError, match=rf"staged_row: slot 1, page {log.pages[1][0]}"):
+        log.run(engine, s0=1, s1=1)
 
 
 @pytest.mark.parametrize("options", [{}, {"page_size": 16}, {"graphs": False}], ids=str)

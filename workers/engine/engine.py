@@ -146,8 +146,14 @@ class Engine:
                 self._capture(tp_group, batch_sizes)
         # Last: captures run over pages that nobody owns yet.
         self._sanitizer = (
-            KVSanitizer(self._pool, max_slots, pages_per_row, mechanisms.poisons_pages)
-            if config.kv_sanitizer
+            KVSanitizer(
+                self._pool,
+                max_slots,
+                pages_per_row,
+                mechanisms.poisons_pages,
+                checks_bytes=config.kv_sanitizer,
+            )
+            if self._is_checked
             else None
         )
         if device.type == "cuda":
@@ -170,7 +176,7 @@ class Engine:
 
     @property
     def num_sanitized_steps(self) -> int:
-        """Steps the sanitizer has checked; 0 without it."""
+        """Steps the sanitizer has checked, be it their indices alone; 0 without it."""
         return self._sanitizer.num_steps if self._sanitizer else 0
 
     def attach(self, mover: Mover | None) -> None:

@@ -60,7 +60,7 @@ class MoveStats:
     num_bounced: Counter[MoveKind] = field(default_factory=lambda: Counter(dict.fromkeys(_KINDS, 0)))
     """Pages that went through a bounce buffer: their slots are not pinned, or not yet."""
     num_waits: Counter[WaitKind] = field(default_factory=lambda: Counter(dict.fromkeys(_WAITS, 0)))
-    """Steps that came after LOADs in flight, by who waited for them: the device's `stream`, or the `host`. That
+    """Steps that came after LOADs in flight, by who waited: the device's `stream`, or the `host`. That
     is how a CPU does it; on CUDA it is an error path: a step read a page whose LOAD was not enqueued here."""
     num_pinned_bytes: Callable[[], int] = lambda: 0
     """Of the arena, which the device copies by itself."""

@@ -35,16 +35,29 @@ _NOBODY = -1
 
 
 class KVSanitizer:
-    """Shadow of one rank's pool and page table. `poisons_pages` is false in mutation tests only."""
+    """Shadow of one rank's pool and page table. `poisons_pages` is false in mutation tests only.
 
-    def __init__(self, pool: KVPool, max_slots: int, pages_per_row: int, poisons_pages: bool = True) -> None:
+    `checks_bytes` off, the mode `checked`, leaves every check of an index, its owner and its order; the bytes
+    of pages, logits and copies are nobody's.
+    """
+
+    def __init__(
+        self,
+        pool: KVPool,
+        max_slots: int,
+        pages_per_row: int,
+        poisons_pages: bool = True,
+        *,
+        checks_bytes: bool = True,
+    ) -> None:
         num_pages = pool.num_pages + 1
         rows = (max_slots + 1, pages_per_row)
         self.num_steps = 0
         self._pool = pool
         self._page_size = pool.page_size
         self._dummy_slot = max_slots
-        self._poisons_pages = poisons_pages
+        self._checks_bytes = checks_bytes
+        self._poisons_pages = poisons_pages = poisons_pages and checks_bytes
         # A page: its state, its id's generation, the tokens written from its first place on, the slot that
         # may write it and, once it is complete, its key.
         self._state = np.full(num_pages, _FREE, dtype=np.int8)
@@ -65,7 +78,7 @@ class KVSanitizer:
 
     def watch(self, mover: MoveWitness | None) -> None:
         """Follow SAVEs and LOADs, as carried out by `mover`, from the next plan on."""
-        self._moves = MoveShadow(mover) if mover else None
+        self._moves = MoveShadow(mover, self._checks_bytes) if mover else None
 
     def apply(self, ops: list[PlanOp]) -> None:
         """Follow a plan's ops, in order; its moves begin after that.
@@ -100,7 +113,8 @@ class KVSanitizer:
 
     def check_inputs(self, batch: ForwardBatch, slots: IntArray) -> None:
         """Hold a staged batch against the shadow; `slots` [rows] is the plan's, the dummy slot for pads."""
-        if self._pool.data[DUMMY_PAGE].any().item():  # a sanitizer may wait for the device
+        # A sanitizer may wait for the device.
+        if self._checks_bytes and self._pool.data[DUMMY_PAGE].any().item():
             raise SanitizerError("dummy_page_zero", None, DUMMY_PAGE, "zeros", "other bytes")
         # What the forward pass will read, not what we meant to stage: on CUDA these copies wait.
         page_rows = batch.page_rows.cpu().numpy().astype(np.int64)
@@ -123,7 +137,7 @@ class KVSanitizer:
             pages, ends = self._written
             np.maximum.at(self._num_written, pages, ends)
             self._written = None
-        if logits is None:
+        if logits is None or not self._checks_bytes:
             return
         finite = torch.isfinite(logits).all(dim=-1)
         if not finite.all().item():  # a sanitizer may wait for the device
@@ -141,7 +155,7 @@ class KVSanitizer:
             raise SanitizerError(
                 "generation_rises", None, page, f"> {self._generation[page]}", str(generations[stale[0]])
             )
-        for page in op.pages:
+        for page in op.pages if self._checks_bytes else ():
             if not self._pool.is_poisoned(page):
                 raise SanitizerError(
                     "free_page_untouched", None, page, "the poison of a free page", "other bytes"
@@ -184,7 +198,7 @@ class KVSanitizer:
         pages = np.asarray(op.pages, dtype=np.int64)
         self._require_state("load_owned", pages, (_OWNED,))
         for page in op.pages:
-            if self._owner[page] != _NOBODY or not self._pool.is_poisoned(page):
+            if self._owner[page] != _NOBODY or (self._checks_bytes and not self._pool.is_poisoned(page)):
                 raise SanitizerError(
                     "load_untouched",
                     None,
@@ -328,6 +342,10 @@ class KVSanitizer:
         )
 
     def _require_state(self, check: str, pages: IntArray, allowed: tuple[int, ...]) -> None:
+        outside = pages[(pages < DUMMY_PAGE) | (pages > self._pool.num_pages)]
+        if outside.size:
+            allowed_pages = f"1 .. {self._pool.num_pages}"
+            raise SanitizerError("page_in_pool", None, int(outside[0]), allowed_pages, check)
         wrong = pages[~np.isin(self._state[pages], allowed)]
         if wrong.size:
             names = " or ".join(_STATE_NAMES[state] for state in allowed)
