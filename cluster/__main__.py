@@ -20,6 +20,7 @@ from typer.core import TyperCommand
 from cache_service.log_format import without_colours
 from cluster.cache_command import cache_app
 from cluster.config import ConfigError, Flag, flags, json_schema, load_config
+from cluster.debug_command import debug_app
 
 # Plain help: rich's table cuts the names of options at 80 columns.
 app = typer.Typer(
@@ -28,6 +29,7 @@ app = typer.Typer(
 config_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The configuration file.")
 app.add_typer(config_app, name="config")
 app.add_typer(cache_app, name="cache")
+app.add_typer(debug_app, name="debug")
 
 CONFIG_EXIT_CODE = 2
 FAILURE_EXIT_CODE = 1

@@ -23,6 +23,7 @@ TORCH_FREE = (
     "workers.kvcache.copy_checks",
     "workers.kvcache.copy_lane",
     "workers.kvcache.copy_streams",
+    "workers.dump_record",
     "workers.kvcache.layout",
     "workers.kvcache.move_queue",
     "workers.board_memory",

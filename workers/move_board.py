@@ -100,6 +100,12 @@ class MoveBoard:
         worst = max(statuses)
         return worst if worst.is_failed else min(statuses)
 
+    def statuses(self, move: int) -> list[MoveStatus]:
+        """Return what has become of a move on each rank; nothing once its word is a later move's."""
+        if any(self._word(rank, move) >> _STATUS_BITS > move for rank in range(self._size)):
+            return []
+        return [self._status(rank, move) for rank in range(self._size)]
+
     def is_over(self, move: int) -> bool:
         """Tell whether no rank will touch the move's page or slot again, whatever came of it."""
         return all(self._status(rank, move).is_over for rank in range(self._size))
@@ -112,7 +118,10 @@ class MoveBoard:
             self._memory.close()
 
     def _status(self, rank: int, move: int) -> MoveStatus:
-        word = self._words[rank * self._capacity + move % self._capacity]
+        word = self._word(rank, move)
         known = word >> _STATUS_BITS
         assert known <= move, f"asked for move {move}, whose word is move {known}'s: too many are in flight"
         return MoveStatus(word & _STATUS_MASK) if known == move else MoveStatus.PENDING
+
+    def _word(self, rank: int, move: int) -> int:
+        return self._words[rank * self._capacity + move % self._capacity]

@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 
 import torch
@@ -17,6 +18,7 @@ from prometheus_client import CollectorRegistry
 from cache_service.keys import NamespaceDigest
 from workers.card import ModelCard, load_card
 from workers.config import WorkerConfig
+from workers.crash_dump import write_dump
 from workers.engine.engine import Engine
 from workers.host_pages import CachePlace, HostPages
 from workers.inbox import Inbox
@@ -46,6 +48,8 @@ class RankSpec:
     """Compute threads on CPU."""
     cache_endpoint: str | None = None
     """Of the node's CacheServer; None: no page leaves the device."""
+    dump_folder: Path | None = None
+    """Where to leave a crash dump; None: nowhere."""
 
 
 class Rank:
@@ -63,6 +67,8 @@ class Rank:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         config = spec.config
+        self._spec = spec
+        self._cache: KVCacheManager | None = None  # rank 0's
         if config.device == "cpu":
             torch.set_num_threads(spec.num_threads)
         self.registry = CollectorRegistry()
@@ -101,6 +107,9 @@ class Rank:
         """Step until `stop`, then give everything back. Raise what ended it otherwise."""
         try:
             self._loop.run()
+        except Exception as error:  # the rank's top, but for its thread's
+            self._dump(error)
+            raise
         finally:
             if self.inbox is not None:
                 self.inbox.close()
@@ -117,6 +126,19 @@ class Rank:
         """Return how long ago the loop's last turn began. Any thread may call it."""
         return self._clock() - self._loop.turned_s
 
+    def _dump(self, error: Exception) -> None:
+        if self._spec.dump_folder is not None:
+            write_dump(
+                self._spec.dump_folder,
+                error,
+                config=self._spec.config,
+                replica=self._spec.replica_id,
+                incarnation=self._spec.incarnation,
+                engine=self._engine,
+                group=self._group,
+                cache=self._cache,
+            )
+
     def _lead(
         self,
         spec: RankSpec,
@@ -127,7 +149,7 @@ class Rank:
     ) -> StepLoop:
         config, engine = spec.config, self._engine
         namespace: NamespaceDigest = engine.namespace.digest()
-        cache = KVCacheManager(
+        cache = self._cache = KVCacheManager(
             engine.num_pages,
             config.page_size,
             namespace,

@@ -94,6 +94,7 @@ class Worker:
 
         `cache_endpoint` is where the node's CacheServer listens, if there is one.
         """
+        from workers.crash_dump import dump_folder
         from workers.rank import RankSpec
 
         spec = RankSpec(
@@ -106,6 +107,7 @@ class Worker:
             group_port=group_port,
             num_threads=self._num_threads,
             cache_endpoint=cache_endpoint,
+            dump_folder=dump_folder(),
         )
         self._thread = threading.Thread(target=self._live, args=(spec,), name="step-loop", daemon=True)
         self._thread.start()

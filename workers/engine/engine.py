@@ -60,6 +60,9 @@ from workers.plan import (
 logger = logging.getLogger(__name__)
 
 
+NUM_LOGGED_PLANS = 64
+
+
 class TokenError(RuntimeError):
     """A plan's token id outside the vocabulary: admission refuses those, so a bug; checked mode only."""
 
@@ -119,6 +122,8 @@ class Engine:
         copies = self._copies = copies_to(device)
         self._sampler = Sampler(card.vocab_size, max_slots, device, copies) if tp_group.rank == 0 else None
         self._launched: deque[LaunchedStep] = deque()
+        self.plans: deque[BatchPlan] = deque(maxlen=NUM_LOGGED_PLANS)
+        """The log's end, for crash dumps."""
         # A step may hold max_tokens_per_step tokens or one token of every slot.
         max_tokens = max(config.max_tokens_per_step, max_slots)
         self._stager = Stager(self._table, max_tokens, device, copies, mechanisms)
@@ -179,6 +184,15 @@ class Engine:
         """Steps the sanitizer has checked, be it their indices alone; 0 without it."""
         return self._sanitizer.num_steps if self._sanitizer else 0
 
+    @property
+    def version(self) -> RelocationVersion | None:
+        """The relocation version that the last plan's ops came to; None before the first."""
+        return self._version
+
+    def page_rows(self) -> dict[int, list[int]]:
+        """Return the pages of every slot that has some."""
+        return self._table.held()
+
     def attach(self, mover: Mover | None) -> None:
         """Move pages through `mover`, made over `pool`, from the next plan on; None: there is no cache tier.
 
@@ -199,6 +213,7 @@ class Engine:
         rank 0's (I8); PageTableError, TokenError and SanitizerError where a staged index is not what it must
         be. Each is a bug and fatal to the replica.
         """
+        self.plans.append(plan)
         version = self._advance(plan)
         self._apply(plan.ops)
         self._version = version

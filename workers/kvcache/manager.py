@@ -16,7 +16,7 @@ from workers.kvcache.host_tier import HostTier, WritePolicy
 from workers.kvcache.page_pool import PagePool, Safety
 from workers.kvcache.prefetcher import Prefetch, Prefetcher, PrefetchOptions
 from workers.kvcache.radix_cache import Node, RadixCache
-from workers.kvcache.rows import KeyedTokens, KVStats, Row, check_rows
+from workers.kvcache.rows import KeyedTokens, KVStats, Row, check_rows, kv_stats
 from workers.plan import (
     CloseSlot,
     CompletePages,
@@ -308,14 +308,11 @@ class KVCacheManager:
 
     def stats(self) -> KVStats:
         """Return the pages by state and the evictions so far."""
-        return KVStats(
-            num_free_pages=self._pool.num_free,
-            num_owned_pages=self._pool.num_owned,
-            num_quiescing_pages=self._pool.num_quiescing,
-            num_cached_pages=self._tree.num_pages,
-            num_evictable_pages=self._tree.num_unlocked,
-            num_evictions=self._tree.num_evictions,
-        )
+        return kv_stats(self._pool, self._tree)
+
+    def held_pages(self) -> list[tuple[int, str, int, int]]:
+        """Return page, state, generation and number of leases of every page that is not free."""
+        return self._pool.held()
 
     def check(self) -> None:
         """Prove that every page is free, quiescing, or leased by exactly the rows and nodes that hold it."""

@@ -152,6 +152,14 @@ class PagePool:
         freed, self._freed = self._freed, []
         return freed
 
+    def held(self) -> list[tuple[int, str, int, int]]:
+        """Return page, state, generation and number of leases of every page that is not free."""
+        return [
+            (page, PageState(state).name, self._generations[page], self._leases[page])
+            for page, state in enumerate(self._states)
+            if page and state is not PageState.FREE
+        ]
+
     def check(self) -> None:
         """Prove free + owned + quiescing == total, and each page's state by its leases and lists."""
         free, quiescing = set(self._free), [page for pages in self._quiescing.values() for page in pages]

@@ -56,6 +56,11 @@ class PageTable:
         self._check_slot(op.slot)
         self.rows[op.slot] = DUMMY_PAGE
 
+    def held(self) -> dict[int, list[int]]:
+        """Return the pages of every slot that has some."""
+        rows = self.rows[: self.max_slots]
+        return {slot: np.trim_zeros(row, "b").tolist() for slot, row in enumerate(rows) if row.any()}
+
     def stage_rows(self, slots: npt.NDArray[np.int64], out: npt.NDArray[np.int32]) -> None:
         """Copy the first out.shape[1] pages of each slot's row to `out` [len(slots), pages]."""
         if self._checked:

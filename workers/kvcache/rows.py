@@ -78,6 +78,18 @@ class KVStats:
     num_evictions: int
 
 
+def kv_stats(pool: PagePool, tree: RadixCache) -> KVStats:
+    """Count the pages by state."""
+    return KVStats(
+        num_free_pages=pool.num_free,
+        num_owned_pages=pool.num_owned,
+        num_quiescing_pages=pool.num_quiescing,
+        num_cached_pages=tree.num_pages,
+        num_evictable_pages=tree.num_unlocked,
+        num_evictions=tree.num_evictions,
+    )
+
+
 def check_rows(
     rows: Mapping[int, Row], pool: PagePool, tree: RadixCache, busy_pages: list[int], *, has_paths: bool
 ) -> None:
