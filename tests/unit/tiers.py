@@ -17,6 +17,7 @@ from tests.unit.arenas import key, new_store
 from workers.kvcache.arena_part import MappedArena
 from workers.kvcache.kv_pool import KVPool
 from workers.kvcache.layout import target_only
+from workers.kvcache.mover import mover_for
 from workers.kvcache.page_mover import PageMover
 from workers.move_board import MOVE_CAPACITY, MoveBoard, MoveStatus
 from workers.plan import LoadPages, SavePages
@@ -86,7 +87,8 @@ def eventually(is_so, timeout_s: float = TIMEOUT_S) -> None:
 class Tier:
     """An arena with its store, and a mover for each of `pools`: the ranks' pools, in the order of parts.
 
-    `make` makes the movers, and `options` go to each; moves are numbered here.
+    `make` makes the movers, those of their devices if not given, and `options` go to each; moves are numbered
+    here.
     """
 
     def __init__(
@@ -97,10 +99,12 @@ class Tier:
         num_slots=8,
         safety=None,
         board=None,
-        make=PageMover,
+        make=None,
         **options,
     ):
         num_ranks = len(pools)
+        if make is None:
+            make = PageMover if pools[0].data.device.type == "cpu" else mover_for
         self.owned, self.store, self.changes = new_store(
             folder,
             safety,
@@ -174,7 +178,8 @@ class Tier:
     def outcome(self, op: SavePages | LoadPages) -> list[MoveStatus]:
         """Wait until an op's moves are over on every rank; return the group's statuses."""
         moves = range(op.first_move, op.first_move + len(op.pages))
-        eventually(lambda: all(self.board.is_over(move) for move in moves))
+        for move in moves:  # one after another: a look at all of them takes long where there are thousands
+            eventually(lambda move=move: self.board.is_over(move))
         return [self.board.status(move) for move in moves]
 
     def run(self, op: SavePages | LoadPages) -> list[MoveStatus]:
