@@ -7,8 +7,11 @@ import torch
 
 from cache_service.arena_safety import ArenaSafety
 from tests.unit.fake_copies import FakeCuda, FakePinning
-from tests.unit.tiers import LAYOUT, Tier, eventually, keys, pool
+from tests.unit.tiers import CPU, LAYOUT, Tier, eventually, keys, pool
 from workers.kvcache import copy_lane
+from workers.kvcache.arena_part import MappedArena
+from workers.kvcache.kv_pool import KVPool
+from workers.kvcache.layout import target_only
 from workers.kvcache.move_queue import MoveOfNoPageError, MoveTimeoutError
 from workers.kvcache.moves import MoveInjection
 from workers.move_board import MoveStatus
@@ -219,6 +222,42 @@ def test_a_device_that_has_failed_fails_every_move_and_keeps_its_leases(build) -
         tier.mover.lanes[0].advance()
     assert tier.outcome(first) == [IO] * 2 and tier.outcome(then) == [IO]
     assert tier.arena.leases.sum() == 2
+
+
+class BrokenChecks:
+    """Checks with a bug, in what comes before a copy or in what comes after."""
+
+    def __init__(self, checks, broken: str) -> None:
+        self.checks, self.broken = checks, broken
+
+    def __getattr__(self, name):
+        if name == self.broken:
+            raise ZeroDivisionError(name)
+        return getattr(self.checks, name)
+
+
+@pytest.mark.parametrize("broken", ["before", "after"])
+def test_a_bug_of_ours_fails_moves_and_lets_none_hang(build, broken) -> None:
+    tier, _ = build(is_driven=False)
+    locations = tier.save([1, 2], keys(2))
+    lane = tier.mover.lanes[0]
+    lane._checks = BrokenChecks(lane._checks, broken)
+    for pages in ([5, 6], [7, 8]):
+        assert tier.run(tier.load_op(pages, locations, keys(2))) == [IO] * 2
+    assert tier.mover.num_in_flight == 0 and tier.mover.loading_pages() == []
+
+
+def test_an_arena_of_other_pages_that_comes_late_fails_moves(build) -> None:
+    tier, cuda = build()
+    arenas = []
+    other = KVPool(target_only(1, 8, 1, 8, "float32"), 4, CPU)
+    mover = cuda(other, lambda: arenas[0] if arenas else None, 0, tier.board, is_driven=True)
+    arenas.append(MappedArena(tier.arena, tier.leases[0]))
+    op = tier.save_op([1], tier.grant(), keys(1))
+    mover.start(op)
+    assert mover.lanes[1].advance() is True
+    assert tier.outcome(op) == [IO]
+    mover.close()
 
 
 def test_a_slot_is_leased_until_the_device_has_copied_it_whoever_wants_it(build) -> None:

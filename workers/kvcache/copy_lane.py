@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy
 
 from workers.engine.mechanisms import Mechanisms
-from workers.kvcache.arena_part import ArenaPart
+from workers.kvcache.arena_part import ArenaPart, MoverError
 from workers.kvcache.arena_pins import ArenaPins, Bounce
 from workers.kvcache.copy_checks import CopyChecks
 from workers.kvcache.copy_streams import Copy, CopyStreams
@@ -83,6 +83,7 @@ class CopyLane:
         # Faults are of single moves.
         self._max_batch = 1 if injection else max(1, BATCH_BYTES // bundle_bytes)
         self._max_in_flight = max(1, MAX_BYTES_IN_FLIGHT // bundle_bytes)
+        self._taken: list[Started] = []  # from the queue, and neither in flight nor over
         self._flights: deque[_Flight] = deque()
         self._num_in_flight = 0
         self._num_flights = 0
@@ -97,22 +98,29 @@ class CopyLane:
         """Take up copies that are over and enqueue a batch if there is room; False: there was nothing."""
         is_any = False
         while self._flights and self._is_passed(self._flights[0].end):
-            self._finish(self._flights.popleft())
+            self._finish(self._flights[0])
+            self._flights.popleft()
             is_any = True
         room = self._max_in_flight - self._num_in_flight
-        batch = self._queue.take(self.kind, min(room, self._max_batch)) if room > 0 else []
-        return (bool(batch) and self._begin(batch)) or is_any
+        self._taken = self._queue.take(self.kind, min(room, self._max_batch)) if room > 0 else []
+        if self._taken:
+            is_any = self._begin(self._taken) or is_any
+            self._taken = []
+        return is_any
 
     def fail(self) -> None:
-        """End all in flight after the device has failed: it may still copy, so no lease is given back.
+        """End all that has begun after the device, or the lane, has failed, and fail what comes.
 
-        The process does not outlive its device; its leases end with it.
+        The device may still copy, so no lease is given back: it ends with the process, which does not outlive
+        its device.
         """
         self._is_broken = True
         self._num_in_flight = 0
-        while self._flights:
-            for ready in self._flights.popleft().ready:
-                self._queue.end(ready.move, MoveStatus.FAILED_IO, 0.0)
+        begun = [ready.move for flight in self._flights for ready in flight.ready]
+        begun += [started.move for started in self._taken]
+        self._flights.clear()
+        self._taken = []
+        self._end_all([move for move in dict.fromkeys(begun) if not self._queue.status(move.number).is_over])
 
     def _is_passed(self, mark: Mark) -> bool:
         try:
@@ -129,7 +137,7 @@ class CopyLane:
         if self._injection:
             fault = self._injection.fault(batch[0].move, self._arena.part)
             self._queue.pause(fault.delay_s)
-        if fault.fails or self._is_broken or self._queue.is_closing or not self._arena.is_there():
+        if fault.fails or self._is_broken or self._queue.is_closing or not self._is_there():
             self._end_all([started.move for started in batch])
             return True
         self._end_all([started.move for started in batch if not self._arena.has(started.move)])
@@ -142,6 +150,13 @@ class CopyLane:
             return True
         return False
 
+    def _is_there(self) -> bool:
+        try:
+            return self._arena.is_there()
+        except MoverError:
+            logger.exception("the arena is of other pages", extra={"kind": self.kind})
+            return False
+
     def _with_frames(self, batch: list[Started]) -> list[_Ready]:
         """Give bounce frames to moves whose slots are not pinned; have those wait for which there is none."""
         ready: list[_Ready] = []
@@ -150,6 +165,7 @@ class CopyLane:
             if self._pins().piece(started.move.slot) is None:
                 frame = self._bounce.take()
                 if frame is None:
+                    self._taken = batch[:place]
                     self._queue.put_back(batch[place:])
                     break
             ready.append(_Ready(started, frame))
