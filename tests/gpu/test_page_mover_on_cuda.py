@@ -10,7 +10,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-import numpy
 import pytest
 import torch
 
@@ -69,8 +68,8 @@ def cuda_mover(pool, mapped, part, board, *, copies="batch", pinning=CudaPinning
 
 def cuda_pool(seed: int, num_pages: int = 12, layout: BundleLayout = LAYOUT) -> KVPool:
     made = KVPool(layout, num_pages, torch.device("cuda"))
-    octets = numpy.random.default_rng(seed).integers(0, 256, (num_pages, layout.bundle_bytes), numpy.uint8)
-    made.data[1:] = torch.from_numpy(octets).cuda()
+    chance = torch.Generator("cuda").manual_seed(seed)
+    made.data[1:].random_(0, 256, generator=chance)
     # Kernels that the tests use are loaded now: loading one waits for the device.
     made.data[:1].fill_(0)
     made.data[:2].clone()
@@ -309,7 +308,6 @@ def test_bandwidth(folder, bundle_kib, copies) -> None:
         "save": seconds(lambda: host.copy_(pool.data[1:].view(-1), non_blocking=True)),
         "load": seconds(lambda: pool.data[1:].view(-1).copy_(host, non_blocking=True)),
     }
-    pool = cuda_pool(0, num_pages, layout)
     began_s = time.monotonic()
     with Tier(folder, [pool], num_slots=num_pages, make=partial(cuda_mover, copies=copies)) as tier:
         eventually(lambda: is_pinned(tier))
