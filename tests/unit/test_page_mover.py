@@ -347,6 +347,7 @@ def test_moves_fail_until_there_is_an_arena(tmp_path, make) -> None:
         early, then = (
             tier.save_op([page], [grant], keys(1)) for page, grant in zip([1, 2], grants, strict=True)
         )
+        assert late.saved_checksum(grants[0].slot) is None, "nobody knows"
         late.start(early)
         assert tier.outcome(early) == [IO]
         arenas.append(MappedArena(tier.arena, tier.leases[0]))

@@ -127,9 +127,9 @@ class ArenaPart:
         """Return the checksum of the bytes that a move's slot has now. Releases the interpreter's lock."""
         return bundle_checksum(self.bundles[move.slot].data, move.key, self.part)
 
-    def saved_checksum(self, slot: int) -> int:
-        """Return the checksum of this rank's bundle in a slot, as its header has it now."""
-        return self.arena.checksum(slot, self.part)
+    def saved_checksum(self, slot: int) -> int | None:
+        """Return the checksum of this rank's bundle in a slot, as its header has it; None: no arena yet."""
+        return self.arena.checksum(slot, self.part) if self.is_there() else None
 
     def flip_bit(self, slot: int) -> None:
         """Damage a bundle, as an injected fault does."""

@@ -174,8 +174,8 @@ class CudaPageMover:
         """Tell whether what the compute stream is given next comes after a LOAD that is not over."""
         return move in self._awaited
 
-    def saved_checksum(self, slot: int) -> int:
-        """Return the checksum of this rank's bundle in a slot, as its header has it now."""
+    def saved_checksum(self, slot: int) -> int | None:
+        """Return the checksum of this rank's bundle in a slot, as its header has it; None: no arena yet."""
         return self._arena.saved_checksum(slot)
 
     def page_checksum(self, page: int, key: PageKey) -> int:

@@ -29,8 +29,8 @@ class MoveWitness(Protocol):
         """Tell whether what the device computes next comes after a LOAD that is not over."""
         ...
 
-    def saved_checksum(self, slot: int) -> int:
-        """Return the checksum of this rank's bundle in a slot, as its header has it now."""
+    def saved_checksum(self, slot: int) -> int | None:
+        """Return the checksum of this rank's bundle in a slot, as its header has it; None: no arena yet."""
         ...
 
     def page_checksum(self, page: int, key: PageKey) -> int:
@@ -69,7 +69,7 @@ class MoveShadow:
                 watched = _Watched(move, 0)
                 self._saves.setdefault(move.page, []).append(watched)
             else:
-                checksum = self._witness.saved_checksum(move.slot) if self._checks_bytes else 0
+                checksum = self._witness.saved_checksum(move.slot) if self._checks_bytes else None
                 watched = self._loads[move.page] = _Watched(move, checksum)
             self._in_flight.append(watched)
 
@@ -116,16 +116,20 @@ class MoveShadow:
         is_awaited = status is MoveStatus.ENQUEUED and self._witness.comes_first(watched.move.number)
         if status not in (MoveStatus.DONE, MoveStatus.FAILED_TORN) and not is_awaited:
             raise SanitizerError("page_loaded", slot, page, "a LOAD that is done", status.name)
-        found = self._witness.page_checksum(page, watched.move.key) if self._checks_bytes else 0
-        if found != watched.checksum:
+        if watched.checksum is not None:
+            self._check_bytes(watched, slot, watched.checksum, status)
+        del self._loads[page]
+
+    def _check_bytes(self, watched: "_Watched", slot: int | None, saved: int, status: MoveStatus) -> None:
+        found = self._witness.page_checksum(watched.move.page, watched.move.key)
+        if found != saved:
             raise SanitizerError(
                 "loaded_bytes",
                 slot,
-                page,
-                f"checksum {watched.checksum:016x}, as saved",
+                watched.move.page,
+                f"checksum {saved:016x}, as saved",
                 f"{found:016x} after a LOAD that is {status.name}",
             )
-        del self._loads[page]
 
     def _status(self, watched: "_Watched") -> MoveStatus:
         if not watched.status.is_over:
@@ -134,9 +138,9 @@ class MoveShadow:
 
 
 class _Watched:
-    """A move and, for a LOAD, the checksum of the bytes it has to bring."""
+    """A move and, for a LOAD, the checksum of the bytes it has to bring; None: they are not looked at."""
 
-    def __init__(self, move: Move, checksum: int) -> None:
+    def __init__(self, move: Move, checksum: int | None) -> None:
         self.move = move
         self.checksum = checksum
         self.status = MoveStatus.PENDING

@@ -126,8 +126,8 @@ class PageMover:
         """Tell whether what the caller computes next comes after a LOAD that is not over: never, on a CPU."""
         return False
 
-    def saved_checksum(self, slot: int) -> int:
-        """Return the checksum of this rank's bundle in a slot, as its header has it now."""
+    def saved_checksum(self, slot: int) -> int | None:
+        """Return the checksum of this rank's bundle in a slot, as its header has it; None: no arena yet."""
         return self._arena.saved_checksum(slot)
 
     def page_checksum(self, page: int, key: PageKey) -> int:
