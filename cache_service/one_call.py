@@ -4,19 +4,12 @@ import time
 
 import msgspec
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
+from cache_service.connection_loss import why_lost
 from cache_service.gate import open_client_socket
 from cache_service.messages import Answer, Call, Refused, Reply, Request
 
 _CALL_ID = 1
-_REFUSED_EVENTS = {
-    zmq.Event.CLOSED: "nobody listens there",
-    zmq.Event.DISCONNECTED: "whoever listens there broke off",
-    zmq.Event.HANDSHAKE_FAILED_AUTH: "the server does not know this secret",
-    zmq.Event.HANDSHAKE_FAILED_PROTOCOL: "whoever listens there is no cache server",
-    zmq.Event.HANDSHAKE_FAILED_NO_DETAIL: "the server does not know this secret",
-}
 
 
 class CallError(Exception):
@@ -51,10 +44,8 @@ def exchange(endpoint: str, cluster_secret: bytes, request: Request, timeout_s: 
                 ready = dict(poller.poll(max(1, int(left_s * 1000))))
                 if socket in ready:
                     return socket.recv()
-                why = monitor in ready and _REFUSED_EVENTS.get(
-                    zmq.Event(recv_monitor_message(monitor)["event"])
-                )
-                if why:
+                why = why_lost(monitor)
+                if why is not None:
                     raise CallError(f"no answer from the cache server at {endpoint}: {why}")
             raise CallError(f"the cache server at {endpoint} did not answer within {timeout_s:g} s")
         except zmq.ZMQError as error:

@@ -19,9 +19,9 @@ from typing import Literal, Protocol
 
 import msgspec
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
 from cache_service.breaker import Breaker
+from cache_service.connection_loss import NO_RECONNECT_MS, why_lost
 from cache_service.gate import open_client_socket
 from cache_service.injection import InjectedSocket, MessageInjection, MessageSocket
 from cache_service.messages import (
@@ -44,14 +44,6 @@ FailureReason = Literal["timeout", "breaker_open", "refused", "connection_lost",
 """Why a call has no answer: none came in time; none was hoped for; the server said no; the server may have
 done it before it was lost, and it must not be done twice; the client is closed."""
 
-_LOST_EVENTS = {
-    zmq.Event.DISCONNECTED: "the server disconnected",
-    zmq.Event.CLOSED: "no server listens",
-    zmq.Event.HANDSHAKE_FAILED_AUTH: "the server does not know this cluster's secret",
-    zmq.Event.HANDSHAKE_FAILED_PROTOCOL: "the peer does not speak CURVE",
-    zmq.Event.HANDSHAKE_FAILED_NO_DETAIL: "the handshake failed; do both ends hold the same cluster secret?",
-}
-_NO_RECONNECT_MS = 3_600_000  # sockets are replaced; -1 makes libzmq hang at exit after a failed handshake
 _CLOSE_TIMEOUT_S = 10.0
 
 
@@ -216,7 +208,7 @@ class ServerConnection:
     def _live(self, context: zmq.Context[zmq.Socket[bytes]]) -> str:
         """Live through one connection; return why it ended."""
         socket = open_client_socket(context, zmq.DEALER, self._cluster_secret)
-        socket.reconnect_ivl = _NO_RECONNECT_MS
+        socket.reconnect_ivl = NO_RECONNECT_MS
         monitor = socket.get_monitor_socket(zmq.Event.ALL)
         poller = zmq.Poller()
         for source in (socket, monitor, self._wake_fd):
@@ -237,7 +229,7 @@ class ServerConnection:
                     os.eventfd_read(self._wake_fd)
                 why = self._receive(wire)
                 if why is None and monitor in ready:
-                    why = _lost(monitor)
+                    why = why_lost(monitor)
                 if why is None and not self.is_attached and self._clock() > give_up_s:
                     why = f"the server did not take this process in within {self._patience.attach_s:g} s"
                 if why is not None:
@@ -351,11 +343,3 @@ class ServerConnection:
 
 def _ignore(outcome: Answer | CallFailure) -> None:
     """Take what came of a probe: the breaker knows."""
-
-
-def _lost(monitor: zmq.Socket[bytes]) -> str | None:
-    while monitor.poll(0):
-        why = _LOST_EVENTS.get(zmq.Event(recv_monitor_message(monitor)["event"]))
-        if why is not None:
-            return why
-    return None

@@ -15,8 +15,8 @@ from typing import Protocol
 
 import msgspec
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
+from cache_service.connection_loss import NO_RECONNECT_MS, why_lost
 from cache_service.curve import curve_keys
 from workers.protocol import (
     HEARTBEAT_MS,
@@ -37,14 +37,6 @@ logger = logging.getLogger(__name__)
 POLL_S = 0.5
 RETRY_S = 0.25
 MAX_RETRY_S = 8.0
-
-_LOST_EVENTS = {
-    zmq.Event.DISCONNECTED: "the worker disconnected",
-    zmq.Event.CLOSED: "no worker listens",
-    zmq.Event.HANDSHAKE_FAILED_AUTH: "the worker does not know this cluster's secret",
-    zmq.Event.HANDSHAKE_FAILED_PROTOCOL: "the peer does not speak CURVE",
-    zmq.Event.HANDSHAKE_FAILED_NO_DETAIL: "the handshake failed; do both ends hold the same cluster secret?",
-}
 
 
 class WrongWorkerError(Exception):
@@ -170,9 +162,7 @@ class Connection:
     def _serve(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> str:
         """Live through one connection; return why it ended."""
         socket = context.socket(zmq.DEALER)
-        socket.reconnect_ivl = (
-            3_600_000  # we replace the socket; -1 makes libzmq hang at exit after a failed handshake
-        )
+        socket.reconnect_ivl = NO_RECONNECT_MS
         socket.rcvhwm = 0  # the worker's own bound decides when a slow reader is dropped
         socket.sndhwm = 0
         socket.heartbeat_ivl = HEARTBEAT_MS
@@ -192,7 +182,7 @@ class Connection:
                 ready = dict(poller.poll(int(POLL_S * 1000)))
                 why = self._receive(socket)  # before the monitor: a dying worker's last words count
                 if why is None and monitor in ready:
-                    why = self._watch(monitor)
+                    why = why_lost(monitor)
                 if why is None and self._clock() - heard_s > self._lease_s and socket not in ready:
                     why = f"the worker was silent for {self._lease_s:g} s"
                 if why is not None:
@@ -240,11 +230,3 @@ class Connection:
             generation, payload = self._outbox.popleft()
             if generation == self._generation:
                 socket.send(payload)
-
-    def _watch(self, monitor: zmq.Socket[bytes]) -> str | None:
-        while monitor.poll(0):
-            event = recv_monitor_message(monitor)
-            why = _LOST_EVENTS.get(zmq.Event(event["event"]))
-            if why is not None:
-                return why
-        return None
