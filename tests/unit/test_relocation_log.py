@@ -2,7 +2,9 @@ import msgspec
 import pytest
 
 from cache_service.keys import PageKey
+from cache_service.page_replica import PageReplica
 from cache_service.relocation import Changes, RelocationLog, Snapshot, Version
+from cache_service.relocation_follower import RelocationFollower
 from cache_service.relocation_records import Removed, Stored, StoredRemotely
 
 KEY = PageKey(b"k" * 16)
@@ -50,3 +52,16 @@ def test_changes_and_snapshots_cross_the_wire():
     ):
         encoded = msgspec.msgpack.encode(record)
         assert msgspec.msgpack.decode(encoded, type=Changes | Snapshot) == record
+
+
+def test_once_the_owner_has_spoken_what_a_dead_incarnation_said_asks_for_nothing_more():
+    follower = RelocationFollower(PageReplica())
+    follower.receive(Changes(4, 7, [stored(1)]), 0.0)
+    ticket = follower.begin_resync()
+    follower.receive(Changes(5, 1, [stored(2)]), 0.0)
+    follower.resynced(Snapshot(Version(5, 1), []), ticket, 0.0)
+    assert follower.applied == Version(5, 2) and not follower.needs_resync(1.0)
+    follower.receive(Changes(4, 8, []), 1.0)
+    assert follower.needs_resync(1.0), "it might be of a new one"
+    follower.resynced(Changes(5, 2, []), follower.begin_resync(), 1.0)
+    assert not follower.needs_resync(2.0)
