@@ -4,6 +4,7 @@ An ArenaUser of the CacheServer's thread. Registering pins memory over RDMA, whi
 GB: a thread of its own does it, and until then the node neither lends nor fetches from peers.
 """
 
+import functools
 import logging
 import threading
 from collections.abc import Callable
@@ -47,13 +48,14 @@ class Wire:
         memory = access.arena.pages()
 
         def register() -> None:
+            transfer, address = self._transfer, None
             try:
-                transfer = self._transfer = self._transfer or self._open_transfer()
+                transfer = transfer or self._open_transfer()
                 address = transfer.register(memory)
             except TransferError as error:
                 logger.error("this node exchanges no pages with peers", extra={"reason": str(error)})
-                return
-            self._inbox.put(lambda: self._registered(thread, address))
+            if transfer is not None:
+                self._inbox.put(functools.partial(self._registered, thread, transfer, address))
 
         self._thread = thread = threading.Thread(target=register, name="register-arena", daemon=True)
         thread.start()
@@ -65,6 +67,7 @@ class Wire:
             thread.join(_END_S)
             if thread.is_alive():
                 self._give_up()
+                return False
         return self.close() and not self._hanging
 
     def close(self) -> bool:
@@ -80,6 +83,8 @@ class Wire:
             self._hanging.append(self._transfer)
             self._transfer = None
 
-    def _registered(self, thread: threading.Thread, address: int) -> None:
-        if thread is self._thread:  # else its arena is gone
-            self._address = address
+    def _registered(self, thread: threading.Thread, transfer: Transfer, address: int | None) -> None:
+        if thread is self._thread:
+            self._transfer, self._address = transfer, address
+        elif transfer not in self._hanging and not transfer.close(0.0):  # its arena is gone
+            self._hanging.append(transfer)
