@@ -231,8 +231,12 @@ def bundle_checksum(bundle: bytes | bytearray | memoryview, key: PageKey, rank: 
     The seed makes a bundle under a wrong key, or in another rank's place, as wrong as a flipped bit;
     0 stands for "not written yet". Releases the interpreter's lock.
     """
-    seed = (int.from_bytes(key[:8], "little") + rank) & _SEED_MASK
-    return xxhash.xxh3_64_intdigest(bundle, seed=seed) or 1
+    return xxhash.xxh3_64_intdigest(bundle, seed=checksum_seed(key, rank)) or 1
+
+
+def checksum_seed(key: PageKey, rank: int) -> int:
+    """Return the seed of a bundle's checksum."""
+    return (int.from_bytes(key[:8], "little") + rank) & _SEED_MASK
 
 
 def _aligned(num_bytes: int, alignment: int) -> int:

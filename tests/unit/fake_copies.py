@@ -7,7 +7,6 @@ from collections import deque
 
 import numpy
 
-from workers.kvcache.copy_checks import Checksums
 from workers.kvcache.cuda_page_mover import CudaPageMover
 
 KINDS = ("load", "save")
@@ -202,6 +201,5 @@ class FakeCuda:
             board,
             streams=self.streams,
             pinning=self.pinning,
-            checksums=Checksums(0),
-            **options,
+            **{"num_threads": 1, **options},
         )

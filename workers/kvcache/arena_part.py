@@ -3,15 +3,16 @@
 Shared by the movers of all devices, in their threads: leases, grants, epochs and checksums. No torch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy
 from numpy.typing import NDArray
 
 from cache_service.arena import Arena
-from cache_service.arena_format import bundle_checksum
+from cache_service.arena_format import bundle_checksum, checksum_seed
 from cache_service.lease_row import LeaseRow
+from cache_service.native.checksum import Checksums
 from cache_service.page_records import Location
 from workers.kvcache.moves import Move
 
@@ -98,15 +99,19 @@ class ArenaPart:
 
     def is_intact(self, move: Move) -> bool:
         """Tell whether the bytes of a leased slot are those that were saved, as far as the policy asks."""
-        arena = self.arena
-        if not self._verifies_loads:
-            return True
-        if arena.incarnation != self._incarnation:  # another server adopted it: all are looked at anew
-            self._incarnation = arena.incarnation
+        return not self.must_verify(move) or self.verify(move, self.checksum(move))
+
+    def must_verify(self, move: Move) -> bool:
+        """Tell whether the policy asks for the checksum of a leased slot's bytes."""
+        if self.arena.incarnation != self._incarnation:  # another server adopted it: all are looked at anew
+            self._incarnation = self.arena.incarnation
             self._verified.clear()
-        if not self._verifies_all and self._verified.get(move.slot) == move.epoch:
-            return True
-        if self.checksum(move) != self.saved_checksum(move.slot):
+        is_known = not self._verifies_all and self._verified.get(move.slot) == move.epoch
+        return self._verifies_loads and not is_known
+
+    def verify(self, move: Move, checksum: int) -> bool:
+        """Hold the checksum of a leased slot's bytes against the one that was saved with them."""
+        if checksum != self.saved_checksum(move.slot):
             return False
         self._verified[move.slot] = move.epoch
         return True
@@ -126,6 +131,15 @@ class ArenaPart:
     def checksum(self, move: Move) -> int:
         """Return the checksum of the bytes that a move's slot has now. Releases the interpreter's lock."""
         return bundle_checksum(self.bundles[move.slot].data, move.key, self.part)
+
+    def checksums(self, checksums: Checksums, moves: Sequence[Move]) -> list[int]:
+        """Return `checksum` of many moves, computed by compiled threads."""
+        base, stride = self.bundles.ctypes.data, self.bundles.strides[0]
+        return checksums.of(
+            [base + move.slot * stride for move in moves],
+            self._bundle_bytes,
+            [checksum_seed(move.key, self.part) for move in moves],
+        )
 
     def saved_checksum(self, slot: int) -> int | None:
         """Return the checksum of this rank's bundle in a slot, as its header has it; None: no arena yet."""

@@ -236,7 +236,7 @@ class CopyLane:
             self._free_frame(each)
             if flight.fault.corrupts and status is MoveStatus.DONE:
                 self._arena.flip_bit(each.move.slot)
-            self._queue.end(each.move, status, seconds / len(moves))
+        self._queue.end_all(list(zip(moves, statuses, strict=True)), seconds)
 
     def _give_up(self, ready: Sequence[_Ready]) -> None:
         """End moves whose copies could not be enqueued, once none of them can be under way."""
@@ -278,8 +278,7 @@ class CopyLane:
         ]
 
     def _end_all(self, moves: Sequence[Move]) -> None:
-        for move in moves:
-            self._queue.end(move, MoveStatus.FAILED_IO, 0.0)
+        self._queue.end_all([(move, MoveStatus.FAILED_IO) for move in moves], 0.0)
 
     def _free_frame(self, ready: _Ready) -> None:
         if ready.frame is not None:

@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterable, Sequence
 
 from cache_service.arena_format import bundle_checksum
 from cache_service.keys import PageKey
+from cache_service.native.checksum import Checksums
 from workers.engine.mechanisms import ALL_ON, Mechanisms
 from workers.kvcache.arena_part import ArenaPart, MappedArena, VerifyPolicy
 from workers.kvcache.arena_pins import PIECE_BYTES, ArenaPins, Bounce
-from workers.kvcache.copy_checks import Checksums, LoadChecks, SaveChecks
+from workers.kvcache.copy_checks import LoadChecks, SaveChecks, num_checksum_threads
 from workers.kvcache.copy_lane import CopyLane
 from workers.kvcache.copy_streams import CopyStreams, HostPinning
 from workers.kvcache.kv_pool import KVPool
@@ -35,7 +36,8 @@ class CudaPageMover:
 
     `mapped` tells the arena, None while there is none: moves fail until it is there, and it stays for good.
     It is pinned in the background, from then on until `close`. The caller closes the mover before arena,
-    board and pool. `is_driven`: there are no threads, the caller pins and advances the `lanes`.
+    board and pool. `num_threads` help with checksums; None: as many as there are cores for. `is_driven`: the
+    mover has no threads, the caller pins and advances the `lanes`.
     """
 
     def __init__(
@@ -47,7 +49,7 @@ class CudaPageMover:
         *,
         streams: CopyStreams,
         pinning: HostPinning,
-        checksums: Checksums | None = None,
+        num_threads: int | None = None,
         verify: VerifyPolicy = "always",
         mechanisms: Mechanisms = ALL_ON,
         injection: MoveInjection | None = None,
@@ -67,7 +69,7 @@ class CudaPageMover:
         self._awaited: set[int] = set()  # LOADs that the compute stream waits for; the Engine's thread alone
         self._queue = MoveQueue(board, pool.num_pages, bundle_bytes, part, injection)
         self._arena = ArenaPart(mapped, part, bundle_bytes, verify, verifies_loads=mechanisms.verifies_loads)
-        self._checksums = checksums or Checksums.of_this_machine()
+        self._checksums = Checksums(num_checksum_threads() if num_threads is None else num_threads)
         self.stats.num_pinned_bytes = lambda: self._pins.num_bytes if self._pins else 0
         self.lanes = [
             CopyLane(

@@ -185,10 +185,15 @@ class MoveQueue:
 
     def end(self, move: Move, status: MoveStatus, seconds: float) -> None:
         """Tell that a move is over: it touches neither page nor slot again."""
+        self.end_all([(move, status)], seconds)
+
+    def end_all(self, moves: Sequence[tuple[Move, MoveStatus]], seconds: float) -> None:
+        """Tell that moves are over, which took so long together."""
         with self._lock:
-            self.stats.finished(move, status, self._bundle_bytes, seconds)
-            self._num_in_flight -= 1
-            self._board.publish(move.number, status)
-            if move.kind == "load":
-                del self._loading[move.page]
-                self._has_moved.notify_all()
+            for move, status in moves:
+                self.stats.finished(move, status, self._bundle_bytes, seconds / len(moves))
+                self._num_in_flight -= 1
+                self._board.publish(move.number, status)
+                if move.kind == "load":
+                    del self._loading[move.page]
+            self._has_moved.notify_all()
