@@ -194,7 +194,7 @@ def declared_dependencies():
 def test_every_import_is_a_declared_dependency():
     distributions = packages_distributions()
     comes_with = {"pydantic_core": "pydantic"}
-    optional = {"cuda", "flashinfer"}  # imported only where the option that needs it is chosen
+    optional = {"cuda", "flashinfer", "triton"}  # imported only where the option that needs it is chosen
     declared = declared_dependencies()
     undeclared = sorted(
         f"{module} imports {top}"

@@ -1,6 +1,7 @@
 """Attention: projections, q/k norm and RoPE around the AttentionBackend, heads divided among the ranks."""
 
 from collections.abc import Iterator
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -14,6 +15,22 @@ from workers.layers.rotary import rotate
 from workers.models.config import ModelConfig
 from workers.models.sharding import head_layout
 from workers.parallel import TPGroup
+
+
+@runtime_checkable
+class RotatingBackend(Protocol):
+    """What an AttentionBackend may do besides: rotate and write keys in one kernel."""
+
+    def forward_unrotated(
+        self,
+        layer: AttentionLayer,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+    ) -> torch.Tensor:
+        """As AttentionBackend.forward for q and k before RoPE, whose memory it may use."""
 
 
 class Attention(nn.Module):
@@ -88,15 +105,18 @@ class Attention(nn.Module):
         layer = self.layer
         num_rotated = layer.num_heads + layer.num_kv_heads
         qkv = self.qkv(x).view(x.shape[0], -1, layer.head_dim)  # [tokens, q + k + v heads, head_dim]
-        v = qkv[:, num_rotated:]
-        if self.q_norm is None or self.k_norm is None:
-            rotated = self._rotate(qkv[:, :num_rotated], cos, sin)  # q and k heads at once
-            q, k = rotated[:, : layer.num_heads], rotated[:, layer.num_heads :]
+        q, k, v = qkv[:, : layer.num_heads], qkv[:, layer.num_heads : num_rotated], qkv[:, num_rotated:]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if isinstance(backend, RotatingBackend):
+            attended = backend.forward_unrotated(layer, q, k, v, cos, sin)
+        elif self.q_norm is not None:
+            attended = backend.forward(layer, self._rotate(q, cos, sin), self._rotate(k, cos, sin), v)
         else:
-            q = self._rotate(self.q_norm(qkv[:, : layer.num_heads]), cos, sin)
-            k = self._rotate(self.k_norm(qkv[:, layer.num_heads : num_rotated]), cos, sin)
-        attended: torch.Tensor = self.output(backend.forward(layer, q, k, v))
-        return attended
+            rotated = self._rotate(qkv[:, :num_rotated], cos, sin)  # q and k lie side by side: both at once
+            attended = backend.forward(layer, rotated[:, : layer.num_heads], rotated[:, layer.num_heads :], v)
+        out: torch.Tensor = self.output(attended)
+        return out
 
     def _rotate(self, heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Rotate heads that nobody else reads: the kernel does it in place."""

@@ -13,11 +13,18 @@ Matmul = Callable[[torch.Tensor], torch.Tensor]
 
 
 class LayerKernels(Protocol):
-    """Implemented by workers.native; every result is a fresh tensor unless it says otherwise."""
+    """Implemented by workers.native and workers.triton_kernels.
+
+    Every result is a fresh tensor unless it says otherwise.
+    """
 
     def matmul(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Matmul | None:
         """Return x W^T + b with weight [out_features, in_features] in a form of its own; None: not for this
         dtype or shape."""
+
+    def gated_matmul(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Matmul | None:
+        """Return silu_mul of x W^T + b, weight [2 * out_features, in_features] = [ gate | up ], in one go;
+        None: nothing is won over matmul and silu_mul."""
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Return x / rms(x) * weight, x [rows, size]."""

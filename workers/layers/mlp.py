@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from workers.layers.kernels import LayerKernels
+from workers.layers.kernels import LayerKernels, Matmul
 from workers.layers.linear import Linear, RowParallelLinear
 from workers.layers.placement import Placement, Run, shard_run, whole
 from workers.models.config import ModelConfig
@@ -36,10 +36,14 @@ class GatedMLP(nn.Module):
             group=group,
         )
         self._kernels: LayerKernels | None = None
+        self._gated: Matmul | None = None
 
     def adopt(self, kernels: LayerKernels) -> None:
-        """Gate by a compiled kernel from now on; the projections adopt theirs themselves."""
+        """Gate by a compiled kernel from now on; the projections adopt theirs themselves, after this."""
+        assert self.gate_up.weight.numel() > 0, "gate_up has given its weight away"
         self._kernels = kernels
+        bias = None if self.gate_up.bias is None else self.gate_up.bias.detach()
+        self._gated = kernels.gated_matmul(self.gate_up.weight.detach(), bias)
 
     def placements(self) -> Iterator[tuple[str, Placement]]:
         """Yield checkpoint names (under the layer's mlp) and where this rank's share goes."""
@@ -59,11 +63,14 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [tokens, hidden] (normalised) to [tokens, hidden]."""
-        gate_up = self.gate_up(x)
-        if self._kernels is not None:
-            gated = self._kernels.silu_mul(gate_up)
-        else:
-            gate, up = gate_up.chunk(2, dim=-1)
-            gated = functional.silu(gate) * up
-        out: torch.Tensor = self.down(gated)
+        out: torch.Tensor = self.down(self._gate(x))
         return out
+
+    def _gate(self, x: torch.Tensor) -> torch.Tensor:
+        if self._gated is not None:
+            return self._gated(x)
+        gate_up: torch.Tensor = self.gate_up(x)
+        if self._kernels is not None:
+            return self._kernels.silu_mul(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return functional.silu(gate) * up

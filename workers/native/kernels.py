@@ -115,6 +115,10 @@ class NativeKernels:
         by_torch = packed_by_torch(weight, bias)
         return lambda x: native(x) if x.shape[0] <= max_rows else by_torch(x)
 
+    def gated_matmul(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Matmul | None:
+        """Return None: the activation by itself is as fast."""
+        return None
+
     def pack_linear(self, weight: torch.Tensor) -> torch.Tensor:
         """Return bf16 `weight` [n, k] in the layout of linear.cpp."""
         assert weight.dtype == torch.bfloat16 and weight.stride(1) == 1, (weight.dtype, weight.stride())

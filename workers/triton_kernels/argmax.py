@@ -1,0 +1,102 @@
+"""greedy_tokens: each row's largest logit, of equal ones the lower id. Programs share few rows."""
+
+import torch
+import triton
+import triton.language as tl
+
+from workers.triton_kernels.launching import await_inputs, launch_options, let_next_begin
+
+_BLOCK = 1024
+_NUM_PROGRAMS = 528
+"""To keep every multiprocessor busy: four for each of an H100's."""
+
+_SMALLEST: tl.constexpr = tl.constexpr(-(1 << 63))
+
+
+@triton.jit
+def _key(value, token_id):
+    """Return int64s in the order of the values, and for equal ones against the order of the ids.
+
+    key:  [ order of the float : 32 | 2^32 - 1 - id : 32 ]; NaN comes before all numbers, as in torch.argmax
+    """
+    bits = (value + 0.0).to(tl.int32, bitcast=True)  # + 0.0: the two zeros are equal
+    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    order = tl.where(value != value, 0x7FFFFFFF, order)
+    return (order.to(tl.int64) << 32) | (0xFFFFFFFF - token_id.to(tl.int64))
+
+
+@triton.jit
+def _scan_kernel(
+    logits,
+    keys,
+    tokens,
+    vocab_size,
+    row_stride,
+    part_size,
+    num_parts,
+    IS_WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    let_next_begin(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    stop = tl.minimum((part + 1) * part_size, vocab_size)
+    await_inputs(PDL)
+    best = tl.full([BLOCK], _SMALLEST, tl.int64)
+    start = part * part_size
+    while start < stop:
+        token_id = start + tl.arange(0, BLOCK)
+        value = tl.load(logits + row * row_stride + token_id, mask=token_id < stop, other=0.0)
+        best = tl.maximum(best, tl.where(token_id < stop, _key(value, token_id), _SMALLEST))
+        start += BLOCK
+    key = tl.max(best, axis=0)
+    if IS_WHOLE:
+        tl.store(tokens + row, 0xFFFFFFFF - (key & 0xFFFFFFFF))
+    else:
+        tl.store(keys + row * num_parts + part, key)
+
+
+@triton.jit
+def _merge_kernel(keys, tokens, num_parts, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    let_next_begin(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.arange(0, BLOCK)
+    await_inputs(PDL)
+    key = tl.max(tl.load(keys + row * num_parts + part, mask=part < num_parts, other=_SMALLEST), axis=0)
+    tl.store(tokens + row, 0xFFFFFFFF - (key & 0xFFFFFFFF))
+
+
+def greedy_tokens(logits: torch.Tensor, *, pdl: bool) -> torch.Tensor:
+    """Return argmax [rows] int64 of logits [rows, vocab] float32, equal values by the lower id.
+
+    It stays on the device; rows may lie apart.
+    """
+    assert logits.dtype == torch.float32 and logits.stride(1) == 1, (logits.dtype, logits.stride())
+    rows, vocab_size = logits.shape
+    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    if rows == 0:
+        return tokens
+    num_parts = min(triton.cdiv(_NUM_PROGRAMS, rows), triton.cdiv(vocab_size, _BLOCK))
+    part_size = triton.cdiv(triton.cdiv(vocab_size, num_parts), _BLOCK) * _BLOCK
+    num_parts = triton.cdiv(vocab_size, part_size)
+    is_whole = num_parts == 1
+    keys = None if is_whole else torch.empty(rows, num_parts, dtype=torch.int64, device=logits.device)
+    _scan_kernel[(rows, num_parts)](
+        logits,
+        keys,
+        tokens,
+        vocab_size,
+        logits.stride(0),
+        part_size,
+        num_parts,
+        IS_WHOLE=is_whole,
+        BLOCK=_BLOCK,
+        PDL=pdl,
+        **launch_options(pdl),
+    )
+    if not is_whole:
+        _merge_kernel[(rows,)](
+            keys, tokens, num_parts, BLOCK=triton.next_power_of_2(num_parts), PDL=pdl, **launch_options(pdl)
+        )
+    return tokens
