@@ -45,13 +45,17 @@ class WorkerConfig:
     """Most requests that wait for a place in a replica; more are answered with 429."""
     max_tokens_per_step: Annotated[int, Field(ge=1)] = 256
     """Token budget of a step: decodes first, prefill chunks fill the rest."""
-    attention_backend: Literal["auto", "reference", "native"] = "auto"
-    """`native`: the compiled CPU kernels, for attention and all else they know; `reference`: plain torch;
-    `auto`: native where they compile, else reference."""
+    attention_backend: Literal["auto", "reference", "native", "flashinfer"] = "auto"
+    """`native`: the compiled CPU kernels, for attention and all else they know; `flashinfer`: FlashInfer's
+    kernels, on cuda in float16 and bfloat16; `reference`: plain torch; `auto`: the device's kernels where
+    they compile, else reference."""
     graphs: bool = True
-    """Replay prepared decode steps; off: every step runs eager, for comparison."""
+    """Replay prepared steps; off: every step runs eager, for comparison."""
     graph_batch_sizes: tuple[PositiveInt, ...] | None = None
     """Batch sizes with a prepared decode step. Not given: chosen from `max_running_requests`."""
+    graph_token_sizes: tuple[Annotated[int, Field(ge=2)], ...] | None = None
+    """Numbers of tokens with a prepared step that prefills, beside decodes or alone. Not given: on cuda
+    chosen from `max_tokens_per_step`, on cpu none."""
     prefix_caching: bool = True
     """Keep the KV pages of finished requests for later ones that begin alike."""
     write_policy: Literal["write_through", "write_through_selective", "write_back"] = "write_through"

@@ -8,6 +8,7 @@ from tests.unit.test_reference_attention import MIXES, PagedRows, layer
 from workers.attention.reference import ReferenceAttention
 from workers.engine.copies import CudaCopies
 from workers.engine.forward_batch import ForwardBatch
+from workers.engine.graph_guard import Bucket
 from workers.engine.model_runner import ModelRunner
 from workers.engine.staging import BucketInputs, Stager
 from workers.kvcache.kv_pool import KVPool
@@ -46,7 +47,9 @@ def test_tokens_equal_the_cpu_s_and_the_sanitizer_is_content() -> None:
     engine = tiny_engine(device="cuda")
     assert generate(engine, PROMPTS, 12) == on_cpu
     assert engine.num_sanitized_steps >= 12
-    assert engine.eager_steps["decode", "unsupported"] > 0  # no CUDA graphs yet, and the guard says so
+    assert (
+        engine.eager_steps["decode", "unsupported"] > 0
+    )  # no graph holds the reference, and the guard says so
 
 
 def test_the_sanitizer_sees_a_poisoned_page_on_cuda() -> None:
@@ -66,7 +69,8 @@ def test_bfloat16_decodes() -> None:
 def test_a_delayed_compute_stream_reads_each_step_s_own_inputs() -> None:
     """Plan ahead of a stream that sleeps: each pass must still see what was staged for it (I3)."""
     log, table = PlanLog(4, 30), PageTable(2, 4, 4, 30, checked=True)
-    stager, bucket = Stager(table, 16, CUDA, CudaCopies(CUDA)), BucketInputs(2, 4, CUDA)
+    stager = Stager(table, 16, CUDA, CudaCopies(CUDA))
+    bucket = BucketInputs(Bucket("decode", 2), 2, 4, 4, CUDA)
     log.open(0, list(range(1, 16)))
     found = []
     for _ in range(10):

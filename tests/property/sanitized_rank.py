@@ -15,6 +15,7 @@ from tests.property.fake_ranks import FakeRank
 from workers.config import WorkerConfig
 from workers.engine.copies import InlineCopies
 from workers.engine.forward_batch import ForwardBatch
+from workers.engine.graph_guard import Bucket
 from workers.engine.mechanisms import ALL_ON
 from workers.engine.staging import BucketInputs, Stager
 from workers.kvcache.kv_pool import KVPool
@@ -41,7 +42,9 @@ class SanitizedRank(FakeRank):
         self.table = PageTable(max_slots, pages_per_row, config.page_size, config.num_pages, checked=True)
         max_tokens = max(config.max_tokens_per_step, max_slots)
         self.stager = Stager(self.table, max_tokens, _CPU, InlineCopies(), self.mechanisms)
-        self.bucket = BucketInputs(max_slots, pages_per_row, _CPU, self.mechanisms)
+        self.bucket = BucketInputs(
+            Bucket("decode", max_slots), max_slots, config.page_size, pages_per_row, _CPU, self.mechanisms
+        )
         self.sanitizer = KVSanitizer(self.pool, max_slots, pages_per_row)
 
     def attach(self, mover: FakeMover) -> None:
@@ -76,7 +79,9 @@ class SanitizedRank(FakeRank):
         self.sanitizer.check_outputs(logits, plan.slots)
         self.num_run += 1
         assert self.sanitizer.num_steps == self.num_run, "the sanitizer missed a step"
-        return [[int(token_id) for token_id in context.tolist()] for context in contexts]
+        # The staged order is another than the plan's where rows are of one token and of more.
+        by_slot = dict(zip(slots.tolist(), contexts, strict=False))
+        return [[int(token_id) for token_id in by_slot[slot].tolist()] for slot in plan.slots]
 
     def forward(self, batch: ForwardBatch) -> list[torch.Tensor]:
         """Write the batch's tokens, pads included; return what each real row reads, [context_len]."""

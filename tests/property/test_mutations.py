@@ -53,7 +53,7 @@ NOTICED_BY = {
     "leases": r"page \d+ of the tree has \d leases, \d locks",
     "generations": r"generation_rises: .* page \d+",
     "reservations": r"slot \d has no page for position \d+",
-    "pads_rows": r"pad_rows: .* expected one token on the dummy page",
+    "pads_rows": r"pad_rows: .* expected tokens on the dummy page",
     "copies_rows": r"staged_row: slot \d, page \d+",
     "poisons_pages": r"free_page_untouched: .* expected the poison of a free page",
 }

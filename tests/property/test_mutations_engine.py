@@ -27,6 +27,18 @@ def decode_with_varying_neighbours(engine: Engine) -> None:
     log.run(engine, s1=1, s0=1, s2=1)
 
 
+def prefill_beside_decodes(engine: Engine) -> None:
+    """Steps of different rows and tokens in one token bucket."""
+    log = PlanLog()
+    for slot in range(3):
+        log.open(slot, [slot + 1] * 12)
+    log.run(engine, s0=12)
+    log.run(engine, s0=1, s1=7, s2=2)
+    log.run(engine, s0=1, s1=3)
+    log.run(engine, s2=5)
+    log.run(engine, s0=1, s2=3, s1=1)
+
+
 def lose_an_operation(engine: Engine) -> None:
     """Run a log from which one rank misses the ops of one plan."""
     log = PlanLog()
@@ -50,7 +62,7 @@ def reuse_a_page(engine: Engine) -> None:
 
 def raised_by(run, mechanisms: Mechanisms) -> str:
     with pytest.raises((SanitizerError, PageTableError, RelocationVersionError)) as caught:
-        run(tiny_engine(mechanisms, graph_batch_sizes=(3,)))
+        run(tiny_engine(mechanisms, graph_batch_sizes=(3,), graph_token_sizes=(12,)))
     match caught.value:
         case SanitizerError(check=check):
             return check
@@ -62,16 +74,19 @@ def raised_by(run, mechanisms: Mechanisms) -> str:
 
 def test_with_all_mechanisms_on_only_the_lost_operation_is_caught() -> None:
     decode_with_varying_neighbours(tiny_engine(ALL_ON, graph_batch_sizes=(3,)))
+    prefill_beside_decodes(tiny_engine(ALL_ON, graph_token_sizes=(12,)))
     reuse_a_page(tiny_engine(ALL_ON))
     assert raised_by(lose_an_operation, ALL_ON) == "relocation_version"
 
 
-def test_without_pad_rows_pads_keep_another_step_s_pages() -> None:
-    assert raised_by(decode_with_varying_neighbours, Mechanisms(pads_rows=False)) == "pad_rows"
+@pytest.mark.parametrize("run", [decode_with_varying_neighbours, prefill_beside_decodes])
+def test_without_pad_rows_pads_keep_another_step_s_pages(run) -> None:
+    assert raised_by(run, Mechanisms(pads_rows=False)) == "pad_rows"
 
 
-def test_without_row_copies_a_step_reads_another_step_s_rows() -> None:
-    assert raised_by(decode_with_varying_neighbours, Mechanisms(copies_rows=False)) == "staged_row"
+@pytest.mark.parametrize("run", [decode_with_varying_neighbours, prefill_beside_decodes])
+def test_without_row_copies_a_step_reads_another_step_s_rows(run) -> None:
+    assert raised_by(run, Mechanisms(copies_rows=False)) == "staged_row"
 
 
 def test_without_the_version_check_a_lost_operation_reaches_the_page_table() -> None:

@@ -10,6 +10,7 @@ from tests.unit.engine_plans import VOCAB_SIZE, PlanLog, generate, tiny_card, ti
 from workers.config import WorkerConfig
 from workers.engine.device_memory import work_bytes
 from workers.engine.engine import Engine, TokenError
+from workers.engine.graph_guard import Bucket
 from workers.kvcache.page_table import PageTableError
 from workers.kvcache.pool_size import PoolSizeError, is_measured, left_bytes, pool_size
 from workers.plan import RelocationVersion, RelocationVersionError, SetRow
@@ -38,6 +39,48 @@ def test_batches_chunks_pages_and_graphs_change_no_token(
     engine = tiny_engine(graphs=graphs, page_size=page_size, num_pages=160 // page_size)
     assert generate(engine, PROMPTS, 12, chunk_len) == expected
     assert engine.num_sanitized_steps == sum(engine.graph_steps.values()) >= 12
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize("page_size", [1, 4, 16])
+@pytest.mark.parametrize("chunk_len", [3, 256])
+def test_token_buckets_change_no_token(
+    expected: list[list[int]], backend: str, page_size: int, chunk_len: int
+) -> None:
+    engine = tiny_engine(
+        graph_token_sizes=(4, 12, 48),
+        page_size=page_size,
+        num_pages=160 // page_size,
+        attention_backend=backend,
+    )
+    assert generate(engine, PROMPTS, 12, chunk_len) == expected
+    assert not engine.eager_steps
+    assert engine.graph_steps["mixed", "replay"] > 0
+    assert engine.num_sanitized_steps == sum(engine.graph_steps.values())
+
+
+def test_steps_of_more_tokens_than_any_bucket_and_pure_prefills_are_counted_as_such() -> None:
+    engine, log = tiny_engine(graph_token_sizes=(8,)), PlanLog()
+    log.open(0, PROMPTS[2])
+    log.open(1, PROMPTS[1])
+    log.run(engine, s0=9)
+    log.run(engine, s0=4, s1=4)
+    log.run(engine, s0=1, s1=6)
+    log.run(engine, s0=1, s1=1)
+    assert engine.graph_steps == {
+        ("extend", "eager"): 1,
+        ("extend", "replay"): 1,
+        ("mixed", "replay"): 1,
+        ("decode", "replay"): 1,
+    }
+    assert engine.eager_steps == {("extend", "no_bucket"): 1}
+
+
+def test_a_failed_token_bucket_runs_eager(expected: list[list[int]]) -> None:
+    engine = tiny_engine(graph_token_sizes=(12, 48))
+    engine._guard.mark_failed(Bucket("mixed", 48))
+    assert generate(engine, PROMPTS, 12) == expected
+    assert engine.eager_steps == {("mixed", "capture_failed"): 1}
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen3"])

@@ -7,6 +7,7 @@ import torch
 
 from tests.unit.engine_plans import PlanLog, generate, tiny_engine
 from workers.engine.copies import Fence, InlineCopies
+from workers.engine.graph_guard import Bucket
 from workers.engine.graph_runner import GraphRunner
 from workers.engine.mechanisms import ALL_ON, Mechanisms
 from workers.engine.model_runner import ModelRunner
@@ -46,6 +47,10 @@ class DelayedFence:
         self.stream.run(self.place)
 
 
+def decode_bucket(size: int, mechanisms: Mechanisms = ALL_ON) -> BucketInputs:
+    return BucketInputs(Bucket("decode", size), size, PAGE_SIZE, PAGES_PER_ROW, CPU, mechanisms)
+
+
 def staged(log: PlanLog, plan: BatchPlan, table: PageTable) -> BatchPlan:
     for op in plan.ops:
         if isinstance(op, SetRow):
@@ -58,7 +63,7 @@ def read_while_delayed(mechanisms: Mechanisms, num_steps: int) -> list[tuple[lis
     stream, log = DelayedStream(), PlanLog(PAGE_SIZE, NUM_PAGES)
     table = PageTable(2, PAGES_PER_ROW, PAGE_SIZE, NUM_PAGES, checked=True)
     stager = Stager(table, 16, CPU, stream, mechanisms)
-    bucket = BucketInputs(2, PAGES_PER_ROW, CPU, mechanisms)
+    bucket = decode_bucket(2, mechanisms)
     log.open(0, list(range(1, 16)))
     found: list[tuple[list[int], list[list[int]]]] = []
     for _ in range(num_steps):
@@ -85,7 +90,7 @@ def test_without_the_ring_the_test_above_fails() -> None:
 def test_a_set_is_written_again_only_after_its_copy() -> None:
     stream, log = DelayedStream(), PlanLog(PAGE_SIZE, NUM_PAGES)
     table = PageTable(2, PAGES_PER_ROW, PAGE_SIZE, NUM_PAGES, checked=True)
-    bucket = BucketInputs(1, PAGES_PER_ROW, CPU)
+    bucket = decode_bucket(1)
     stager = Stager(table, 16, CPU, stream)
     log.open(0, list(range(1, 16)))
     for _ in range(NUM_STAGING_SETS):
@@ -111,9 +116,9 @@ def test_eager_and_bucket_staging_agree() -> None:
     assert extend.out_locations.tolist() == [4, 5, 6, 7, 8, 12, 13, 14, 15]
     plan = staged(log, log.plan(s2=1, s0=1), table)
     eager, _ = stager.stage_eager(plan, "decode")
-    padded, slots = stager.stage_bucket(plan, BucketInputs(4, PAGES_PER_ROW, CPU))
+    padded, slots = stager.stage_bucket(plan, decode_bucket(4))
     assert slots.tolist() == [2, 0, 3, 3]
-    assert (padded.num_real_rows, padded.num_rows, padded.bucket) == (2, 4, 4)
+    assert (padded.num_real_rows, padded.num_rows, padded.bucket) == (2, 4, Bucket("decode", 4))
     for name in ("token_ids", "positions", "context_lens", "out_locations"):
         assert torch.equal(getattr(padded, name)[:2], getattr(eager, name))
     assert torch.equal(padded.page_rows[:2, :2], eager.page_rows)
@@ -122,6 +127,51 @@ def test_eager_and_bucket_staging_agree() -> None:
     assert padded.context_lens[2:].tolist() == [1, 1]
     assert padded.out_locations[2:].tolist() == [0, 0]
     assert not padded.page_rows[2:].any()
+
+
+def test_rows_of_one_token_are_staged_first_and_samples_keep_the_plan_s_order() -> None:
+    log = PlanLog(PAGE_SIZE, NUM_PAGES)
+    table = PageTable(3, PAGES_PER_ROW, PAGE_SIZE, NUM_PAGES, checked=True)
+    stager = Stager(table, 32, CPU, InlineCopies())
+    for slot in range(3):
+        log.open(slot, list(range(20 * slot, 20 * slot + 8)))
+    stager.stage_eager(staged(log, log.plan(s0=7, s2=7), table), "extend")
+    plan = staged(log, log.plan(s1=8, s2=1, s0=1), table)
+    assert (plan.mode, plan.sampled) == ("mixed", [0, 1, 2])
+    eager, eager_slots = stager.stage_eager(plan, "mixed")
+    bucket = BucketInputs(Bucket("mixed", 13), 3, PAGE_SIZE, PAGES_PER_ROW, CPU)
+    padded, slots = stager.stage_bucket(plan, bucket)
+    assert eager_slots.tolist() == [2, 0, 1] and slots.tolist() == [2, 0, 1, 3]
+    assert (padded.bucket, padded.num_real_rows, padded.num_samples) == (Bucket("mixed", 13), 3, 3)
+    for batch in (eager, padded):
+        assert batch.token_ids[:10].tolist() == [47, 7, 20, 21, 22, 23, 24, 25, 26, 27]
+        assert batch.positions[:10].tolist() == [7, 7, *range(8)]
+        assert batch.query_starts[:4].tolist() == [0, 1, 2, 10]
+        assert batch.context_lens[:3].tolist() == [8, 8, 8]
+        assert batch.sample_indices[:3].tolist() == [9, 0, 1]  # rows s1, s2, s0
+        assert batch.host_query_starts.tolist() == batch.query_starts.tolist()
+        assert batch.host_context_lens.tolist() == batch.context_lens.tolist()
+    assert torch.equal(padded.page_rows[:3, :2], eager.page_rows)
+    assert torch.equal(padded.out_locations[:10], eager.out_locations)
+
+
+def test_a_mixed_bucket_s_pads_are_one_row_on_the_dummy_page_whatever_was_staged_before() -> None:
+    log = PlanLog(PAGE_SIZE, NUM_PAGES)
+    table = PageTable(3, PAGES_PER_ROW, PAGE_SIZE, NUM_PAGES, checked=True)
+    stager = Stager(table, 32, CPU, InlineCopies())
+    bucket = BucketInputs(Bucket("mixed", 20), 3, PAGE_SIZE, PAGES_PER_ROW, CPU)
+    assert bucket.static.page_rows.shape == (4, 5)  # columns for 20 pad tokens
+    for slot in range(3):
+        log.open(slot, list(range(1, 15)))
+    for _ in range(NUM_STAGING_SETS):
+        batch, _ = stager.stage_bucket(staged(log, log.plan(s0=1, s1=1, s2=2), table), bucket)
+    batch, slots = stager.stage_bucket(staged(log, log.plan(s1=3), table), bucket)
+    assert slots.tolist() == [1, 3, 3, 3]
+    assert batch.query_starts.tolist() == [0, 3, 20, 20, 20]
+    assert batch.context_lens.tolist() == [6, 17, 0, 0]
+    assert not batch.token_ids[3:].any() and not batch.positions[3:].any()
+    assert not batch.out_locations[3:].any() and not batch.page_rows[1:].any()
+    assert batch.num_samples == 0 and not batch.sample_indices.any()
 
 
 def test_an_eager_batch_is_its_step_s_own() -> None:
@@ -154,13 +204,19 @@ class CountingModel:
 
 
 class NoAttention:
+    captured_modes: frozenset[str] = frozenset()
+
     def plan(self, batch: object) -> None:
+        pass
+
+    def begin(self) -> None:
         pass
 
 
 def graph_runner(model: CountingModel, sizes: tuple[int, ...]) -> GraphRunner:
     pool = KVPool(target_only(1, PAGE_SIZE, 1, 8, "float32"), NUM_PAGES, CPU)
-    return GraphRunner(ModelRunner(model, NoAttention(), pool), sizes, PAGES_PER_ROW, CPU)
+    buckets = [Bucket("decode", size) for size in sizes]
+    return GraphRunner(ModelRunner(model, NoAttention(), pool), buckets, PAGES_PER_ROW, 3, CPU)
 
 
 def test_replays_read_the_same_addresses_and_return_logits_of_their_own() -> None:
@@ -175,7 +231,7 @@ def test_replays_read_the_same_addresses_and_return_logits_of_their_own() -> Non
     for step in range(6):
         lens = {"s0": 1, "s1": 1} if step % 2 else {"s0": 1}
         plan = staged(log, log.plan(**lens), table)
-        batch, _ = stager.stage_bucket(plan, graphs.inputs(3))
+        batch, _ = stager.stage_bucket(plan, graphs.inputs(Bucket("decode", 3)))
         found.append(graphs.replay(batch))
     assert len(set(model.addresses)) == 2  # the two buckets
     assert [logits.tolist() for logits in found] == [
@@ -190,7 +246,14 @@ def test_pads_leave_the_dummy_page_zero() -> None:
     assert not engine._pool.data[DUMMY_PAGE].any()
 
 
+def test_pad_tokens_of_a_mixed_bucket_leave_the_dummy_page_zero() -> None:
+    engine = tiny_engine(kv_sanitizer=False, graph_token_sizes=(16,))
+    generate(engine, [[1, 2], [3, 4, 5]], 2)
+    assert engine.graph_steps["extend", "replay"] == 1
+    assert not engine._pool.data[DUMMY_PAGE].any()
+
+
 def test_a_failed_capture_is_reported_and_the_others_stand(caplog: pytest.LogCaptureFixture) -> None:
     graphs = graph_runner(CountingModel(failing_size=2), (1, 2, 4))
-    assert graphs.capture() == [2]
+    assert graphs.capture() == [Bucket("decode", 2)]
     assert "no such kernel" in caplog.text

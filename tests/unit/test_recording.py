@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.unit.engine_plans import PlanLog, generate, tiny_card, tiny_engine
+from workers.engine.graph_guard import Bucket
 from workers.engine.graph_runner import GraphRunner, repeats
 from workers.engine.mechanisms import ALL_ON, Mechanisms
 from workers.engine.model_runner import ModelRunner
@@ -149,7 +150,12 @@ class HostBranching:
 
 
 class NoAttention:
+    captured_modes: frozenset[str] = frozenset()
+
     def plan(self, batch: object) -> None:
+        pass
+
+    def begin(self) -> None:
         pass
 
 
@@ -162,6 +168,7 @@ def test_a_step_that_does_not_repeat_is_not_captured(
 ) -> None:
     pool = KVPool(target_only(1, 4, 1, 8, "float32"), 3, CPU)
     runner = ModelRunner(HostBranching(is_open_about_it), NoAttention(), pool)
-    graphs = GraphRunner(runner, (1, 2), 4, CPU, kernels=kernels)
-    assert graphs.capture() == [2, 1]
+    buckets = [Bucket("decode", 1), Bucket("decode", 2)]
+    graphs = GraphRunner(runner, buckets, 4, 2, CPU, kernels=kernels)
+    assert graphs.capture() == buckets[::-1]
     assert reason in caplog.text

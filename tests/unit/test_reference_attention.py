@@ -45,6 +45,7 @@ class PagedRows:
             mode="mixed",
             bucket=None,
             num_real_rows=len(context_lens),
+            num_samples=len(context_lens),
             token_ids=torch.zeros(sum(query_lens), dtype=torch.int64),
             positions=torch.cat(positions),
             page_rows=torch.from_numpy(rows),

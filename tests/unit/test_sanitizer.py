@@ -7,6 +7,7 @@ import torch
 
 from tests.unit.engine_plans import PlanLog
 from workers.engine.copies import InlineCopies
+from workers.engine.graph_guard import Bucket
 from workers.engine.staging import BucketInputs, Stager
 from workers.kvcache.kv_pool import DUMMY_PAGE, KVPool
 from workers.kvcache.layout import target_only
@@ -26,7 +27,7 @@ class Rank:
         self.pool = KVPool(target_only(1, PAGE_SIZE, 1, 8, "float32"), NUM_PAGES, CPU)
         self.table = PageTable(MAX_SLOTS, PAGES_PER_ROW, PAGE_SIZE, NUM_PAGES, checked=False)
         self.stager = Stager(self.table, 32, CPU, InlineCopies())
-        self.bucket = BucketInputs(3, PAGES_PER_ROW, CPU)
+        self.bucket = BucketInputs(Bucket("decode", 3), 3, PAGE_SIZE, PAGES_PER_ROW, CPU)
         self.sanitizer = KVSanitizer(self.pool, MAX_SLOTS, PAGES_PER_ROW)
 
     def apply(self, plan: BatchPlan) -> None:

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from workers.engine.forward_batch import ForwardBatch
+from workers.plan import Mode
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,12 @@ class AttentionLayer:
 class AttentionBackend(Protocol):
     """Causal attention of a ragged batch over pages; rows of any length, extend and decode mixed."""
 
+    @property
+    def captured_modes(self) -> frozenset[Mode]:
+        """Modes whose passes a CUDA graph may hold: `begin` and `forward` then launch the same kernels on the
+        same addresses for every batch of a bucket."""
+        ...
+
     def plan(self, batch: ForwardBatch) -> None:
         """Compute once whatever all layers of the step need. Called outside any captured graph.
 
@@ -33,11 +40,15 @@ class AttentionBackend(Protocol):
         window), found at page_rows[r, position // page_size] * page_size + position % page_size.
         """
 
+    def begin(self) -> None:
+        """Compute on the device whatever all layers of the planned batch read. The first thing of a pass, and
+        part of a captured graph."""
+
     def forward(
         self, layer: AttentionLayer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> torch.Tensor:
         """Write k, v at the batch's out_locations of `layer`, attend, return [tokens, num_heads * head_dim].
 
         q [tokens, num_heads, head_dim], k and v [tokens, num_kv_heads, head_dim], after RoPE, in the pool's
-        dtype, possibly strided views. The result is the caller's until the next call for the same layer.
+        dtype, possibly strided views. The result is the caller's until the next call.
         """

@@ -8,6 +8,7 @@ from workers.attention.backend import AttentionLayer
 from workers.engine.forward_batch import ForwardBatch
 from workers.kvcache.kv_pool import KVPool
 from workers.native.kernels import KERNEL_DTYPES, AttentionBatch, AttentionShape, NativeKernels
+from workers.plan import Mode
 
 
 class NativeAttention:
@@ -26,6 +27,8 @@ class NativeAttention:
         """Tell whether the kernels know the pool's element type and can reach its bytes."""
         return pool.data.device.type == "cpu" and pool.layer(0)[0].dtype in KERNEL_DTYPES
 
+    captured_modes: frozenset[Mode] = frozenset()
+
     def plan(self, batch: ForwardBatch) -> None:
         """Point the kernels at the batch's tensors, which are kept until the next plan."""
         assert batch.page_rows.stride(1) == 1, batch.page_rows.stride()
@@ -41,6 +44,9 @@ class NativeAttention:
         view.num_rows = batch.num_rows
         view.num_tokens = batch.num_tokens
         view.page_size = self._pool.page_size
+
+    def begin(self) -> None:
+        """Do nothing: `plan` has."""
 
     def forward(
         self, layer: AttentionLayer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor

@@ -12,6 +12,7 @@ import torch
 from workers.attention.backend import AttentionLayer
 from workers.engine.forward_batch import ForwardBatch
 from workers.kvcache.kv_pool import KVPool
+from workers.plan import Mode
 
 _MIN_PADDED_LEN = 64
 """Of decode rows; a multiple of every page size."""
@@ -43,6 +44,8 @@ class ReferenceAttention:
         self._write_pages = torch.zeros(0, dtype=torch.int64)
         self._write_offsets = torch.zeros(0, dtype=torch.int64)
 
+    captured_modes: frozenset[Mode] = frozenset()
+
     def plan(self, batch: ForwardBatch) -> None:
         """Choose the groups of rows; masks follow with the first layer of each window."""
         self._write_pages = batch.out_locations // self._page_size
@@ -61,6 +64,9 @@ class ReferenceAttention:
             for first in range(0, int(lens[row]), _MAX_QUERIES):
                 stop = min(first + _MAX_QUERIES, int(lens[row]))
                 self._rows.append(self._plan_rows(batch, np.array([row]), first, stop, first_position + stop))
+
+    def begin(self) -> None:
+        """Do nothing: `plan` has."""
 
     def forward(
         self, layer: AttentionLayer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor

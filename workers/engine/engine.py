@@ -13,20 +13,17 @@ import numpy as np
 import torch
 
 from cache_service.keys import KVNamespace
-from workers.attention.backend import AttentionBackend
-from workers.attention.native import NativeAttention
-from workers.attention.reference import ReferenceAttention
+from workers.attention.choice import choose_kernels
 from workers.card import ModelCard
 from workers.config import WorkerConfig
 from workers.engine.copies import copies_to
 from workers.engine.device_memory import log_memory, measured_pool_size
 from workers.engine.forward_batch import ForwardBatch
-from workers.engine.graph_guard import EagerReason, GraphGuard, Outcome, default_batch_sizes
-from workers.engine.graph_runner import GraphRunner
+from workers.engine.graph_guard import EagerReason, Outcome
+from workers.engine.graph_runner import GraphRunner, guard_for
 from workers.engine.launched_step import LaunchedStep
 from workers.engine.mechanisms import ALL_ON, Mechanisms
 from workers.engine.model_runner import ModelRunner
-from workers.engine.recording import RecordingKernels
 from workers.engine.sampled import Sampled
 from workers.engine.sampler import Sampler
 from workers.engine.staging import Stager
@@ -39,7 +36,6 @@ from workers.kvcache.sanitizer import KVSanitizer
 from workers.models.config import Dtype
 from workers.models.sharding import head_layout, kv_shape
 from workers.models.weights import load_model
-from workers.native.build import NativeBuildError
 from workers.parallel import TPGroup
 from workers.plan import (
     BatchPlan,
@@ -65,10 +61,6 @@ NUM_LOGGED_PLANS = 64
 
 class TokenError(RuntimeError):
     """A plan's token id outside the vocabulary: admission refuses those, so a bug; checked mode only."""
-
-
-class BackendError(ValueError):
-    """The chosen attention backend cannot run here."""
 
 
 class NoMoverError(RuntimeError):
@@ -127,28 +119,23 @@ class Engine:
         # A step may hold max_tokens_per_step tokens or one token of every slot.
         max_tokens = max(config.max_tokens_per_step, max_slots)
         self._stager = Stager(self._table, max_tokens, device, copies, mechanisms)
-        kernels = _native_kernels(config, self._pool)
-        attention: AttentionBackend
-        if kernels is None:
-            attention = ReferenceAttention(self._pool)
-        else:
-            loaded.decoder.adopt(kernels)
-            attention = NativeAttention(self._pool, kernels)
-        self._runner = ModelRunner(loaded.decoder, attention, self._pool)
-        batch_sizes = config.graph_batch_sizes or default_batch_sizes(max_slots)
-        is_supported = GraphRunner.supports(device)
-        self._guard = GraphGuard(batch_sizes, config.graphs, is_supported)
+        chosen = choose_kernels(
+            config, self._pool, loaded.decoder, copies, max_tokens=max_tokens, mechanisms=mechanisms
+        )
+        self._runner = ModelRunner(loaded.decoder, chosen.attention, self._pool)
+        self._guard = guard_for(config, device, chosen.attention.captured_modes, max_tokens)
         self._graphs = GraphRunner(
             self._runner,
-            batch_sizes,
+            self._guard.buckets,
             pages_per_row,
+            max_slots,
             device,
             mechanisms,
-            kernels if tp_group.size == 1 else None,
+            chosen.kernels if tp_group.size == 1 else None,
         )
-        if config.graphs and is_supported:
+        if self._guard.buckets:
             with torch.inference_mode():
-                self._capture(tp_group, batch_sizes)
+                self._capture(tp_group)
         # Last: captures run over pages that nobody owns yet.
         self._sanitizer = (
             KVSanitizer(
@@ -285,7 +272,7 @@ class Engine:
     def _run_rows(self, plan: BatchPlan) -> Sampled | None:
         mode = plan.mode
         has_waited = self._wait_for_loads(plan)
-        decision = self._guard.decide(mode, len(plan.slots), after_load=has_waited)
+        decision = self._guard.decide(mode, len(plan.slots), len(plan.token_ids), after_load=has_waited)
         if decision.bucket is None:
             batch, slots = self._stager.stage_eager(plan, mode)
         else:
@@ -296,8 +283,8 @@ class Engine:
         sampled_slots = [plan.slots[row] for row in plan.sampled]
         if not plan.sampled:
             logits = None
-        elif batch.bucket is not None and logits is not None and len(plan.sampled) < len(plan.slots):
-            # A replay computes the logits of all its rows.
+        elif logits is not None and len(plan.sampled) < batch.num_samples:
+            # A decode replay computes the logits of all its rows.
             logits = logits.index_select(0, self._copies.upload(plan.sampled))
         if self._sanitizer:
             self._sanitizer.check_outputs(logits, sampled_slots)
@@ -327,15 +314,15 @@ class Engine:
         self._runner.plan(batch)
         return self._runner.compute(batch)
 
-    def _capture(self, tp_group: TPGroup, batch_sizes: tuple[int, ...]) -> None:
+    def _capture(self, tp_group: TPGroup) -> None:
         """Prepare the buckets; one that failed on any rank is given up on every rank (I1)."""
         failed = set(self._graphs.capture())
-        sizes = sorted(batch_sizes)
-        flags = torch.tensor([float(size in failed) for size in sizes])
+        buckets = self._guard.buckets
+        flags = torch.tensor([float(bucket in failed) for bucket in buckets], device=self._device)
         tp_group.all_reduce(flags)
-        for size, num_failures in zip(sizes, flags.tolist(), strict=True):  # at start-up: may wait
+        for bucket, num_failures in zip(buckets, flags.tolist(), strict=True):  # at start-up: may wait
             if num_failures:
-                self._guard.mark_failed(size)
+                self._guard.mark_failed(bucket)
 
     def _check_tokens(self, plan: BatchPlan) -> None:
         lowest, highest = min(plan.token_ids), max(plan.token_ids)
@@ -369,27 +356,3 @@ def _available_bytes(device: torch.device, tp_size: int) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return available_host_bytes() // tp_size  # all ranks of a CPU group share the node's memory
-
-
-def _native_kernels(config: WorkerConfig, pool: KVPool) -> RecordingKernels | None:
-    """Return the compiled kernels; None: this rank computes in plain torch."""
-    if config.attention_backend == "reference":
-        return None
-    must = config.attention_backend == "native"
-    if not NativeAttention.supports(pool):
-        if must:
-            raise BackendError(
-                f"attention_backend=native on {config.device} in {pool.layer(0)[0].dtype}; the compiled"
-                " kernels run on cpu in float32 or bfloat16; choose those, or attention_backend=auto"
-            )
-        return None
-    try:
-        kernels = RecordingKernels.load()
-        return kernels
-    except NativeBuildError as error:
-        if must:
-            raise BackendError(
-                f"attention_backend=native: {error}; or choose attention_backend=auto"
-            ) from error
-        logger.warning("compiled kernels are not to be had; computing in torch", extra={"reason": str(error)})
-        return None

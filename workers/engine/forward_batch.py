@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from workers.engine.graph_guard import Bucket
 from workers.plan import Mode
 
 IntArray = npt.NDArray[np.int32]
@@ -15,14 +16,18 @@ IntArray = npt.NDArray[np.int32]
 class ForwardBatch:
     """B rows of T tokens; row r owns tokens query_starts[r] .. query_starts[r + 1] - 1.
 
-    Rows num_real_rows .. B - 1 are pads: one token of id 0 at position 0 on the dummy page (I9). With a
-    bucket, the tensors are that bucket's static buffers, at the same addresses on every step; without one
-    they belong to this step. The host arrays repeat two tensors for plans that must not synchronise.
+    Rows of one token come first. Rows num_real_rows .. B - 1 are pads on the dummy page (I9): in a decode
+    bucket each has one token; in a mixed one the first has all tokens that are left, the others none. Pad
+    tokens have id 0 and position 0. With a bucket, the tensors are that bucket's static buffers, at the same
+    addresses on every step; without one they belong to this step. The host arrays repeat two tensors for
+    plans that must not synchronise.
     """
 
     mode: Mode
-    bucket: int | None
+    bucket: Bucket | None
     num_real_rows: int
+    num_samples: int
+    """Of sample_indices; those behind are pads"""
     token_ids: torch.Tensor
     """[T] int64"""
     positions: torch.Tensor
@@ -36,7 +41,7 @@ class ForwardBatch:
     out_locations: torch.Tensor
     """[T] int64: page * page_size + offset of each token's KV"""
     sample_indices: torch.Tensor
-    """[S] int64: tokens whose logits are wanted; on decode all T, in order"""
+    """[S] int64: tokens whose logits are wanted; in a decode bucket all T, in order"""
     host_query_starts: IntArray
     host_context_lens: IntArray
 

@@ -1,43 +1,62 @@
-"""GraphRunner: replays one prepared step per decode bucket over that bucket's static inputs (I3, I9).
+"""GraphRunner: replays one prepared step per bucket over that bucket's static inputs (I3, I9).
 
-On CPU a prepared step is a callable over buffers whose addresses never change; what a graph is on another
-device is decided in `_capture` alone. The engine's thread.
+On CUDA a prepared step is a captured graph; on CPU it is a callable over buffers whose addresses never
+change, which keeps every rule of graphs but the capture. The engine's thread.
 """
 
 import logging
+import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import cast
 
-import numpy as np
 import torch
 
+from workers.config import WorkerConfig
+from workers.engine.cuda_graphs import CudaGraphs
 from workers.engine.forward_batch import ForwardBatch
+from workers.engine.graph_guard import (
+    MAX_CAPTURED_ROWS,
+    MAX_CAPTURED_TOKENS,
+    Bucket,
+    GraphGuard,
+    default_batch_sizes,
+    default_token_sizes,
+)
 from workers.engine.mechanisms import ALL_ON, Mechanisms
 from workers.engine.model_runner import ModelRunner
 from workers.engine.recording import Arena, Recording, RecordingError, RecordingKernels
-from workers.engine.staging import BucketInputs, static_batch
+from workers.engine.rehearsal import Rehearsal
+from workers.engine.staging import BucketInputs
+from workers.plan import Mode
 
 logger = logging.getLogger(__name__)
 
 PreparedStep = Callable[[], torch.Tensor | None]
-"""Computes the step over the static inputs; returns the logits of every row, pads included."""
+"""Computes the step over the static inputs; returns the logits of every sample index, pads included. They
+last until the next call of any bucket's."""
 
 MAX_ROUNDING_RATIO = 1e-5
 """Of the largest logit. One input that a replay does not read anew changes logits by far more."""
+_MAX_NARROW_ROUNDING_RATIOS = {torch.bfloat16: 2**-6, torch.float16: 2**-9}
+"""On CUDA, where a product may be summed in another order: two units in the last place."""
+_PROGRESS_S = 5.0
 
 
 class GraphRunner:
     """Buckets of static inputs, each with a prepared step once `capture` has run.
 
-    With `kernels`, those that the decoder and its attention use, a step is recorded and replayed; without, or
-    in a group of several ranks, whose collectives no recording repeats, it is the decoder itself.
+    With `kernels`, those that the decoder and its attention use on CPU, a decode step is recorded and
+    replayed; without, or in a group of several ranks, whose collectives no recording repeats, it is the
+    decoder itself.
     """
 
     def __init__(
         self,
         runner: ModelRunner,
-        batch_sizes: Sequence[int],
+        buckets: Sequence[Bucket],
         pages_per_row: int,
+        max_slots: int,
         device: torch.device,
         mechanisms: Mechanisms = ALL_ON,
         kernels: RecordingKernels | None = None,
@@ -47,84 +66,162 @@ class GraphRunner:
         self._mechanisms = mechanisms
         self._arena = Arena()
         self._device = device
+        self._pages_per_row = pages_per_row
+        self._max_slots = max_slots
+        self._graphs = CudaGraphs(device) if device.type == "cuda" else None
+        page_size = runner.pool.page_size
         self._inputs = {
-            size: BucketInputs(size, pages_per_row, device, mechanisms) for size in sorted(batch_sizes)
+            bucket: BucketInputs(bucket, max_slots, page_size, pages_per_row, device, mechanisms)
+            for bucket in sorted(buckets, key=lambda bucket: bucket.size, reverse=True)
         }
-        self._steps: dict[int, PreparedStep] = {}
+        self._steps: dict[Bucket, PreparedStep] = {}
+        self._logits: torch.Tensor | None = None
+        """Of every captured graph: the largest comes first and is followed by smaller ones"""
+        self.capture_s = 0.0
+        """What `capture` took."""
+        self.capture_bytes = 0
+        """Device memory that it took; 0 on CPU."""
 
     @staticmethod
-    def supports(device: torch.device) -> bool:
-        """Tell whether steps can be prepared on `device`."""
-        return device.type == "cpu"
+    def supports(device: torch.device, captured_modes: frozenset[Mode]) -> bool:
+        """Tell whether steps can be prepared, on CUDA with an attention that may be captured so far."""
+        return device.type == "cpu" or "decode" in captured_modes
 
-    def inputs(self, bucket: int) -> BucketInputs:
+    def inputs(self, bucket: Bucket) -> BucketInputs:
         """Return a bucket's static inputs and ring, to be staged."""
         return self._inputs[bucket]
 
-    def capture(self) -> list[int]:
+    def capture(self) -> list[Bucket]:
         """Prepare every bucket, the largest first; return those that failed, each logged with its reason.
 
-        All ranks call it together: a prepared step contains the group's collectives.
+        All ranks call it together: a prepared step contains the group's collectives. It writes to pages that
+        nobody owns yet.
         """
+        started_s = told_s = time.monotonic()
+        used_bytes = self._graphs.used_bytes() if self._graphs else 0
+        rehearsal = Rehearsal(self._runner.pool, self._max_slots, self._pages_per_row, self._device)
         failed = []
-        for size in sorted(self._inputs, reverse=True):
-            try:
-                self._steps[size] = self._capture(self._inputs[size])
-            except RuntimeError:
-                logger.exception("capture of a decode bucket failed", extra={"bucket": size})
-                failed.append(size)
+        with self._graphs.capturing() if self._graphs else nullcontext():
+            for bucket, inputs in self._inputs.items():
+                try:
+                    self._steps[bucket] = self._capture(inputs, rehearsal)
+                except RuntimeError:
+                    fields = {"bucket": bucket.size, "mode": bucket.mode}
+                    logger.exception("capture of a bucket failed", extra=fields)
+                    failed.append(bucket)
+                if time.monotonic() - told_s > _PROGRESS_S:
+                    told_s = time.monotonic()
+                    logger.info("captured %d of %d graphs", len(self._steps), len(self._inputs))
         self._runner.pool.zero_dummy_page()
+        self.capture_s = time.monotonic() - started_s
+        if self._graphs:
+            self.capture_bytes = self._graphs.used_bytes() - used_bytes
+            logger.info(
+                "captured %d graphs",
+                len(self._steps),
+                extra={"seconds": round(self.capture_s, 1), "mib": self.capture_bytes >> 20},
+            )
         return failed
 
     def replay(self, batch: ForwardBatch) -> torch.Tensor | None:
-        """Run the prepared step of a batch staged into its bucket; return the logits of its real rows.
+        """Run the prepared step of a batch staged into its bucket; return the logits of its samples.
 
         They are this step's own: no later replay changes them. Pads leave the dummy page zero.
         """
         assert batch.bucket is not None, "an eager batch has no graph"
         self._runner.plan(batch)
         logits = self._steps[batch.bucket]()
-        if batch.num_real_rows < batch.num_rows:
+        if batch.host_query_starts[batch.num_real_rows] < batch.num_tokens:
             self._runner.pool.zero_dummy_page()
-        return None if logits is None else logits[: batch.num_real_rows]
+        if logits is None:
+            return None
+        logits = logits[: batch.num_samples]
+        return logits.clone() if self._mechanisms.clones_outputs else logits
 
-    def _capture(self, inputs: BucketInputs) -> PreparedStep:
-        """Run the bucket over pads, which allocates and packs whatever it needs, and bind its inputs.
+    def _capture(self, inputs: BucketInputs, rehearsal: Rehearsal) -> PreparedStep:
+        """Run the bucket, which allocates and packs whatever it needs, bind its inputs, and compare.
 
-        The prepared step makes logits of its own on each call. Raises RuntimeError where a recording does not
-        repeat what the decoder computes.
+        Raises RuntimeError where a prepared step does not repeat what the decoder computes.
         """
-        host_query_starts = np.arange(inputs.num_rows + 1, dtype=np.int32)
-        host_context_lens = np.ones(inputs.num_rows, dtype=np.int32)
-        inputs.static.query_starts.copy_(torch.from_numpy(host_query_starts))
-        inputs.static.context_lens.fill_(1)
-        batch = static_batch(inputs, 0, host_query_starts, host_context_lens)
+        batch = rehearsal.first(inputs)
         self._runner.plan(batch)
-        self._runner.compute(batch)
+        computed_first = self._runner.compute(batch)
 
-        def computed() -> torch.Tensor | None:
+        def compute() -> torch.Tensor | None:
             return self._runner.compute(batch)
 
-        if self._kernels is None:
-            return computed
-        with Recording(self._kernels, self._arena) as recording:
-            logits = computed()
-        assert logits is not None, "a recording is of a group of one, which always has logits"
+        step: PreparedStep
+        if self._graphs is not None:
+            step = self._captured(self._graphs, batch, computed_first)
+        elif self._kernels is not None and inputs.bucket.mode == "decode":
+            with Recording(self._kernels, self._arena) as recording:
+                logits = compute()
+            assert logits is not None, "a recording is of a group of one, which always has logits"
 
-        def replayed() -> torch.Tensor:
-            recording.replay()
-            return logits.clone() if self._mechanisms.clones_outputs else logits
+            def step() -> torch.Tensor:
+                recording.replay()
+                return logits
+        else:
+            return compute
+        self._runner.plan(rehearsal.second(inputs))  # other inputs than those captured
+        replayed = step()
+        replayed = None if replayed is None else replayed.clone()
+        computed = compute()
+        if replayed is None or computed is None:  # not rank 0
+            return step
+        if not repeats(replayed, computed, self._max_rounding_ratio()):
+            raise RecordingError(f"bucket {inputs.bucket}: a replay differs from the decoder")
+        return step
 
-        inputs.static.token_ids.fill_(1)  # other inputs than those recorded
-        if not repeats(replayed(), cast(torch.Tensor, computed())):
-            raise RecordingError(f"bucket {inputs.num_rows}: a replay differs from the decoder")
-        return replayed
+    def _captured(
+        self, graphs: CudaGraphs, batch: ForwardBatch, computed: torch.Tensor | None
+    ) -> PreparedStep:
+        """Capture a pass that writes its logits where all buckets' are."""
+        if computed is not None and (self._logits is None or len(self._logits) < len(computed)):
+            num_rows = max(inputs.num_rows for inputs in self._inputs.values())
+            self._logits = computed.new_empty(num_rows, computed.shape[1])
+        out = None if computed is None else cast(torch.Tensor, self._logits)[: len(computed)]
+        replay = graphs.capture(lambda: self._runner.compute(batch, out))
+
+        def step() -> torch.Tensor | None:
+            replay()
+            return out
+
+        return step
+
+    def _max_rounding_ratio(self) -> float:
+        if self._device.type == "cpu":
+            return MAX_ROUNDING_RATIO
+        return _MAX_NARROW_ROUNDING_RATIOS.get(self._runner.pool.layer(0)[0].dtype, MAX_ROUNDING_RATIO)
 
 
-def repeats(replayed: torch.Tensor, computed: torch.Tensor) -> bool:
+def guard_for(
+    config: WorkerConfig, device: torch.device, captured_modes: frozenset[Mode], max_tokens: int
+) -> GraphGuard:
+    """Return the guard of a rank with such options, whose attention may be captured in such modes.
+
+    `max_tokens`: of any step. On CPU, where a pad costs as much as a token, only decode steps have buckets
+    that nobody asked for.
+    """
+    is_cuda = device.type == "cuda"
+    max_rows = config.max_running_requests
+    batch_sizes = config.graph_batch_sizes or default_batch_sizes(
+        min(max_rows, MAX_CAPTURED_ROWS) if is_cuda else max_rows
+    )
+    token_sizes = config.graph_token_sizes or ()
+    if is_cuda and "mixed" not in captured_modes:
+        token_sizes = ()
+    elif is_cuda and not token_sizes and max_tokens > 1:
+        token_sizes = default_token_sizes(min(max_tokens, MAX_CAPTURED_TOKENS))
+    return GraphGuard(batch_sizes, config.graphs, GraphRunner.supports(device, captured_modes), token_sizes)
+
+
+def repeats(
+    replayed: torch.Tensor, computed: torch.Tensor, max_rounding_ratio: float = MAX_ROUNDING_RATIO
+) -> bool:
     """Tell whether logits of a replay are those that the decoder computes, but for rounding.
 
     In float32 torch's own BLAS, with several threads, sums in another order from call to call.
     """
     largest = computed.abs().max().item()  # at start-up: may wait
-    return torch.allclose(replayed, computed, rtol=0.0, atol=MAX_ROUNDING_RATIO * largest)
+    return torch.allclose(replayed, computed, rtol=0.0, atol=max_rounding_ratio * largest)

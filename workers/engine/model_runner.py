@@ -7,6 +7,7 @@ import torch
 from workers.attention.backend import AttentionBackend
 from workers.engine.forward_batch import ForwardBatch
 from workers.kvcache.kv_pool import KVPool
+from workers.plan import Mode
 
 
 class LanguageModel(Protocol):
@@ -19,7 +20,7 @@ class LanguageModel(Protocol):
         ...
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
-        """Return [rows, vocab] float32 on rank 0, None on the others, of hidden [rows, hidden]."""
+        """Return [rows, vocab] on rank 0, None on the others, of hidden [rows, hidden]."""
         ...
 
 
@@ -31,19 +32,29 @@ class ModelRunner:
         self._attention = attention
         self.pool = pool
 
+    @property
+    def captured_modes(self) -> frozenset[Mode]:
+        """Modes whose passes a CUDA graph may hold."""
+        return self._attention.captured_modes
+
     def plan(self, batch: ForwardBatch) -> None:
         """Prepare attention for the batch: what must happen outside a graph."""
         self._attention.plan(batch)
 
-    def compute(self, batch: ForwardBatch) -> torch.Tensor | None:
+    def compute(self, batch: ForwardBatch, out: torch.Tensor | None = None) -> torch.Tensor | None:
         """Run the planned batch; return the logits [samples, vocab] float32 of its sample_indices, in order.
 
-        None on ranks other than 0, and where nothing is sampled.
+        They are written to `out`, if it is given. None on ranks other than 0, and where nothing is sampled.
         """
+        self._attention.begin()
         hidden = self._model.forward(batch.token_ids, batch.positions, self._attention)
         num_samples = batch.sample_indices.shape[0]
         if num_samples == 0:
             return None
-        if num_samples < batch.num_tokens:
+        takes_all = num_samples == batch.num_tokens if batch.bucket is None else batch.bucket.mode == "decode"
+        if not takes_all:
             hidden = hidden[batch.sample_indices]
-        return self._model.logits(hidden)
+        logits = self._model.logits(hidden)
+        if logits is None:
+            return None
+        return logits.float() if out is None else out.copy_(logits)

@@ -5,6 +5,7 @@ set is written again only after its copy. Locations and page rows are derived fr
 """
 
 from collections.abc import Callable
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,7 @@ import torch
 
 from workers.engine.copies import CopyStream, Fence
 from workers.engine.forward_batch import ForwardBatch
+from workers.engine.graph_guard import Bucket
 from workers.engine.mechanisms import ALL_ON, Mechanisms
 from workers.kvcache.kv_pool import DUMMY_PAGE
 from workers.kvcache.page_table import PageTable
@@ -79,15 +81,25 @@ class HostInputs(StepInputs):
         self.row_array: npt.NDArray[np.int32] = self.page_rows.numpy()
 
 
-class StagingRing:
+class StagingSet(Protocol):
+    """Host memory that a copy to the device reads."""
+
+    fence: Fence | None
+    """Of the last copy; None: it is done."""
+
+
+AnySet = TypeVar("AnySet", bound=StagingSet)
+
+
+class StagingRing(Generic[AnySet]):
     """NUM_STAGING_SETS staging sets in turn: a step's set is not written while its copy may be pending."""
 
-    def __init__(self, make: Callable[[], HostInputs], is_ring: bool = True) -> None:
+    def __init__(self, make: Callable[[], AnySet], is_ring: bool = True) -> None:
         self._sets = [make() for _ in range(NUM_STAGING_SETS if is_ring else 1)]
         self._is_ring = is_ring
         self._next = 0
 
-    def acquire(self) -> HostInputs:
+    def acquire(self) -> AnySet:
         """Return the set to write next, waiting for its last copy."""
         host = self._sets[self._next]
         self._next = (self._next + 1) % len(self._sets)
@@ -98,19 +110,35 @@ class StagingRing:
 
 
 class BucketInputs:
-    """The static inputs of one decode bucket and the ring that feeds them."""
+    """The static inputs of one bucket and the ring that feeds them. `max_slots`: rows of a mixed bucket.
+
+    A mixed bucket has a row more, for the pad tokens; all of these must find a column in it.
+    """
 
     def __init__(
-        self, num_rows: int, pages_per_row: int, device: torch.device, mechanisms: Mechanisms = ALL_ON
+        self,
+        bucket: Bucket,
+        max_slots: int,
+        page_size: int,
+        pages_per_row: int,
+        device: torch.device,
+        mechanisms: Mechanisms = ALL_ON,
     ) -> None:
+        size = bucket.size
+        is_decode = bucket.mode == "decode"
+        num_rows = size if is_decode else min(max_slots, size) + 1
+        num_columns = pages_per_row if is_decode else max(pages_per_row, -(-size // page_size))
+
         def make() -> HostInputs:
-            host = HostInputs(num_rows, num_rows, pages_per_row, pinned=device.type == "cuda")
-            host.start_array[:] = np.arange(num_rows + 1)  # one token a row, on every step
-            host.sample_array[:] = np.arange(num_rows)
+            host = HostInputs(size, num_rows, num_columns, pinned=device.type == "cuda")
+            if is_decode:  # one token a row, on every step
+                host.start_array[:] = np.arange(size + 1)
+                host.sample_array[:] = np.arange(size)
             return host
 
+        self.bucket = bucket
         self.num_rows = num_rows
-        self.static = StepInputs(num_rows, num_rows, pages_per_row, device)
+        self.static = StepInputs(size, num_rows, num_columns, device)
         self.ring = StagingRing(make, mechanisms.rings_staging)
         self.has_rows = False
 
@@ -143,20 +171,17 @@ class Stager:
     def stage_eager(self, plan: BatchPlan, mode: Mode) -> tuple[ForwardBatch, SlotArray]:
         """Stage a plan of any mode; the batch's tensors belong to this step."""
         host = self._eager_ring.acquire()
-        slots = np.array(plan.slots, dtype=np.int64)
-        self._fill(host, plan, slots)
-        num_rows, num_tokens = len(plan.slots), len(plan.token_ids)
+        slots = self._fill(host, plan)
+        num_rows, num_tokens, num_sampled = len(plan.slots), len(plan.token_ids), len(plan.sampled)
         lens = host.len_array[:num_rows]
         num_columns = -(-int(lens.max()) // self._table.page_size)
         rows = host.page_rows.view(-1)[: num_rows * num_columns].view(num_rows, num_columns)
         self._table.stage_rows(slots, rows.numpy())
-        starts = host.start_array[: num_rows + 1]
-        num_sampled = len(plan.sampled)
-        host.sample_array[:num_sampled] = starts[1:][plan.sampled] - 1
         batch = ForwardBatch(
             mode=mode,
             bucket=None,
             num_real_rows=num_rows,
+            num_samples=num_sampled,
             token_ids=self._send(host.token_ids[:num_tokens]),
             positions=self._send(host.positions[:num_tokens]),
             page_rows=self._send(rows),
@@ -164,26 +189,38 @@ class Stager:
             context_lens=self._send(host.context_lens[:num_rows]),
             out_locations=self._send(host.out_locations[:num_tokens]),
             sample_indices=self._send(host.sample_indices[:num_sampled]),
-            host_query_starts=starts,
+            host_query_starts=host.start_array[: num_rows + 1],
             host_context_lens=lens,
         )
         host.fence = self._copies.fence()
         return batch, slots
 
     def stage_bucket(self, plan: BatchPlan, bucket: BucketInputs) -> tuple[ForwardBatch, SlotArray]:
-        """Stage a decode plan of at most bucket.num_rows rows into the bucket's static inputs."""
-        #   rows    | the plan's | pads: token 0 at position 0 of the dummy page |
-        #           0         num_real                                     num_rows
+        """Stage a plan that fits into the bucket's static inputs."""
+        #   rows    | the plan's |         pads          |
+        #           0         num_real            num_rows
+        #   tokens  | the plan's | id 0 at position 0 of the dummy page |
         host = bucket.ring.acquire()
         num_real, num_rows = len(plan.slots), bucket.num_rows
-        slots = np.array(plan.slots + [self._table.dummy_slot] * (num_rows - num_real), dtype=np.int64)
-        self._fill_decode(host, plan, slots[:num_real])
-        self._table.stage_rows(slots[:num_real], host.row_array[:num_real])
-        if num_real < num_rows and self._mechanisms.pads_rows:
-            host.token_id_array[num_real:] = 0
-            host.position_array[num_real:] = 0
-            host.location_array[num_real:] = DUMMY_PAGE * self._table.page_size
-            host.len_array[num_real:] = 1
+        is_decode = bucket.bucket.mode == "decode"
+        slots = np.full(num_rows, self._table.dummy_slot, dtype=np.int64)
+        if is_decode:
+            slots[:num_real] = plan.slots
+            self._fill_decode(host, plan, slots[:num_real])
+        else:
+            slots[:num_real] = self._fill(host, plan)
+        num_columns = self._table.pages_per_row
+        self._table.stage_rows(slots[:num_real], host.row_array[:num_real, :num_columns])
+        num_tokens, num_samples = len(plan.token_ids), num_real if is_decode else len(plan.sampled)
+        if not is_decode:
+            #   query_starts  | ..., num_tokens | size, size, ... |: the first pad row has all pad tokens
+            host.start_array[num_real + 1 :] = bucket.bucket.size
+            host.sample_array[num_samples:] = 0
+        if self._mechanisms.pads_rows:
+            host.token_id_array[num_tokens:] = 0
+            host.position_array[num_tokens:] = 0
+            host.location_array[num_tokens:] = DUMMY_PAGE * self._table.page_size
+            host.len_array[num_real:] = host.start_array[num_real + 1 :] - host.start_array[num_real:-1]
             host.row_array[num_real:] = DUMMY_PAGE
         static = bucket.static
         if self._mechanisms.copies_rows or not bucket.has_rows:
@@ -193,7 +230,7 @@ class Stager:
             before_rows = slice(static.rows_offset)
             self._copies.copy(static.data[before_rows], host.data[before_rows])
         host.fence = self._copies.fence()
-        return static_batch(bucket, num_real, host.start_array, host.len_array), slots
+        return static_batch(bucket, plan.mode, num_real, num_samples, host), slots
 
     def _fill_decode(self, host: HostInputs, plan: BatchPlan, slots: SlotArray) -> None:
         """Write tokens, positions, places and lengths of rows of one token each."""
@@ -205,19 +242,31 @@ class Stager:
         host.len_array[:num_rows] += 1
         self._table.stage_locations(slots, positions, host.location_array[:num_rows])
 
-    def _fill(self, host: HostInputs, plan: BatchPlan, slots: SlotArray) -> None:
-        """Write all but page rows and sample indices of rows of any length."""
-        num_rows, num_tokens = len(slots), len(plan.token_ids)
+    def _fill(self, host: HostInputs, plan: BatchPlan) -> SlotArray:
+        """Write all but page rows of rows of any length; return their slots, those of one token first."""
+        num_rows, num_tokens = len(plan.slots), len(plan.token_ids)
+        slots = np.array(plan.slots, dtype=np.int64)
         starts = np.array(plan.starts, dtype=np.int64)
         lens = np.array(plan.lens, dtype=np.int64)
+        tokens = np.array(plan.token_ids, dtype=np.int64)
+        sampled = np.array(plan.sampled, dtype=np.int64)
+        order = np.argsort(lens > 1, kind="stable")
         ends = np.cumsum(lens)
+        if (order[1:] < order[:-1]).any():
+            firsts = (ends - lens)[order]  # of the plan's tokens
+            slots, starts, lens = slots[order], starts[order], lens[order]
+            ends = np.cumsum(lens)
+            tokens = tokens[np.arange(num_tokens) + np.repeat(firsts - (ends - lens), lens)]
+            sampled = np.argsort(order)[sampled]
         positions = host.position_array[:num_tokens]
         positions[:] = np.arange(num_tokens) + np.repeat(starts - (ends - lens), lens)
-        host.token_id_array[:num_tokens] = plan.token_ids
+        host.token_id_array[:num_tokens] = tokens
         host.start_array[0] = 0
         host.start_array[1 : num_rows + 1] = ends
         host.len_array[:num_rows] = starts + lens
+        host.sample_array[: len(sampled)] = ends[sampled] - 1
         self._table.stage_locations(np.repeat(slots, lens), positions, host.location_array[:num_tokens])
+        return slots
 
     def _send(self, staged: torch.Tensor) -> torch.Tensor:
         target = torch.empty(staged.shape, dtype=staged.dtype, device=self._device)
@@ -226,17 +275,15 @@ class Stager:
 
 
 def static_batch(
-    bucket: BucketInputs,
-    num_real_rows: int,
-    host_query_starts: npt.NDArray[np.int32],
-    host_context_lens: npt.NDArray[np.int32],
+    bucket: BucketInputs, mode: Mode, num_real_rows: int, num_samples: int, host: HostInputs
 ) -> ForwardBatch:
-    """Return a decode batch over a bucket's static inputs, whatever they hold."""
+    """Return the batch that `host` put into a bucket's static inputs."""
     static = bucket.static
     return ForwardBatch(
-        mode="decode",
-        bucket=bucket.num_rows,
+        mode=mode,
+        bucket=bucket.bucket,
         num_real_rows=num_real_rows,
+        num_samples=num_samples,
         token_ids=static.token_ids,
         positions=static.positions,
         page_rows=static.page_rows,
@@ -244,6 +291,6 @@ def static_batch(
         context_lens=static.context_lens,
         out_locations=static.out_locations,
         sample_indices=static.sample_indices,
-        host_query_starts=host_query_starts,
-        host_context_lens=host_context_lens,
+        host_query_starts=host.start_array,
+        host_context_lens=host.len_array,
     )

@@ -5,6 +5,8 @@ freed pages are poisoned with NaN. Owned by the Engine, in its thread; it reads 
 Of pages that a SAVE or LOAD may touch its MoveShadow knows.
 """
 
+from typing import NoReturn
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -254,22 +256,21 @@ class KVSanitizer:
         locations: IntArray,
     ) -> None:
         first_token = query_starts[num_real_rows]
-        stray = (
+        stray_rows = (
             (slots[num_real_rows:] != self._dummy_slot)
             | (page_rows[num_real_rows:] != DUMMY_PAGE).any(axis=1)
-            | (context_lens[num_real_rows:] != 1)
-            | (locations[first_token:] // self._page_size != DUMMY_PAGE)
+            | (context_lens[num_real_rows:] != np.diff(query_starts[num_real_rows:]))
         )
-        if stray.any():
-            row = num_real_rows + int(np.flatnonzero(stray)[0])
-            page = int(locations[first_token + row - num_real_rows]) // self._page_size
-            raise SanitizerError(
-                "pad_rows",
-                None,
-                page,
-                "one token on the dummy page",
-                f"row {row}: context_len {context_lens[row]}, pages {page_rows[row, :4]} ...",
-            )
+        pages = locations[first_token:] // self._page_size
+        if stray_rows.any():
+            row = num_real_rows + int(np.flatnonzero(stray_rows)[0])
+            self._refuse_pads(f"row {row}: context_len {context_lens[row]}, pages {page_rows[row, :4]} ...")
+        if (pages != DUMMY_PAGE).any():
+            token = int(np.flatnonzero(pages != DUMMY_PAGE)[0])
+            self._refuse_pads(f"token {first_token + token} on page {pages[token]}")
+
+    def _refuse_pads(self, found: str) -> NoReturn:
+        raise SanitizerError("pad_rows", None, DUMMY_PAGE, "tokens on the dummy page, nothing before", found)
 
     def _check_reads(
         self, slots: IntArray, page_rows: IntArray, starts: IntArray, context_lens: IntArray

@@ -73,9 +73,9 @@ class VocabularyHead(Linear):
         return vocabulary_placement(self.weight, self._vocab_size, self._group.rank)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
-        """Return float32 [rows, vocab] on rank 0 and None on the others."""
+        """Return [rows, vocab] on rank 0 and None on the others."""
         gathered = self._group.gather_columns(self(hidden))
-        return None if gathered is None else gathered[:, : self._vocab_size].float()
+        return None if gathered is None else gathered[:, : self._vocab_size]
 
 
 def vocabulary_placement(weight: torch.Tensor, vocab_size: int, rank: int) -> Placement:

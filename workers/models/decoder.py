@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from workers.attention.backend import AttentionBackend
+from workers.attention.backend import AttentionBackend, AttentionLayer
 from workers.layers.attention import Attention
 from workers.layers.embedding import VocabularyEmbedding, VocabularyHead
 from workers.layers.kernels import LayerKernels
@@ -107,6 +107,11 @@ class Decoder(nn.Module):
                 found[f"model.layers.{index}.{name}"] = placement
         return found
 
+    @property
+    def attention_layers(self) -> list[AttentionLayer]:
+        """Every layer's attention on this rank, in order."""
+        return [layer.attention.layer for layer in self.layers if isinstance(layer, DecoderLayer)]
+
     def adopt(self, kernels: LayerKernels) -> None:
         """Compute by compiled kernels wherever they can; the weights must be loaded."""
         for module in self.modules():
@@ -128,5 +133,5 @@ class Decoder(nn.Module):
         return hidden if delta is None else hidden + delta
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
-        """Return float32 [S, vocab] for rows [S, hidden] of `forward`; None on ranks other than 0."""
+        """Return [S, vocab] in the model's dtype for rows [S, hidden] of `forward`; None on ranks but 0."""
         return self.head.logits(self.norm(hidden))

@@ -1,0 +1,110 @@
+"""choose_kernels: which kernels a rank computes with, from its options and what the machine has.
+
+Called once by Engine; what has to be compiled is compiled here.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from workers.attention.backend import AttentionBackend
+from workers.attention.flashinfer import FlashInferAttention
+from workers.attention.flashinfer_kernels import (
+    DTYPES,
+    HEAD_DIMS,
+    FlashInferError,
+    FlashInferKernels,
+    HeadShape,
+    KernelLibrary,
+)
+from workers.attention.native import NativeAttention
+from workers.attention.reference import ReferenceAttention
+from workers.config import WorkerConfig
+from workers.engine.copies import CopyStream
+from workers.engine.mechanisms import ALL_ON, Mechanisms
+from workers.engine.recording import RecordingKernels
+from workers.kvcache.kv_pool import KVPool
+from workers.models.decoder import Decoder
+from workers.native.build import NativeBuildError
+
+logger = logging.getLogger(__name__)
+
+LoadLibrary = Callable[[HeadShape, list[int | None], torch.device], KernelLibrary]
+
+
+class BackendError(ValueError):
+    """The chosen attention backend cannot run here."""
+
+
+@dataclass(frozen=True)
+class ChosenKernels:
+    """`kernels` are the CPU's, which the decoder has adopted and which record; None: there are none."""
+
+    attention: AttentionBackend
+    kernels: RecordingKernels | None = None
+
+
+def choose_kernels(
+    config: WorkerConfig,
+    pool: KVPool,
+    decoder: Decoder,
+    copies: CopyStream,
+    *,
+    max_tokens: int,
+    mechanisms: Mechanisms = ALL_ON,
+    load_library: LoadLibrary = FlashInferKernels,
+) -> ChosenKernels:
+    """Return the attention backend of `config` over `pool`; `max_tokens`: of any step.
+
+    Raises BackendError where the one asked for cannot be; `auto` then takes the reference, with a warning.
+    """
+    choice = config.attention_backend
+    if choice == "reference":
+        return ChosenKernels(ReferenceAttention(pool))
+    try:
+        if choice == "native" or (choice == "auto" and config.device == "cpu"):
+            kernels = _native_kernels(pool)
+            decoder.adopt(kernels)
+            return ChosenKernels(NativeAttention(pool, kernels), kernels)
+        library = _flashinfer_library(pool, decoder, load_library)
+    except (BackendError, NativeBuildError, FlashInferError) as error:
+        if choice != "auto":
+            hint = f"attention_backend={choice}: {error}; or choose attention_backend=auto"
+            raise BackendError(hint) from error
+        logger.warning("compiled kernels are not to be had; computing in torch", extra={"reason": str(error)})
+        return ChosenKernels(ReferenceAttention(pool))
+    attention = FlashInferAttention(
+        pool,
+        decoder.attention_layers,
+        library,
+        copies,
+        max_rows=max(config.max_running_requests, *(config.graph_batch_sizes or (1,))),
+        max_tokens=max_tokens,
+        mechanisms=mechanisms,
+    )
+    return ChosenKernels(attention)
+
+
+def _native_kernels(pool: KVPool) -> RecordingKernels:
+    if not NativeAttention.supports(pool):
+        raise BackendError(f"found {_kind(pool)}; the compiled kernels run on cpu in float32 or bfloat16")
+    return RecordingKernels.load()
+
+
+def _flashinfer_library(pool: KVPool, decoder: Decoder, load_library: LoadLibrary) -> KernelLibrary:
+    device, dtype = pool.data.device, pool.layer(0)[0].dtype
+    layers = decoder.attention_layers
+    first = layers[0]
+    if device.type != "cuda" or dtype not in DTYPES:
+        raise BackendError(f"found {_kind(pool)}; FlashInfer runs on cuda in float16 or bfloat16")
+    if first.head_dim not in HEAD_DIMS:
+        raise BackendError(f"found heads of {first.head_dim}; FlashInfer's have 64, 128 or 256")
+    shape = HeadShape(first.num_heads, first.num_kv_heads, first.head_dim, pool.page_size, dtype)
+    windows = sorted({layer.sliding_window for layer in layers}, key=lambda window: window or 0)
+    return load_library(shape, windows, device)
+
+
+def _kind(pool: KVPool) -> str:
+    return f"{pool.data.device.type} and {str(pool.layer(0)[0].dtype).removeprefix('torch.')}"

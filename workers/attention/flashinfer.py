@@ -1,0 +1,301 @@
+"""FlashInferAttention: paged attention by FlashInfer's kernels, on CUDA in float16 and bfloat16.
+
+Rows of one token and rows of more are planned apart: in a mixed step the first need their contexts divided
+among the processors, the others do not. Engine's thread.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from workers.attention.backend import AttentionLayer
+from workers.attention.flashinfer_kernels import (
+    HostRows,
+    KernelLibrary,
+    PagedKernels,
+    PlanInfo,
+    PlanLimits,
+    PlanMemory,
+)
+from workers.attention.kv_write import WriteKV, write_kv
+from workers.attention.row_pages import RowPages, host_page_starts
+from workers.engine.copies import CopyStream, Fence
+from workers.engine.forward_batch import ForwardBatch, IntArray
+from workers.engine.graph_guard import Bucket
+from workers.engine.mechanisms import ALL_ON, Mechanisms
+from workers.engine.staging import StagingRing
+from workers.kvcache.kv_pool import KVPool
+from workers.plan import Mode
+
+MAX_SHORT_LEN = 16
+"""Tokens. A batch without longer rows is left to the kernels for short rows, whose tiles hold no more."""
+
+
+class PlanChangedError(RuntimeError):
+    """A plan does not fit the graph that was captured with another: a bug, here or in the library."""
+
+
+@dataclass
+class PinnedPlan:
+    """A staging set: where the library writes a plan before it copies it."""
+
+    data: torch.Tensor
+    fence: Fence | None = None
+
+
+class Planner:
+    """Plans a part of a batch, again and again, for kernels that read the plan at one address (I3)."""
+
+    def __init__(
+        self,
+        kernels: PagedKernels,
+        limits: PlanLimits,
+        floats: torch.Tensor,
+        copies: CopyStream,
+        is_ring: bool,
+    ) -> None:
+        device = floats.device
+        num_bytes = kernels.plan_bytes(limits)
+        self.kernels = kernels
+        self._limits = limits
+        self._floats = floats
+        self._copies = copies
+        self._device = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        self._ring: StagingRing[PinnedPlan] = StagingRing(
+            lambda: PinnedPlan(torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")),
+            is_ring,
+        )
+        self._captured: list[int] | None = None
+
+    def plan(self, rows: HostRows) -> "PlannedPart":
+        """Plan rows within the limits; those of a captured part are as many as these."""
+        pinned = self._ring.acquire()
+        memory = PlanMemory(self._floats, self._device, pinned.data)
+        info = self.kernels.plan(rows, memory)
+        pinned.fence = self._copies.fence()
+        if self._limits.is_captured:
+            self._captured = self._captured or list(info)
+            if list(info) != self._captured:
+                raise PlanChangedError(f"found {list(info)}, allowed is {self._captured}, the graph's")
+        return PlannedPart(self.kernels, info, memory)
+
+
+@dataclass(frozen=True)
+class PlannedPart:
+    """What a layer's attention calls for a part of the batch."""
+
+    kernels: PagedKernels
+    info: PlanInfo
+    memory: PlanMemory
+
+
+@dataclass(frozen=True)
+class _Planners:
+    """For one window: of a batch's short rows and, in mixed batches, its long ones."""
+
+    short: Planner
+    long: Planner | None
+
+
+@dataclass(frozen=True)
+class _BucketState:
+    """What a captured graph reads and writes beside its static inputs."""
+
+    pages: RowPages
+    planners: dict[int | None, _Planners]
+    out: torch.Tensor | None
+    """Of a mixed bucket, whose pad tokens no kernel writes: they keep what they have, zeros at first"""
+
+
+class FlashInferAttention:
+    """See AttentionBackend. All `layers` have one shape; at most two windows among them.
+
+    `max_rows` and `max_tokens` are the most of any batch, pads included.
+    """
+
+    def __init__(
+        self,
+        pool: KVPool,
+        layers: Sequence[AttentionLayer],
+        library: KernelLibrary,
+        copies: CopyStream,
+        *,
+        max_rows: int,
+        max_tokens: int,
+        mechanisms: Mechanisms = ALL_ON,
+        write: WriteKV = write_kv,
+    ) -> None:
+        self._pool = pool
+        self._copies = copies
+        self._is_ring = mechanisms.rings_staging
+        self._write = write
+        self._out_shape = (layers[0].num_heads, layers[0].head_dim)
+        windows = sorted({layer.sliding_window for layer in layers}, key=lambda window: window or 0)
+        self._short = {window: library.short(window) for window in windows}
+        self._long = {window: library.long(window) for window in windows}
+        self._floats = self._float_workspace(max_rows, max_tokens)
+        limits = PlanLimits(max_rows, max_tokens, is_captured=False)
+        self._eager = self._make_planners(limits, limits)
+        self._buckets: dict[Bucket, _BucketState] = {}
+        # The current pass:
+        self._batch: ForwardBatch | None = None
+        self._pages: RowPages | None = None
+        self._out: torch.Tensor | None = None
+        self._parts: dict[int | None, list[PlannedPart]] = {}
+
+    @property
+    def captured_modes(self) -> frozenset[Mode]:
+        """Decode always; extend and mixed where there are kernels for long rows, which write in place."""
+        if any(kernels is None for kernels in self._long.values()):
+            return frozenset({"decode"})
+        return frozenset({"decode", "extend", "mixed"})
+
+    def plan(self, batch: ForwardBatch) -> None:
+        """Plan every window's parts on the host; nothing waits for the device."""
+        self._batch = batch
+        page_starts = host_page_starts(batch, self._pool.page_size)
+        if batch.bucket is None:
+            self._pages, self._out = RowPages.like(batch.page_rows), None
+            short, long = self._eager_rows(batch, page_starts)
+            planners = self._eager
+        else:
+            state = self._buckets.get(batch.bucket)
+            if state is None:
+                state = self._buckets[batch.bucket] = self._make_bucket(batch)
+            self._pages, self._out, planners = state.pages, state.out, state.planners
+            if batch.bucket.mode == "decode":
+                short, long = _rows(batch, page_starts, 0, batch.num_rows), None
+            else:
+                short, long = _captured_rows(batch, page_starts)
+        self._parts = {window: _plan_parts(of_window, short, long) for window, of_window in planners.items()}
+
+    def begin(self) -> None:
+        """Put the rows' pages one behind the other."""
+        assert self._batch is not None and self._pages is not None, "no batch is planned"
+        self._pages.derive(self._batch.page_rows, self._batch.context_lens, self._pool.page_size)
+
+    def forward(
+        self, layer: AttentionLayer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        """See AttentionBackend; the result is a fresh tensor, or a mixed bucket's own."""
+        assert self._batch is not None and self._pages is not None, "no batch is planned"
+        pool = self._pool.layer(layer.index)
+        self._write(k, v, self._batch.out_locations, *pool)
+        out = self._out
+        if out is None:
+            out = torch.empty((q.shape[0], *self._out_shape), dtype=q.dtype, device=q.device)
+        for part in self._parts[layer.sliding_window]:
+            part.kernels.run(
+                part.info, part.memory, q, pool, self._batch.query_starts, self._pages, layer.scale, out
+            )
+        return out.view(q.shape[0], -1)
+
+    def _eager_rows(
+        self, batch: ForwardBatch, page_starts: IntArray
+    ) -> tuple[HostRows | None, HostRows | None]:
+        """Divide rows: one token each come first. All are short where no kernels are for long ones."""
+        lens = np.diff(batch.host_query_starts)
+        num_rows = batch.num_rows
+        if None in self._long.values() or int(lens.max()) <= MAX_SHORT_LEN:
+            return _rows(batch, page_starts, 0, num_rows), None
+        num_short = int((lens == 1).sum())
+        short = _rows(batch, page_starts, 0, num_short) if num_short else None
+        return short, _rows(batch, page_starts, num_short, num_rows)
+
+    def _make_bucket(self, batch: ForwardBatch) -> _BucketState:
+        assert batch.bucket is not None
+        size, is_decode = batch.bucket.size, batch.bucket.mode == "decode"
+        num_short = size if is_decode else batch.num_rows - 1
+        short = PlanLimits(num_short, num_short, is_captured=True)
+        long = None if is_decode else PlanLimits(_max_long_rows(batch), size, is_captured=True)
+        dtype, device = self._pool.layer(0)[0].dtype, batch.page_rows.device
+        return _BucketState(
+            pages=RowPages.like(batch.page_rows),
+            planners=self._make_planners(short, long),
+            out=None if is_decode else torch.zeros((size, *self._out_shape), dtype=dtype, device=device),
+        )
+
+    def _make_planners(self, short: PlanLimits, long: PlanLimits | None) -> dict[int | None, _Planners]:
+        found = {}
+        for window, kernels in self._short.items():
+            long_kernels = self._long[window]
+            found[window] = _Planners(
+                short=Planner(kernels, short, self._floats, self._copies, self._is_ring),
+                long=None
+                if long is None or long_kernels is None
+                else Planner(long_kernels, long, self._floats, self._copies, self._is_ring),
+            )
+        return found
+
+    def _float_workspace(self, max_rows: int, max_tokens: int) -> torch.Tensor:
+        """Return room for partial results; one pass after another uses it."""
+        limits = [
+            PlanLimits(max_rows, max_rows, is_captured=True),  # more rows of one token take more
+            PlanLimits(max_rows, max_tokens, is_captured=False),
+        ]
+        kernels = [*self._short.values(), *(found for found in self._long.values() if found is not None)]
+        num_bytes = max(each.float_bytes(limit) for each in kernels for limit in limits)
+        return torch.empty(max(num_bytes, 1), dtype=torch.uint8, device=self._pool.layer(0)[0].device)
+
+
+def _rows(batch: ForwardBatch, page_starts: IntArray, first: int, stop: int) -> HostRows:
+    query_starts = batch.host_query_starts[first : stop + 1]
+    return HostRows(
+        query_starts=query_starts,
+        page_starts=page_starts[first : stop + 1],
+        context_lens=batch.host_context_lens[first:stop],
+        num_tokens=int(query_starts[-1] - query_starts[0]),
+        is_captured=batch.bucket is not None,
+    )
+
+
+def _captured_rows(batch: ForwardBatch, page_starts: IntArray) -> tuple[HostRows, HostRows]:
+    """Return a mixed bucket's rows of one token and those of more, each filled up with rows of none.
+
+    rows  | one token each | more tokens | pads |
+          0                num_short     num_real
+    """
+    assert batch.bucket is not None
+    starts, lens = batch.host_query_starts, batch.host_context_lens
+    num_real = batch.num_real_rows
+    num_short = int((np.diff(starts[: num_real + 1]) == 1).sum())
+    max_short, max_long = batch.num_rows - 1, _max_long_rows(batch)
+    return (
+        HostRows(
+            query_starts=_filled_up(starts[: num_short + 1], max_short + 1),
+            page_starts=_filled_up(page_starts[: num_short + 1], max_short + 1),
+            context_lens=_filled_up(lens[:num_short], max_short, 0),
+            num_tokens=max_short,
+            is_captured=True,
+        ),
+        HostRows(
+            query_starts=_filled_up(starts[num_short : num_real + 1], max_long + 1),
+            page_starts=_filled_up(page_starts[num_short : num_real + 1], max_long + 1),
+            context_lens=_filled_up(lens[num_short:num_real], max_long, 0),
+            num_tokens=batch.bucket.size,
+            is_captured=True,
+        ),
+    )
+
+
+def _max_long_rows(batch: ForwardBatch) -> int:
+    """Return how many rows of two tokens or more a mixed bucket holds."""
+    assert batch.bucket is not None
+    return max(1, min(batch.num_rows - 1, batch.bucket.size // 2))
+
+
+def _filled_up(values: IntArray, length: int, value: int | None = None) -> IntArray:
+    """Return `values` and, up to `length`, the last of them or `value`."""
+    filled = np.full(length, values[-1] if value is None else value, dtype=np.int32)
+    filled[: len(values)] = values
+    return filled
+
+
+def _plan_parts(planners: _Planners, short: HostRows | None, long: HostRows | None) -> list[PlannedPart]:
+    parts = [] if short is None else [planners.short.plan(short)]
+    if long is not None:
+        assert planners.long is not None, "no kernels for long rows"
+        parts.append(planners.long.plan(long))
+    return parts
