@@ -9,6 +9,8 @@ PORT ?= 8000
 ARGS ?=
 # Tests run in so many processes (tests/conftest.py says what stays together).
 WORKERS ?= 2
+# Of one run of the storm, which goes on where the last one ended.
+MINUTES ?= 6
 # Any Python from 3.11 on; the first of these that is one makes .venv.
 PYTHONS ?= python3 python3.11 python3.12 python3.13 python
 
@@ -21,13 +23,14 @@ content := $(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
 runtime := $(venv)/.runtime-$(content)
 dev := $(venv)/.dev-$(content)
 
-.PHONY: help setup serve test test-slow test-long test-gpu check lint format-check types imports architecture bench
+.PHONY: help setup serve test test-slow test-long test-gpu storm-gpu memcheck-gpu check lint format-check types imports architecture bench bench-gpu
 
 help:
 	@echo 'make serve PORT=8000 ARGS=...  serve SmolLM2-135M-Instruct in the foreground'
 	@echo 'make test | test-slow | test-long | test-gpu   the tests; those of minutes; of hours; those that need a GPU'
+	@echo 'make storm-gpu MINUTES=6       random requests over a pool that evicts all the time, on a GPU; make memcheck-gpu'
 	@echo 'make check                     ruff, mypy, import contracts, architecture'
-	@echo 'make bench                     the CPU benchmark; its last line is JSON'
+	@echo 'make bench | bench-gpu         the CPU benchmark, the GPU benchmark; the last line is JSON'
 	@echo 'make setup                     all that the others need, without running anything'
 
 setup: $(dev)
@@ -45,7 +48,13 @@ test-long: $(dev)
 	$(bin)/python -m pytest -m 'long and not gpu' $(parallel) $(ARGS)
 
 test-gpu: $(dev)
-	$(bin)/python -m pytest -m gpu $(ARGS)
+	$(bin)/python -m pytest -m gpu tests/gpu $(ARGS)
+
+storm-gpu: $(dev)
+	$(bin)/python tests/gpu/storm.py --minutes $(MINUTES) --progress build/storm_gpu.json $(ARGS)
+
+memcheck-gpu: $(dev)
+	PYTHON=$(bin)/python tests/gpu/memcheck.sh $(ARGS)
 
 check: lint format-check types imports architecture
 
@@ -66,6 +75,9 @@ architecture: $(dev)
 
 bench: $(dev)
 	$(bin)/python tests/bench/bench_cpu.py --json $(ARGS)
+
+bench-gpu: $(dev)
+	$(bin)/python tests/bench/bench_gpu.py --json $(ARGS)
 
 $(bin)/python:
 	@for candidate in $(PYTHONS); do \

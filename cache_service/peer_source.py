@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from cache_service.arena_safety import ArenaSafety
 from cache_service.breaker import Breaker
-from cache_service.injection import MessageInjection
 from cache_service.messages import (
     PROTOCOL_VERSION,
     Done,
@@ -60,7 +59,6 @@ class PeerSource:
         transfer: Transfer,
         safety: ArenaSafety,
         patience: PeerPatience | None = None,
-        injection: MessageInjection | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         patience = patience or PeerPatience()
@@ -79,7 +77,7 @@ class PeerSource:
         """One that its caller has left at the deadline: until it ends, the thread does nothing else."""
         self._has_ended = threading.Event()
         self._segment = ""
-        self._connection = PeerConnection(endpoint, cluster_secret, clock, injection)
+        self._connection = PeerConnection(endpoint, cluster_secret, clock)
         self._worker = RemoteWorker("peer-source", at_end=self._leave)
 
     @property

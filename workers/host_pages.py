@@ -18,10 +18,12 @@ from cache_service.client import (
 from cache_service.metrics import CacheClientCollector, MetricLabels
 from workers.config import WorkerConfig
 from workers.engine.engine import Engine
+from workers.engine.mechanisms import ALL_ON, Mechanisms
 from workers.kvcache.arena_part import MappedArena, MoverError
 from workers.kvcache.fetch_costs import FetchCosts
 from workers.kvcache.manager import KVCacheManager
 from workers.kvcache.mover import mover_for
+from workers.kvcache.moves import MoveInjection
 from workers.kvcache.prefetcher import PrefetchOptions
 from workers.metrics import LABELS, RankLabels, TierSources, count_tier
 from workers.parallel import TPGroup
@@ -47,8 +49,16 @@ class HostPages:
     """
 
     def __init__(
-        self, place: CachePlace, config: WorkerConfig, engine: Engine, group: TPGroup, incarnation: int
+        self,
+        place: CachePlace,
+        config: WorkerConfig,
+        engine: Engine,
+        group: TPGroup,
+        incarnation: int,
+        mechanisms: Mechanisms = ALL_ON,
+        injection: MoveInjection | None = None,
     ) -> None:
+        """`mechanisms` and `injection` are the mover's."""
         self.client = CacheClient(
             place.endpoint,
             place.cluster_secret,
@@ -66,7 +76,13 @@ class HostPages:
         try:
             self._attach()
             self.mover = mover_for(
-                engine.pool, self._mapped, group.rank, group.moves, verify=config.verify_pages
+                engine.pool,
+                self._mapped,
+                group.rank,
+                group.moves,
+                verify=config.verify_pages,
+                mechanisms=mechanisms,
+                injection=injection,
             )
         except (CacheAttachError, MoverError):
             self.client.close()

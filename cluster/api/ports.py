@@ -12,11 +12,10 @@ from workers.protocol import FinishReason, RequestOutput, SubmitRequest
 
 
 class NoReplicaError(Exception):
-    """No replica can take a request now (none is ready). The API answers 503 with Retry-After."""
+    """No replica can take a request now (none is ready). The API answers 503 with the reason."""
 
-    def __init__(self, retry_after_s: float, reason: str) -> None:
+    def __init__(self, reason: str) -> None:
         super().__init__(reason)
-        self.retry_after_s = retry_after_s
         self.reason = reason
 
 

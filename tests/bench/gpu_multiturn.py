@@ -152,6 +152,8 @@ def measure_multiturn(rank: BenchRank, workload: Workload, name: str) -> dict[st
             seconds = stats.seconds[kind] - before[1][kind]
             found[f"{kind}_gb"] = moved / 1e9
             found[f"{kind}_gb_s"] = moved / seconds / 1e9 if seconds else 0.0
+            found[f"{kind}_bounced_pages"] = stats.num_bounced[kind]
+        found["host_waits"] = stats.num_waits["host"]
     return {name: round(value, 4) for name, value in found.items()}
 
 

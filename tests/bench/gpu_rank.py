@@ -21,13 +21,15 @@ from tests.harness import write_tiny_model
 from workers.card import load_card
 from workers.config import WorkerConfig
 from workers.engine.engine import Engine
+from workers.engine.mechanisms import ALL_ON, Mechanisms
 from workers.host_pages import CachePlace, HostPages
 from workers.kvcache.manager import KVCacheManager
+from workers.kvcache.moves import MoveInjection
 from workers.parallel import TPGroup
 from workers.plan import BatchPlan, StepOutput
 from workers.protocol import Received, RequestId, RequestOutput
 from workers.scheduler.scheduler import Scheduler
-from workers.step_loop import StepLoop
+from workers.step_loop import STALL_S, StepLoop
 
 LLAMA_8B = {
     "vocab_size": 128_256,
@@ -55,9 +57,27 @@ SMOL_135M = {
     "tie_word_embeddings": True,
     "torch_dtype": "bfloat16",
 }
+SMALL = {
+    "vocab_size": 4_096,
+    "hidden_size": 512,
+    "intermediate_size": 1_024,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 8_192,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+"""For tools that slow the card down a hundredfold."""
 TINY = {"vocab_size": 2_048, "max_position_embeddings": 8_192}
 """For rehearsals without a GPU: whatever is left out of write_tiny_model's shape."""
-SHAPES: dict[str, dict[str, Any]] = {"llama8b": LLAMA_8B, "smol135m": SMOL_135M, "tiny": TINY}
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama8b": LLAMA_8B,
+    "smol135m": SMOL_135M,
+    "small": SMALL,
+    "tiny": TINY,
+}
 ARENA_TIMEOUT_S = 240.0
 """A machine may give 50 GB of memory as slowly as that."""
 FIRST_TOKEN = 100
@@ -91,19 +111,20 @@ class StepRecord:
     mode: str
     outcome: str
     """`replay`, `replay_after_load` or `eager`."""
-    num_rows: int
     num_decodes: int
     """Rows of one token each: requests that generate."""
     num_tokens: int
     duration_s: float = 0.0
     was_moving: bool = False
     """Pages were on their way between device and host when it began."""
+    num_evictions: int = 0
+    """Of pages since the step before."""
 
 
 class BenchRank:
     """Use as a context manager. `options` are WorkerConfig's beside the shape."""
 
-    def __init__(self, shape: str, options: dict[str, Any]) -> None:
+    def __init__(self, shape: str, options: dict[str, Any], mechanisms: Mechanisms = ALL_ON) -> None:
         with ExitStack() as stack:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             config = self.config = shape_config(Path(folder), shape, options)
@@ -111,7 +132,7 @@ class BenchRank:
             self.model = card.config
             self._group = TPGroup.single()
             began_s = time.perf_counter()
-            self.engine = Engine(config, card, self._group)
+            self.engine = Engine(config, card, self._group, mechanisms)
             stack.callback(self.engine.close)
             self.start_s = time.perf_counter() - began_s
             cache = self.cache = KVCacheManager(
@@ -122,6 +143,7 @@ class BenchRank:
                 prefix_caching=config.prefix_caching,
             )
             self.host_pages: HostPages | None = None
+            self._mechanisms = mechanisms
             self.scheduler = Scheduler(
                 config,
                 cache,
@@ -131,7 +153,6 @@ class BenchRank:
                 seeds=Random(0),
             )
             self._resources = stack.pop_all()
-        self.steps: list[StepRecord] = []
 
     def __enter__(self) -> "BenchRank":
         return self
@@ -139,14 +160,24 @@ class BenchRank:
     def __exit__(self, *_: object) -> None:
         self._resources.close()
 
-    def attach(self, node: CacheNode) -> HostPages:
+    def attach(self, node: CacheNode, injection: MoveInjection | None = None) -> HostPages:
         """Save pages to a node's arena and load them, once all of the arena can be had; the caller closes."""
-        place = CachePlace(node.endpoint, SECRET)
-        self.host_pages = HostPages(place, self.config, self.engine, self._group, 1)
-        self.host_pages.lead(self.cache)
-        arena = self.host_pages.client.arena
+        pages = self.host_pages = HostPages(
+            CachePlace(node.endpoint, SECRET),
+            self.config,
+            self.engine,
+            self._group,
+            1,
+            self._mechanisms,
+            injection,
+        )
+        pages.lead(self.cache)
+        arena, num_pinned_bytes = pages.client.arena, pages.mover.stats.num_pinned_bytes
         eventually(lambda: arena.num_usable_slots == arena.spec.num_slots, ARENA_TIMEOUT_S)
-        return self.host_pages
+        if self.config.device == "cuda":
+            num_bytes = arena.spec.num_slots * arena.spec.slot_bytes
+            eventually(lambda: num_pinned_bytes() == num_bytes, ARENA_TIMEOUT_S)
+        return pages
 
     @property
     def weight_bytes_read(self) -> int:
@@ -163,21 +194,38 @@ class BenchRank:
 
     def run(self, clients: Clients, timeout_s: float = 300.0) -> list[StepRecord]:
         """Step until the clients have all their answers; return how each step ran."""
-        self.steps = []
+        records: dict[int, StepRecord] = {}
         inbox = _Inbox(clients, timeout_s)
         loop = StepLoop(
             self.scheduler,
-            _WatchedEngine(self),
+            _WatchedEngine(self, records),
             self._group,
             inbox,
-            _Recorder(self),
+            _Recorder(self.cache, records),
             self.cache.take_events,
             incarnation=1,
             clock=time.perf_counter,
         )
         inbox.stop = loop.stop
         loop.run()
-        return self.steps
+        return list(records.values())
+
+    def settle(self, timeout_s: float = 60.0) -> None:
+        """After a run: step until nothing moves and no page waits for a step; then prove what is left."""
+        deadline_s = time.perf_counter() + timeout_s
+        while self.scheduler.has_moves or self.cache.stats().num_quiescing_pages:
+            if time.perf_counter() > deadline_s:
+                raise TimeoutError(f"pages do not come to rest: {self.cache.stats()}")
+            self.scheduler.completed(self._group.board.minimum())
+            plan = self.scheduler.plan(time.perf_counter())
+            if plan is None:
+                time.sleep(STALL_S)
+                continue
+            output = self.engine.run(plan)
+            self._group.board.publish(plan.step)
+            self.scheduler.commit(output)
+        self.cache.take_events()
+        self.scheduler.check()
 
     @property
     def num_moving(self) -> int:
@@ -215,30 +263,43 @@ class _Inbox:
 class _WatchedEngine:
     """The rank's engine; notes how the guard had each step run."""
 
-    def __init__(self, rank: BenchRank) -> None:
+    def __init__(self, rank: BenchRank, records: dict[int, StepRecord]) -> None:
         self._rank = rank
+        self._records = records
+
+    def launch(self, plan: BatchPlan) -> None:
+        engine, before = self._rank.engine, Counter(self._rank.engine.graph_steps)
+        was_moving = self._rank.num_moving > 0
+        engine.launch(plan)
+        for mode, outcome in Counter(engine.graph_steps) - before:
+            num_decodes = sum(length == 1 for length in plan.lens)
+            record = StepRecord(mode, outcome, num_decodes, sum(plan.lens), was_moving=was_moving)
+            self._records[plan.step] = record
+
+    def collect(self) -> StepOutput:
+        return self._rank.engine.collect()
+
+    @property
+    def has_ended(self) -> bool:
+        return self._rank.engine.has_ended
 
     def run(self, plan: BatchPlan) -> StepOutput:
-        rank, before = self._rank, Counter(self._rank.engine.graph_steps)
-        was_moving = rank.num_moving > 0
-        output = rank.engine.run(plan)
-        for mode, outcome in Counter(rank.engine.graph_steps) - before:
-            num_decodes = sum(length == 1 for length in plan.lens)
-            rank.steps.append(
-                StepRecord(mode, outcome, len(plan.lens), num_decodes, sum(plan.lens), was_moving=was_moving)
-            )
-        return output
+        self.launch(plan)
+        return self.collect()
 
 
 class _Recorder:
     """Takes the loop's durations."""
 
-    def __init__(self, rank: BenchRank) -> None:
-        self._rank = rank
+    def __init__(self, cache: KVCacheManager, records: dict[int, StepRecord]) -> None:
+        self._cache = cache
+        self._records = records
+        self._num_evictions = cache.stats().num_evictions
 
     def stepped(self, plan: BatchPlan, duration_s: float) -> None:
-        if plan.slots:
-            self._rank.steps[-1].duration_s = duration_s
+        if (record := self._records.get(plan.step)) is not None:
+            before, self._num_evictions = self._num_evictions, self._cache.stats().num_evictions
+            record.duration_s, record.num_evictions = duration_s, self._num_evictions - before
 
     def loaded(self, load: object) -> None:
         pass

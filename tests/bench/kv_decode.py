@@ -23,8 +23,9 @@ from tests.unit.tiers import Tier, keys
 from workers.card import load_card
 from workers.config import WorkerConfig
 from workers.engine.engine import Engine
+from workers.kvcache.arena_part import VerifyPolicy
 from workers.kvcache.manager import KVCacheManager
-from workers.kvcache.page_mover import VerifyPolicy
+from workers.kvcache.mover import mover_for
 from workers.move_board import MoveStatus
 from workers.parallel import TPGroup
 from workers.protocol import RequestId, SamplingParams, SubmitRequest
@@ -99,7 +100,8 @@ class Decode:
         num_tokens = (2 * num_stretches + 2) * (NUM_STEPS + 1) + 8
         sampling = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
         for number in range(self._setup.num_requests):
-            prompt = [100 + (number * 7_919 + place * 31) % 20_000 for place in range(self._setup.prompt_len)]
+            places = range(number * 7_919, number * 7_919 + 31 * self._setup.prompt_len, 31)
+            prompt = [100 + place % self._num_tokens for place in places]
             self._scheduler.add(SubmitRequest(RequestId(str(number)), prompt, sampling), time.monotonic())
         while not self._step([]):
             pass
@@ -150,7 +152,12 @@ class Traffic:
         self._setup = setup
         num_moved, first = setup.num_moved, setup.num_request_pages + 1
         self._tier = Tier(
-            folder, [engine.pool], num_slots=2 * num_moved, board=group.moves, verify=setup.verify
+            folder,
+            [engine.pool],
+            num_slots=2 * num_moved,
+            board=group.moves,
+            make=mover_for,
+            verify=setup.verify,
         )
         self._mover = self._tier.mover
         engine.attach(self._mover)

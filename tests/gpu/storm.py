@@ -1,0 +1,343 @@
+"""A storm over the whole of one rank: cache tier on, a device pool that evicts all the time, sanitizer on.
+
+    python tests/gpu/storm.py [--minutes 6] [--progress FILE] [--device cuda|cpu] [--shape smol135m] ...
+
+128 mixed requests at a time (tests/gpu/storm_clients.py), in rounds. After each round its greedy answers are
+compared with those of a second rank without the tier (storm_compare.py), all pages are proven to be there,
+and the progress is written: called again with the same file it goes on with the next seed. A leg is a number
+of rounds under one draw of page size, write policy and token budget.
+
+A violation is: a sanitizer or ownership error, a torn or corrupt load, a leak, an output after the end, a
+wrong token. It ends the storm with exit 1, its seed in the progress: `--first-round N --rounds 1` plays it
+again.
+One JSON line ends stdout.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import time
+import traceback
+from contextlib import ExitStack
+from pathlib import Path
+from random import Random
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch  # noqa: E402
+
+from cache_service.messages import Check, Done  # noqa: E402
+from tests.bench.cache_node import CacheNode  # noqa: E402
+from tests.bench.gpu_rank import SHAPES, BenchRank, worker_options  # noqa: E402
+from tests.bench.measuring import say  # noqa: E402
+from tests.gpu.storm_clients import MAX_TOKENS, StormClients  # noqa: E402
+from tests.gpu.storm_compare import Verdict, compare  # noqa: E402
+from workers.engine.mechanisms import ALL_ON, Mechanisms  # noqa: E402
+from workers.kvcache.moves import MoveInjection  # noqa: E402
+
+ROUNDS_PER_LEG = 4
+PAGE_SIZES = (16, 4, 16, 32, 8)
+POLICIES = ("write_through", "write_back", "write_through", "write_through_selective")
+STEP_TOKENS = (768, 256, 2_048)
+OPTIONS = ("page_size", "write_policy", "max_tokens_per_step", "graphs", "attention_backend", "checked")
+"""Of WorkerConfig: given, they are not drawn."""
+INJECTED_RATIO = 0.3
+"""Of the legs: moves are late, out of order, fail, or leave flipped bits in the arena."""
+ARENA_POOLS = 6
+"""Device pools that the arena holds: it evicts as well, more rarely."""
+
+
+@dataclasses.dataclass
+class Round:
+    """What one round came to, as it stands in the progress."""
+
+    number: int
+    seed: int
+    options: dict[str, Any]
+    num_requests: int = 0
+    finished: dict[str, int] = dataclasses.field(default_factory=dict)
+    num_tokens: int = 0
+    seconds: float = 0.0
+    num_steps: int = 0
+    evicting_steps_ratio: float = 0.0
+    """Steps since the last of which the pool has evicted."""
+    num_evictions: int = 0
+    num_preemptions: int = 0
+    num_loaded_pages: int = 0
+    num_saved_pages: int = 0
+    failed_moves: dict[str, int] = dataclasses.field(default_factory=dict)
+    outcomes: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Steps by mode and outcome."""
+    num_sanitized_steps: int = 0
+    num_compared: int = 0
+    num_compared_tokens: int = 0
+    num_ties: int = 0
+    largest_tie: float = 0.0
+    violations: list[str] = dataclasses.field(default_factory=list)
+
+
+class Leg:
+    """Two ranks and a node under one draw of options. Use as a context manager.
+
+    `mechanisms` and `injection` are for tests that see what the storm then finds.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        arguments: argparse.Namespace,
+        mechanisms: Mechanisms = ALL_ON,
+        injection: MoveInjection | None = None,
+    ) -> None:
+        random = Random(f"{arguments.seed}/leg/{number}")
+        given = worker_options({name: getattr(arguments, name) for name in OPTIONS})
+        self.options: dict[str, Any] = {
+            "page_size": random.choice(PAGE_SIZES),
+            "write_policy": random.choice(POLICIES),
+            "max_tokens_per_step": random.choice(STEP_TOKENS),
+            **given,
+        }
+        self.is_injected = (
+            random.random() < INJECTED_RATIO if arguments.injection is None else arguments.injection == "on"
+        )
+        if self.is_injected:
+            injection = MoveInjection(
+                arguments.seed * 1_000 + number,
+                max_delay_s=0.003,
+                failure_ratio=0.02,
+                corruption_ratio=0.02,
+                reorder_window=4,
+            )
+        page_size, concurrency = self.options["page_size"], arguments.concurrency
+        request_len = arguments.max_prompt_len + MAX_TOKENS
+        self.pool_tokens = max(
+            int(concurrency * arguments.max_prompt_len * arguments.pool_ratio), request_len
+        )
+        common = {
+            "device": arguments.device,
+            "dtype": "bfloat16" if arguments.device == "cuda" else "float32",
+            "max_running_requests": concurrency,
+            "max_waiting_requests": 100_000,
+            "num_threads": 1,
+            **self.options,
+        }
+        with ExitStack() as stack:
+            self.rank = stack.enter_context(
+                BenchRank(
+                    arguments.shape,
+                    {
+                        **common,
+                        "num_pages": -(-self.pool_tokens // page_size) + 1,
+                        "kv_sanitizer": True,
+                    },
+                    mechanisms,
+                )
+            )
+            self.reference = stack.enter_context(
+                BenchRank(
+                    arguments.shape,
+                    {
+                        **common,
+                        "num_pages": concurrency * (-(-request_len // page_size) + 1),
+                        "prefix_caching": False,
+                    },
+                )
+            )
+            arena_bytes = ARENA_POOLS * self.pool_tokens * self.rank.token_bytes
+            self.node = stack.enter_context(CacheNode(arena_bytes / (1 << 30) + 0.001))
+            stack.callback(self.rank.attach(self.node, injection).close)
+            self._resources = stack.pop_all()
+
+    def __enter__(self) -> "Leg":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._resources.close()
+
+    def play(self, number: int, arguments: argparse.Namespace) -> Round:
+        """Play a round and find out whether all of it was right."""
+        found = Round(number, arguments.seed, self.options | {"injection": self.is_injected})
+        began_s = time.perf_counter()
+        try:
+            self._play(found, arguments)
+        except Exception as error:  # whatever a check raises is what the storm is for
+            found.violations.append(f"{type(error).__name__}: {error}")
+            say(traceback.format_exc())
+        found.seconds = round(time.perf_counter() - began_s, 2)
+        return found
+
+    def _play(self, found: Round, arguments: argparse.Namespace) -> None:
+        rank, host_pages = self.rank, self.rank.host_pages
+        assert host_pages is not None and host_pages.figures.tier is not None
+        tier, before = host_pages.figures.tier.stats, self._counts()
+        clients = StormClients(
+            f"{arguments.seed}/{found.number}",
+            arguments.requests,
+            arguments.concurrency,
+            rank.model.vocab_size,
+            arguments.max_prompt_len,
+        )
+        steps = rank.run(clients, timeout_s=arguments.round_timeout_s)
+        rank.settle()
+        asked = list(clients.asked.values())
+        found.num_requests = len(asked)
+        for one in asked:
+            reason = str(one.finish_reason)
+            found.finished[reason] = found.finished.get(reason, 0) + 1
+        found.num_tokens = sum(len(one.token_ids) for one in asked)
+        for step in steps:
+            name = f"{step.mode} {step.outcome}"
+            found.outcomes[name] = found.outcomes.get(name, 0) + 1
+        found.num_steps = len(steps)
+        found.evicting_steps_ratio = round(sum(step.num_evictions > 0 for step in steps) / len(steps), 3)
+        for name, count in self._counts().items():
+            setattr(found, name, count - before[name])
+        found.failed_moves = {f"load {reason}": count for reason, count in tier.failed_loads.items()}
+        found.failed_moves |= {f"save {reason}": count for reason, count in tier.failed_saves.items()}
+        found.violations += self._violations(found, clients)
+        self._compare(found, [one for one in asked if one.is_greedy])
+
+    def _counts(self) -> dict[str, int]:
+        rank = self.rank
+        assert rank.host_pages is not None and rank.host_pages.figures.tier is not None
+        tier = rank.host_pages.figures.tier.stats
+        return {
+            "num_evictions": rank.cache.stats().num_evictions,
+            "num_preemptions": rank.scheduler.stats.num_preemptions,
+            "num_loaded_pages": tier.num_loaded_pages,
+            "num_saved_pages": tier.num_saved_pages,
+            "num_sanitized_steps": rank.engine.num_sanitized_steps,
+        }
+
+    def _violations(self, found: Round, clients: StormClients) -> list[str]:
+        """Hold what is left against what must be."""
+        told = []
+        pages = self.rank.cache.stats()
+        if pages.num_owned_pages != pages.num_cached_pages:
+            told.append(f"pages leaked: {pages}")
+        if clients.num_after_end:
+            told.append(f"{clients.num_after_end} outputs came after their request's end")
+        if strange := set(found.finished) - {"length", "stop", "abort"}:
+            told.append(f"requests ended with {strange}")
+        never = ("torn",) if self.is_injected else ("torn", "corrupt")
+        bad = {name: count for name, count in found.failed_moves.items() if name.endswith(never)}
+        if bad:
+            told.append(f"moves failed: {bad}")
+        if found.num_sanitized_steps < found.num_steps:
+            told.append("steps went by without the sanitizer")
+        checked = self.node.ask(Check())
+        if not isinstance(checked, Done):
+            told.append(f"the cache server's store: {checked}")
+        return told
+
+    def _compare(self, found: Round, answers: list) -> None:
+        verdict: Verdict = compare(self.reference, answers, f"{found.seed}/{found.number}")
+        self.reference.settle()
+        found.num_compared, found.num_compared_tokens = len(answers), verdict.num_tokens
+        found.num_ties, found.largest_tie = verdict.num_ties, round(verdict.largest_tie, 4)
+        found.violations += verdict.wrong
+
+
+def totals(rounds: list[Round]) -> dict[str, Any]:
+    """Sum up what the rounds came to."""
+    num_steps = sum(one.num_steps for one in rounds)
+    outcomes: dict[str, int] = {}
+    for one in rounds:
+        for name, count in one.outcomes.items():
+            outcomes[name] = outcomes.get(name, 0) + count
+    summed = [
+        field.name
+        for field in dataclasses.fields(Round)
+        if field.name.startswith("num_") and field.name != "num_steps"
+    ]
+    return {
+        "num_rounds": len(rounds),
+        "num_steps": num_steps,
+        "minutes": round(sum(one.seconds for one in rounds) / 60, 2),
+        **{name: sum(getattr(one, name) for one in rounds) for name in summed},
+        "largest_tie": max((one.largest_tie for one in rounds), default=0.0),
+        "evicting_steps_ratio": round(
+            sum(one.evicting_steps_ratio * one.num_steps for one in rounds) / max(num_steps, 1), 3
+        ),
+        "outcomes": outcomes,
+        "num_violations": sum(len(one.violations) for one in rounds),
+    }
+
+
+def read_progress(path: Path | None) -> list[Round]:
+    if path is None or not path.exists():
+        return []
+    return [Round(**one) for one in json.loads(path.read_text())["rounds"]]
+
+
+def write_progress(path: Path | None, rounds: list[Round], about: dict[str, str]) -> None:
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(
+        {"about": about, "totals": totals(rounds), "rounds": [dataclasses.asdict(one) for one in rounds]},
+        indent=1,
+    )
+    partial = path.with_suffix(".partial")
+    partial.write_text(text + "\n")
+    partial.replace(path)
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    made.add_argument("--minutes", type=float, default=6.0, help="no round begins after so many")
+    made.add_argument("--rounds", type=int, help="no more rounds than these")
+    made.add_argument("--first-round", type=int, help="begin here instead of after the progress")
+    made.add_argument("--progress", type=Path, help="file of what was played, to go on from")
+    made.add_argument("--seed", type=int, default=1)
+    made.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    made.add_argument("--shape", choices=tuple(SHAPES), default="smol135m")
+    made.add_argument("--concurrency", type=int, default=128)
+    made.add_argument("--requests", type=int, default=512, help="of a round")
+    made.add_argument("--max-prompt-len", type=int, default=400)
+    made.add_argument("--pool-ratio", type=float, default=0.35, help="the pool over what all could need")
+    made.add_argument("--round-timeout-s", type=float, default=240.0)
+    made.add_argument("--injection", choices=("on", "off"), help="faults of moves; not given: drawn")
+    for name in OPTIONS:
+        made.add_argument(f"--{name.replace('_', '-')}", dest=name, help=f"as WorkerConfig.{name}")
+    return made
+
+
+def main() -> None:
+    arguments = parser().parse_args()
+    if arguments.device == "cpu":
+        torch.set_num_threads(1)
+    about = {"torch": torch.__version__, "card": "cpu", "shape": arguments.shape}
+    if arguments.device == "cuda":
+        about["card"] = torch.cuda.get_device_name()
+    rounds = read_progress(arguments.progress)
+    number = arguments.first_round if arguments.first_round is not None else len(rounds)
+    end_s = time.perf_counter() + 60 * arguments.minutes
+    new: list[Round] = []
+    while time.perf_counter() < end_s and len(new) != arguments.rounds:
+        with Leg(number // ROUNDS_PER_LEG, arguments) as leg:
+            say(f"leg of round {number}: {leg.options}, {leg.pool_tokens} tokens, {leg.is_injected=}")
+            while True:
+                new.append(leg.play(number, arguments))
+                write_progress(arguments.progress, rounds + new, about)
+                say(f"round {number}: {dataclasses.asdict(new[-1])}")
+                if new[-1].violations:
+                    print(json.dumps(about | totals(rounds + new) | {"violations": new[-1].violations}))
+                    raise SystemExit(1)
+                number += 1
+                if (
+                    number % ROUNDS_PER_LEG == 0
+                    or time.perf_counter() > end_s
+                    or len(new) == arguments.rounds
+                ):
+                    break
+    print(json.dumps(about | totals(rounds + new)))
+
+
+if __name__ == "__main__":
+    main()
