@@ -9,6 +9,8 @@ import torch
 from torch.nn import functional
 
 from tests.unit.engine_plans import tiny_card
+from workers.attention.pool_kernels import TorchPoolKernels
+from workers.attention.row_pages import RowPages
 from workers.layers.norm import RMSNorm
 from workers.layers.rotary import rotate
 from workers.models.decoder import Decoder
@@ -252,6 +254,26 @@ class KernelCases:
                 assert torch.equal(pools[0][page, 3], keys[token])
                 assert torch.equal(pools[1][page, 3], v[token])
             assert sum(int(pool[page].count_nonzero()) for pool in pools for page in (1, 4097)) <= 64
+
+    @pytest.mark.parametrize("page_size", [1, 16])
+    @pytest.mark.parametrize("num_columns", [1, 5, 1300])
+    @pytest.mark.parametrize("num_rows", [1, 3, 40])
+    def test_pages_are_lined_up_as_by_torch(self, kernels, num_rows, num_columns, page_size):
+        random = torch.Generator().manual_seed(num_columns)
+        page_rows = torch.randint(1, 9999, (num_rows, num_columns + 3), generator=random, dtype=torch.int32)
+        page_rows = page_rows.to(self.device)[:, :num_columns]  # rows lie apart
+        largest = num_columns * page_size
+        context_lens = torch.randint(0, largest + 1, (num_rows,), generator=random, dtype=torch.int32)
+        context_lens[:2] = torch.tensor([largest, 0])[:num_rows]
+        context_lens = context_lens.to(self.device)
+        found, expected = RowPages.like(page_rows), RowPages.like(page_rows)
+        for by, to in ((kernels, found), (TorchPoolKernels(), expected)):
+            by.line_up_pages(page_rows, context_lens, page_size, to.starts, to.pages, to.last_page_lens)
+        assert torch.equal(found.starts, expected.starts)
+        total = int(expected.starts[-1])
+        assert torch.equal(found.pages[:total], expected.pages[:total])
+        has_tokens = context_lens > 0
+        assert torch.equal(found.last_page_lens[has_tokens], expected.last_page_lens[has_tokens])
 
     @pytest.mark.parametrize(
         "shape", [(1, 49152), (1, 1001), (3, 5000), (40, 1030), (600, 7), (2, 1), (0, 9)]

@@ -21,6 +21,7 @@ class FakeKernels:
     plans: list[HostRows] = field(default_factory=list)
     limits: list[PlanLimits] = field(default_factory=list)
     runs: list[tuple[int, int]] = field(default_factory=list)
+    overlaps: set[bool] = field(default_factory=set)
     info: list[int] = field(default_factory=lambda: [7])
 
     def plan_bytes(self, limits: PlanLimits) -> int:
@@ -58,7 +59,10 @@ class FakeKernels:
         pages: RowPages,
         scale: float,
         out: torch.Tensor,
+        *,
+        overlaps: bool,
     ) -> None:
+        self.overlaps.add(overlaps)
         words = memory.device.view(torch.int32).tolist()
         num_rows = words[0]
         starts = words[1 : num_rows + 2]

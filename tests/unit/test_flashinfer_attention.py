@@ -11,6 +11,7 @@ from tests.unit.test_graph_runner import DelayedStream
 from tests.unit.test_reference_attention import HEAD_DIM, NUM_HEADS, NUM_KV_HEADS, PagedRows, layer
 from workers.attention.flashinfer import FlashInferAttention, PlanChangedError
 from workers.attention.flashinfer_kernels import HeadShape, PlanLimits
+from workers.attention.pool_kernels import TorchPoolKernels
 from workers.attention.row_pages import RowPages, host_page_starts
 from workers.engine.copies import CopyStream, InlineCopies
 from workers.engine.forward_batch import ForwardBatch
@@ -20,6 +21,7 @@ from workers.engine.staging import BucketInputs, Stager
 from workers.kvcache.kv_pool import DUMMY_PAGE, KVPool
 from workers.kvcache.layout import target_only
 from workers.kvcache.page_table import PageTable
+from workers.layers.rotary import rotate
 from workers.plan import BatchPlan, RelocationVersion, SetRow
 
 CPU = torch.device("cpu")
@@ -77,6 +79,25 @@ def test_each_layer_is_computed_with_its_own_window() -> None:
         found = attention.forward(layer(window), *rows.new_tokens())
         torch.testing.assert_close(found, same.attend(window), rtol=1e-5, atol=1e-5)
     assert [len(made.plans) for made in library.made] == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_rotates_and_writes_as_two_steps_do(mix: str) -> None:
+    rows, same = (PagedRows(*MIXES[mix], 16) for _ in range(2))
+    q, k, v = rows.new_tokens()
+    angles = torch.randn(len(q), 1, HEAD_DIM // 2, generator=torch.Generator().manual_seed(1))
+    cos, sin = angles.cos(), angles.sin()
+    outs = []
+    for own, unrotated in ((rows, True), (same, False)):
+        attention, _ = attention_over(own.pool)
+        attention.plan(own.batch)
+        attention.begin()
+        if unrotated:
+            outs.append(attention.forward_unrotated(layer(None), q.clone(), k, v, cos, sin))
+        else:
+            outs.append(attention.forward(layer(None), rotate(q, cos, sin), rotate(k, cos, sin), v))
+    assert torch.equal(*outs)
+    assert torch.equal(rows.pool.data, same.pool.data)
 
 
 @pytest.mark.parametrize(
@@ -183,6 +204,7 @@ def test_a_decode_bucket_s_plan_has_one_size() -> None:
     assert [plan.context_lens.tolist() for plan in plans] == [[10, 1, 1, 1], [41, 1, 11, 64], [8, 9, 1, 1]]
     assert [plan.page_starts.tolist()[-1] for plan in plans] == [6, 11 + 1 + 3 + 16, 2 + 3 + 2]
     assert library.kernels("short").limits[-1] == PlanLimits(4, 4, is_captured=True)
+    assert library.kernels("short").overlaps == {True}
     assert not library.kernels("long").plans
 
 
@@ -221,6 +243,7 @@ def test_a_mixed_bucket_s_plans_have_one_size_each() -> None:
         [24, 0, 0, 0],
         [26, 0, 0, 0],
     ]
+    assert short.overlaps == {False}  # it may have no row, and then waits for nothing
     assert short.limits[-1] == PlanLimits(4, 4, is_captured=True)
     assert long.limits[-1] == PlanLimits(4, 24, is_captured=True)
 
@@ -268,7 +291,9 @@ def test_rows_pages_lie_where_the_host_says(page_size: int) -> None:
     )
     pages = RowPages.like(batch.page_rows)
     for _ in range(2):  # whatever it held before
-        pages.derive(batch.page_rows, batch.context_lens, page_size)
+        TorchPoolKernels().line_up_pages(
+            batch.page_rows, batch.context_lens, page_size, pages.starts, pages.pages, pages.last_page_lens
+        )
     starts = host_page_starts(batch, page_size)
     assert pages.starts.tolist() == starts.tolist()
     for row, length in enumerate(context_lens):

@@ -19,6 +19,7 @@ from workers.kvcache.layout import target_only
 from workers.models.config import ModelConfig
 from workers.models.decoder import Decoder
 from workers.parallel import TPGroup
+from workers.triton_kernels.choice import TritonMissingError
 
 CPU = torch.device("cpu")
 
@@ -51,7 +52,9 @@ def decoder(head_dim: int = 64, sliding_window: int | None = None) -> Decoder:
     return Decoder(config, dtype=torch.float32, device=CPU, group=TPGroup.single())
 
 
-def choose(backend, dtype="bfloat16", *, on_cuda=True, head_dim=64, window=None, load=None, **options):
+def choose(
+    backend, dtype="bfloat16", *, on_cuda=True, head_dim=64, window=None, load=None, load_own=None, **options
+):
     pool = (CudaLookingPool if on_cuda else KVPool)(target_only(2, 16, 2, head_dim, dtype), 3, CPU)
     config = WorkerConfig(
         device="cuda" if on_cuda else "cpu",
@@ -67,7 +70,13 @@ def choose(backend, dtype="bfloat16", *, on_cuda=True, head_dim=64, window=None,
         return made[0]
 
     chosen = choose_kernels(
-        config, pool, decoder(head_dim, window), InlineCopies(), max_tokens=99, load_library=load or make
+        config,
+        pool,
+        decoder(head_dim, window),
+        InlineCopies(),
+        max_tokens=99,
+        load_library=load or make,
+        load_own=load_own or (lambda device, dtype: None),
     )
     return chosen, made
 
@@ -88,7 +97,12 @@ def not_there(*_):
     raise FlashInferError("No module named 'flashinfer'; pip install eyrie[cuda]")
 
 
+def no_triton(*_):
+    raise TritonMissingError("the CUDA kernels need Triton")
+
+
 UNFIT = [
+    ({"load_own": no_triton}, "the CUDA kernels need Triton"),
     ({"dtype": "float32"}, "found cuda and float32; FlashInfer runs on cuda in float16 or bfloat16"),
     ({"head_dim": 80}, "found heads of 80; FlashInfer's have 64, 128 or 256"),
     ({"load": not_there}, r"No module named 'flashinfer'; pip install eyrie\[cuda\]"),

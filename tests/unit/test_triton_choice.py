@@ -8,7 +8,7 @@ import torch
 
 from workers.triton_kernels.choice import TritonMissingError, cuda_kernels
 
-MODULES = ("layer_kernels", "launching", "elementwise", "kv_write", "skinny_matmul", "argmax")
+MODULES = ("layer_kernels", "launching", "elementwise", "kv_write", "skinny_matmul", "argmax", "page_lines")
 
 
 def test_other_devices_and_dtypes_are_left_to_torch() -> None:

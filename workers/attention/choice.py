@@ -6,6 +6,7 @@ Called once by Engine; what has to be compiled is compiled here.
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -28,10 +29,15 @@ from workers.engine.recording import RecordingKernels
 from workers.kvcache.kv_pool import KVPool
 from workers.models.decoder import Decoder
 from workers.native.build import NativeBuildError
+from workers.triton_kernels.choice import TritonMissingError, cuda_kernels
+
+if TYPE_CHECKING:
+    from workers.triton_kernels.layer_kernels import TritonKernels
 
 logger = logging.getLogger(__name__)
 
 LoadLibrary = Callable[[HeadShape, list[int | None], torch.device], KernelLibrary]
+LoadOwn = Callable[[torch.device, torch.dtype], "TritonKernels | None"]
 
 
 class BackendError(ValueError):
@@ -55,6 +61,7 @@ def choose_kernels(
     max_tokens: int,
     mechanisms: Mechanisms = ALL_ON,
     load_library: LoadLibrary = FlashInferKernels,
+    load_own: LoadOwn = cuda_kernels,
 ) -> ChosenKernels:
     """Return the attention backend of `config` over `pool`; `max_tokens`: of any step.
 
@@ -69,12 +76,15 @@ def choose_kernels(
             decoder.adopt(kernels)
             return ChosenKernels(NativeAttention(pool, kernels), kernels)
         library = _flashinfer_library(pool, decoder, load_library)
-    except (BackendError, NativeBuildError, FlashInferError) as error:
+        own = load_own(pool.data.device, pool.layer(0)[0].dtype)
+    except (BackendError, NativeBuildError, FlashInferError, TritonMissingError) as error:
         if choice != "auto":
             hint = f"attention_backend={choice}: {error}; or choose attention_backend=auto"
             raise BackendError(hint) from error
         logger.warning("compiled kernels are not to be had; computing in torch", extra={"reason": str(error)})
         return ChosenKernels(ReferenceAttention(pool))
+    if own is not None:
+        decoder.adopt(own)
     attention = FlashInferAttention(
         pool,
         decoder.attention_layers,
@@ -83,6 +93,7 @@ def choose_kernels(
         max_rows=max(config.max_running_requests, *(config.graph_batch_sizes or (1,))),
         max_tokens=max_tokens,
         mechanisms=mechanisms,
+        pool_kernels=own,
     )
     return ChosenKernels(attention)
 

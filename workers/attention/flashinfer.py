@@ -19,7 +19,7 @@ from workers.attention.flashinfer_kernels import (
     PlanLimits,
     PlanMemory,
 )
-from workers.attention.kv_write import WriteKV, write_kv
+from workers.attention.pool_kernels import PoolKernels, TorchPoolKernels
 from workers.attention.row_pages import RowPages, host_page_starts
 from workers.engine.copies import CopyStream, Fence
 from workers.engine.forward_batch import ForwardBatch, IntArray
@@ -54,6 +54,8 @@ class Planner:
         limits: PlanLimits,
         floats: torch.Tensor,
         copies: CopyStream,
+        *,
+        always_has_rows: bool,
         is_ring: bool,
     ) -> None:
         device = floats.device
@@ -67,6 +69,7 @@ class Planner:
             lambda: PinnedPlan(torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")),
             is_ring,
         )
+        self._always_has_rows = always_has_rows
         self._captured: list[int] | None = None
 
     def plan(self, rows: HostRows) -> "PlannedPart":
@@ -79,7 +82,7 @@ class Planner:
             self._captured = self._captured or list(info)
             if list(info) != self._captured:
                 raise PlanChangedError(f"found {list(info)}, allowed is {self._captured}, the graph's")
-        return PlannedPart(self.kernels, info, memory)
+        return PlannedPart(self.kernels, info, memory, self._always_has_rows)
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,9 @@ class PlannedPart:
     kernels: PagedKernels
     info: PlanInfo
     memory: PlanMemory
+    overlaps: bool
+    """It may begin before what is in front of it has ended, for which each row waits; false where there may
+    be no row: a kernel that waits for nothing would seem to say that all before it has ended."""
 
 
 @dataclass(frozen=True)
@@ -125,19 +131,19 @@ class FlashInferAttention:
         max_rows: int,
         max_tokens: int,
         mechanisms: Mechanisms = ALL_ON,
-        write: WriteKV = write_kv,
+        pool_kernels: PoolKernels | None = None,
     ) -> None:
         self._pool = pool
         self._copies = copies
         self._is_ring = mechanisms.rings_staging
-        self._write = write
+        self._pool_kernels = pool_kernels or TorchPoolKernels()
         self._out_shape = (layers[0].num_heads, layers[0].head_dim)
         windows = sorted({layer.sliding_window for layer in layers}, key=lambda window: window or 0)
         self._short = {window: library.short(window) for window in windows}
         self._long = {window: library.long(window) for window in windows}
         self._floats = self._float_workspace(max_rows, max_tokens)
         limits = PlanLimits(max_rows, max_tokens, is_captured=False)
-        self._eager = self._make_planners(limits, limits)
+        self._eager = self._make_planners(limits, limits, always_has_rows=True)
         self._buckets: dict[Bucket, _BucketState] = {}
         # The current pass:
         self._batch: ForwardBatch | None = None
@@ -173,22 +179,57 @@ class FlashInferAttention:
 
     def begin(self) -> None:
         """Put the rows' pages one behind the other."""
-        assert self._batch is not None and self._pages is not None, "no batch is planned"
-        self._pages.derive(self._batch.page_rows, self._batch.context_lens, self._pool.page_size)
+        batch, pages = self._batch, self._pages
+        assert batch is not None and pages is not None, "no batch is planned"
+        self._pool_kernels.line_up_pages(
+            batch.page_rows,
+            batch.context_lens,
+            self._pool.page_size,
+            pages.starts,
+            pages.pages,
+            pages.last_page_lens,
+        )
 
     def forward(
         self, layer: AttentionLayer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> torch.Tensor:
         """See AttentionBackend; the result is a fresh tensor, or a mixed bucket's own."""
-        assert self._batch is not None and self._pages is not None, "no batch is planned"
+        assert self._batch is not None, "no batch is planned"
+        self._pool_kernels.write_kv(k, v, self._batch.out_locations, *self._pool.layer(layer.index))
+        return self._attend(layer, q)
+
+    def forward_unrotated(
+        self,
+        layer: AttentionLayer,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+    ) -> torch.Tensor:
+        """As forward for q and k before RoPE; q is rotated in place."""
+        assert self._batch is not None, "no batch is planned"
         pool = self._pool.layer(layer.index)
-        self._write(k, v, self._batch.out_locations, *pool)
+        self._pool_kernels.rotate_and_write_kv(q, k, v, cos, sin, self._batch.out_locations, *pool)
+        return self._attend(layer, q)
+
+    def _attend(self, layer: AttentionLayer, q: torch.Tensor) -> torch.Tensor:
+        batch, pages, pool = self._batch, self._pages, self._pool.layer(layer.index)
+        assert batch is not None and pages is not None, "no batch is planned"
         out = self._out
         if out is None:
             out = torch.empty((q.shape[0], *self._out_shape), dtype=q.dtype, device=q.device)
         for part in self._parts[layer.sliding_window]:
             part.kernels.run(
-                part.info, part.memory, q, pool, self._batch.query_starts, self._pages, layer.scale, out
+                part.info,
+                part.memory,
+                q,
+                pool,
+                batch.query_starts,
+                pages,
+                layer.scale,
+                out,
+                overlaps=part.overlaps,
             )
         return out.view(q.shape[0], -1)
 
@@ -213,19 +254,29 @@ class FlashInferAttention:
         dtype, device = self._pool.layer(0)[0].dtype, batch.page_rows.device
         return _BucketState(
             pages=RowPages.like(batch.page_rows),
-            planners=self._make_planners(short, long),
+            planners=self._make_planners(short, long, always_has_rows=is_decode),
             out=None if is_decode else torch.zeros((size, *self._out_shape), dtype=dtype, device=device),
         )
 
-    def _make_planners(self, short: PlanLimits, long: PlanLimits | None) -> dict[int | None, _Planners]:
+    def _make_planners(
+        self, short: PlanLimits, long: PlanLimits | None, *, always_has_rows: bool
+    ) -> dict[int | None, _Planners]:
+        def planner(kernels: PagedKernels, limits: PlanLimits) -> Planner:
+            return Planner(
+                kernels,
+                limits,
+                self._floats,
+                self._copies,
+                always_has_rows=always_has_rows,
+                is_ring=self._is_ring,
+            )
+
         found = {}
         for window, kernels in self._short.items():
             long_kernels = self._long[window]
             found[window] = _Planners(
-                short=Planner(kernels, short, self._floats, self._copies, self._is_ring),
-                long=None
-                if long is None or long_kernels is None
-                else Planner(long_kernels, long, self._floats, self._copies, self._is_ring),
+                planner(kernels, short),
+                planner(long_kernels, long) if long is not None and long_kernels is not None else None,
             )
         return found
 

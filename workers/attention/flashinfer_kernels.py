@@ -115,8 +115,13 @@ class PagedKernels(Protocol):
         pages: RowPages,
         scale: float,
         out: torch.Tensor,
+        *,
+        overlaps: bool,
     ) -> None:
-        """Attend, into `out` [tokens, heads, head_dim] at the planned rows' tokens alone; like q."""
+        """Attend, into `out` [tokens, heads, head_dim] at the planned rows' tokens alone; like q.
+
+        `overlaps`: the kernels may begin while those before them still run, and wait where they read.
+        """
 
 
 class KernelLibrary(Protocol):
@@ -211,6 +216,8 @@ class _Kernels:
         pages: RowPages,
         scale: float,
         out: torch.Tensor,
+        *,
+        overlaps: bool,
     ) -> None:
         """See PagedKernels."""
         self._module.paged_run(
@@ -228,7 +235,7 @@ class _Kernels:
             _CAUSAL,
             _NHD,
             self._window_left,
-            self._has_pdl,
+            overlaps and self._has_pdl,
             None,  # custom mask
             None,
             None,  # ALiBi slopes

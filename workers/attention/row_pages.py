@@ -1,6 +1,6 @@
 """RowPages: the pages of a batch's rows one behind the other, as FlashInfer's kernels read them.
 
-Derived on the device from the batch's own page rows, once a pass: in a captured graph by the graph itself.
+Written on the device from the batch's own page rows, once a pass: in a captured graph by the graph itself.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class RowPages:
     """
 
     starts: torch.Tensor
-    """[B + 1] int32"""
+    """[B + 1] int32; the first is 0"""
     pages: torch.Tensor
     """[B * P + 1] int32; the last is where the rest of a page row goes"""
     last_page_lens: torch.Tensor
@@ -37,19 +37,6 @@ class RowPages:
             pages=torch.zeros(num_rows * num_columns + 1, dtype=torch.int32, device=device),
             last_page_lens=torch.zeros(num_rows, dtype=torch.int32, device=device),
         )
-
-    def derive(self, page_rows: torch.Tensor, context_lens: torch.Tensor, page_size: int) -> None:
-        """Take the pages that hold the first context_lens[r] tokens of each row, of page_rows [B, P].
-
-        Nothing is waited for, and nothing depends on a value on the host.
-        """
-        num_pages = (context_lens + (page_size - 1)) // page_size
-        self.starts[1:] = num_pages.cumsum(0)
-        self.last_page_lens.copy_(context_lens - (num_pages - 1) * page_size)
-        columns = torch.arange(page_rows.shape[1], dtype=torch.int64, device=page_rows.device)
-        places = self.starts[:-1, None] + columns
-        places.masked_fill_(columns >= num_pages[:, None], self.pages.shape[0] - 1)
-        self.pages.scatter_(0, places.view(-1), page_rows.reshape(-1))
 
 
 def host_page_starts(batch: ForwardBatch, page_size: int) -> IntArray:

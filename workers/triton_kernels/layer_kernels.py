@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from workers.layers.kernels import Matmul
-from workers.triton_kernels import argmax, elementwise, kv_write
+from workers.triton_kernels import argmax, elementwise, kv_write, page_lines
 from workers.triton_kernels.skinny_matmul import skinny_config, skinny_matmul
 
 SKINNY_DTYPES = (torch.bfloat16, torch.float16)
@@ -112,6 +112,18 @@ class TritonKernels:
     ) -> None:
         """See kv_write.rotate_and_write_kv; for attention backends that are RotatingBackends."""
         kv_write.rotate_and_write_kv(q, k, v, cos, sin, out_locations, pool_k, pool_v, pdl=self._pdl)
+
+    def line_up_pages(
+        self,
+        page_rows: torch.Tensor,
+        context_lens: torch.Tensor,
+        page_size: int,
+        starts: torch.Tensor,
+        pages: torch.Tensor,
+        last_page_lens: torch.Tensor,
+    ) -> None:
+        """See page_lines.line_up_pages; for attention backends."""
+        page_lines.line_up_pages(page_rows, context_lens, page_size, starts, pages, last_page_lens)
 
     def greedy_tokens(self, logits: torch.Tensor) -> torch.Tensor:
         """See argmax.greedy_tokens; for the sampler."""

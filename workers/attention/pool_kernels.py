@@ -1,0 +1,101 @@
+"""PoolKernels: what a pass does with pages beside attending: finds those of its rows, writes to some."""
+
+from typing import Protocol
+
+import torch
+
+from workers.layers.rotary import rotate
+
+
+class PoolKernels(Protocol):
+    """Implemented by workers.triton_kernels, and in torch by TorchPoolKernels.
+
+    k, v [tokens, kv_heads, head_dim] go to out_locations [tokens] int64 (page * page_size + offset) of
+    pool_k, pool_v [pages, page_size, kv_heads, head_dim], of equal strides. Places are found in 64 bits.
+    """
+
+    def line_up_pages(
+        self,
+        page_rows: torch.Tensor,
+        context_lens: torch.Tensor,
+        page_size: int,
+        starts: torch.Tensor,
+        pages: torch.Tensor,
+        last_page_lens: torch.Tensor,
+    ) -> None:
+        """Write to the last three, which are a RowPages', the pages that hold context_lens [B] int32 tokens
+        of page_rows [B, P] int32."""
+
+    def write_kv(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out_locations: torch.Tensor,
+        pool_k: torch.Tensor,
+        pool_v: torch.Tensor,
+    ) -> None:
+        """Write k and v."""
+
+    def rotate_and_write_kv(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        out_locations: torch.Tensor,
+        pool_k: torch.Tensor,
+        pool_v: torch.Tensor,
+    ) -> None:
+        """Rotate q [tokens, heads, head_dim] in place by cos and sin, write k so rotated, and v."""
+
+
+class TorchPoolKernels:
+    """In plain torch."""
+
+    def line_up_pages(
+        self,
+        page_rows: torch.Tensor,
+        context_lens: torch.Tensor,
+        page_size: int,
+        starts: torch.Tensor,
+        pages: torch.Tensor,
+        last_page_lens: torch.Tensor,
+    ) -> None:
+        """See PoolKernels."""
+        num_pages = (context_lens + (page_size - 1)) // page_size
+        starts[1:] = num_pages.cumsum(0)
+        last_page_lens.copy_(context_lens - (num_pages - 1) * page_size)
+        columns = torch.arange(page_rows.shape[1], dtype=torch.int64, device=page_rows.device)
+        places = starts[:-1, None] + columns
+        places.masked_fill_(columns >= num_pages[:, None], pages.shape[0] - 1)
+        pages.scatter_(0, places.view(-1), page_rows.reshape(-1))
+
+    def write_kv(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out_locations: torch.Tensor,
+        pool_k: torch.Tensor,
+        pool_v: torch.Tensor,
+    ) -> None:
+        """See PoolKernels."""
+        page_size = pool_k.shape[1]
+        pages, offsets = out_locations // page_size, out_locations % page_size
+        pool_k[pages, offsets] = k
+        pool_v[pages, offsets] = v
+
+    def rotate_and_write_kv(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        out_locations: torch.Tensor,
+        pool_k: torch.Tensor,
+        pool_v: torch.Tensor,
+    ) -> None:
+        """See PoolKernels."""
+        q.copy_(rotate(q, cos, sin))
+        self.write_kv(rotate(k, cos, sin), v, out_locations, pool_k, pool_v)
