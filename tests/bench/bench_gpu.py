@@ -1,7 +1,8 @@
 """Speed on one GPU beside the card's own floors and the peers' figures.
 
     python tests/bench/bench_gpu.py [--json] [--model llama8b|smol135m|both] [--parts floors,decode,...]
-        [--rounds 3] [--out FILE] [--quick] [--device cuda|cpu] [--graphs off] [--page-size 16] ...
+        [--batch-sizes 1,8,64,256] [--arms tier_off,tier_on] [--rounds 3] [--out FILE] [--quick]
+        [--device cuda|cpu] [--graphs off] [--page-size 16] ...
 
 Each part runs in a process of its own; random weights in the models' shapes, bf16; the real Scheduler, Engine
 and step loop, without Ray and HTTP. Every option of the workers is one here too: `--graphs off` is an
@@ -41,10 +42,11 @@ from tests.bench.gpu_rank import option_names, worker_options  # noqa: E402
 from tests.bench.measuring import say  # noqa: E402
 
 PARTS = ("floors", "decode", "multiturn", "moves")
+ARMS = ("tier_off", "tier_on")
 PART_TIMEOUT_S = 560.0
 
 
-def runs_of(parts: list[str], models: list[str]) -> list[tuple[str, str]]:
+def runs_of(parts: list[str], models: list[str], arms: list[str]) -> list[tuple[str, str]]:
     """Return (part, what of it) for each process, in order."""
     runs = []
     for part in parts:
@@ -54,7 +56,9 @@ def runs_of(parts: list[str], models: list[str]) -> list[tuple[str, str]]:
             case "decode":
                 runs += [(part, model) for model in models]
             case "multiturn":
-                runs += [(part, "tier_off"), (part, "tier_on")]
+                if strange := set(arms) - set(ARMS):
+                    raise SystemExit(f"no arm {strange.pop()!r}; there are {', '.join(ARMS)}")
+                runs += [(part, arm) for arm in arms]
             case "moves":
                 runs.append((part, ""))
             case _:
@@ -79,14 +83,14 @@ def run_part(part: str, what: str, arguments: argparse.Namespace) -> dict[str, A
 
         return {part: rounded(measure_floors(device, is_quick=is_quick))}
     if part == "decode":
-        from tests.bench.gpu_decode import BATCH_SIZES, measure_decode
+        from tests.bench.gpu_decode import measure_decode
 
         found = measure_decode(
             shape,
             options,
             arguments.read_gb_s,
             num_rounds=1 if is_quick else arguments.rounds,
-            batch_sizes=(1, 4) if is_quick else BATCH_SIZES,
+            batch_sizes=(1, 4) if is_quick else tuple(map(int, arguments.batch_sizes.split(","))),
             num_tokens=16 if is_quick else 128,
         )
         return {part: {what: found}}
@@ -139,6 +143,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--json", action="store_true", help="print the JSON line only, without the table")
     made.add_argument("--model", choices=("llama8b", "smol135m", "both"), default="both")
     made.add_argument("--parts", default=",".join(PARTS), help="which parts to run (default: all)")
+    made.add_argument("--batch-sizes", default="1,8,64,256", help="of part decode")
+    made.add_argument("--arms", default=",".join(ARMS), help="of part multiturn")
     made.add_argument("--rounds", type=int, default=3, help="of each decode measurement")
     made.add_argument("--out", type=Path, help="also write the JSON line to this file, after every part")
     made.add_argument("--quick", action="store_true", help="small sizes: shows that it works, not how fast")
@@ -163,7 +169,7 @@ def main() -> None:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser().error("there is no CUDA device; --device cpu --quick rehearses on a tiny model")
     models = ["llama8b", "smol135m"] if arguments.model == "both" else [arguments.model]
-    runs = runs_of(arguments.parts.split(","), models)
+    runs = runs_of(arguments.parts.split(","), models, arguments.arms.split(","))
     results = about(arguments.device, sys.argv[1:])
     for part, what in runs:
         read_gb_s = results.get("floors", {}).get("read_gb_s", arguments.read_gb_s)

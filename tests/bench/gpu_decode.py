@@ -8,10 +8,9 @@ from tests.bench.gpu_rank import BenchRank, prompt
 from tests.bench.measuring import say
 from workers.protocol import Received, RequestId, RequestOutput, SamplingParams, SubmitRequest
 
-PROMPT_LEN, NUM_TOKENS = 128, 128
-BATCH_SIZES = (1, 8, 64, 256)
-MAX_STEP_TOKENS = 16_384
-"""Two steps compute all prompts of the largest batch."""
+PROMPT_LEN = 128
+MAX_STEP_TOKENS = 8_192
+"""Four steps compute all prompts of the largest batch."""
 
 
 class Batch:
@@ -57,15 +56,15 @@ def measure_decode(
     read_gb_s: float,
     *,
     num_rounds: int,
-    batch_sizes: tuple[int, ...] = BATCH_SIZES,
-    num_tokens: int = NUM_TOKENS,
+    batch_sizes: tuple[int, ...],
+    num_tokens: int = 128,
 ) -> dict[str, Any]:
     """Return figures by `b1`, `b8`, ...: medians over rounds, and the range of the rounds' TPOT."""
     page_size = options.get("page_size", 16)
     pages_per_request = -(-(PROMPT_LEN + num_tokens) // page_size) + 1
     defaults = {
-        "num_pages": batch_sizes[-1] * pages_per_request,
-        "max_running_requests": batch_sizes[-1],
+        "num_pages": max(batch_sizes) * pages_per_request,
+        "max_running_requests": max(batch_sizes),
         "max_tokens_per_step": MAX_STEP_TOKENS,
         "prefix_caching": False,
     }

@@ -20,6 +20,7 @@ import os
 import sys
 import time
 import traceback
+from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 from random import Random
@@ -40,7 +41,7 @@ from tests.gpu.storm_compare import Verdict, compare  # noqa: E402
 from workers.engine.mechanisms import ALL_ON, Mechanisms  # noqa: E402
 from workers.kvcache.moves import MoveInjection  # noqa: E402
 
-ROUNDS_PER_LEG = 4
+ROUNDS_PER_LEG = 8
 PAGE_SIZES = (16, 4, 16, 32, 8)
 POLICIES = ("write_through", "write_back", "write_through", "write_through_selective")
 STEP_TOKENS = (768, 256, 2_048)
@@ -172,9 +173,8 @@ class Leg:
         return found
 
     def _play(self, found: Round, arguments: argparse.Namespace) -> None:
-        rank, host_pages = self.rank, self.rank.host_pages
-        assert host_pages is not None and host_pages.figures.tier is not None
-        tier, before = host_pages.figures.tier.stats, self._counts()
+        rank = self.rank
+        before, failed_before = self._counts(), self._failed_moves()
         clients = StormClients(
             f"{arguments.seed}/{found.number}",
             arguments.requests,
@@ -197,8 +197,7 @@ class Leg:
         found.evicting_steps_ratio = round(sum(step.num_evictions > 0 for step in steps) / len(steps), 3)
         for name, count in self._counts().items():
             setattr(found, name, count - before[name])
-        found.failed_moves = {f"load {reason}": count for reason, count in tier.failed_loads.items()}
-        found.failed_moves |= {f"save {reason}": count for reason, count in tier.failed_saves.items()}
+        found.failed_moves = dict(self._failed_moves() - failed_before)
         found.violations += self._violations(found, clients)
         self._compare(found, [one for one in asked if one.is_greedy])
 
@@ -213,6 +212,12 @@ class Leg:
             "num_saved_pages": tier.num_saved_pages,
             "num_sanitized_steps": rank.engine.num_sanitized_steps,
         }
+
+    def _failed_moves(self) -> Counter[str]:
+        assert self.rank.host_pages is not None and self.rank.host_pages.figures.tier is not None
+        stats = self.rank.host_pages.figures.tier.stats
+        kinds = {"load": stats.failed_loads, "save": stats.failed_saves}
+        return Counter({f"{kind} {why}": count for kind, of in kinds.items() for why, count in of.items()})
 
     def _violations(self, found: Round, clients: StormClients) -> list[str]:
         """Hold what is left against what must be."""
