@@ -1,7 +1,7 @@
 """Speed on one GPU beside the card's own floors and the peers' figures.
 
     python tests/bench/bench_gpu.py [--json] [--model llama8b|smol135m|both] [--parts floors,decode,...]
-        [--batch-sizes 1,8,64,256] [--arms tier_off,tier_on] [--rounds 3] [--out FILE] [--quick]
+        [--batch-sizes 1,8,64,256] [--arms tier_off,tier_on] [--rounds 3] [--out FILE] [--quick] [--profile]
         [--device cuda|cpu] [--graphs off] [--page-size 16] ...
 
 Each part runs in a process of its own; random weights in the models' shapes, bf16; the real Scheduler, Engine
@@ -92,6 +92,7 @@ def run_part(part: str, what: str, arguments: argparse.Namespace) -> dict[str, A
             num_rounds=1 if is_quick else arguments.rounds,
             batch_sizes=(1, 4) if is_quick else tuple(map(int, arguments.batch_sizes.split(","))),
             num_tokens=16 if is_quick else 128,
+            is_profiled=arguments.profile,
         )
         return {part: {what: found}}
     if part == "multiturn":
@@ -148,6 +149,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--rounds", type=int, default=3, help="of each decode measurement")
     made.add_argument("--out", type=Path, help="also write the JSON line to this file, after every part")
     made.add_argument("--quick", action="store_true", help="small sizes: shows that it works, not how fast")
+    made.add_argument("--profile", action="store_true", help="of part decode: which kernels take the time")
     made.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     made.add_argument("--read-gb-s", type=float, help="read bandwidth to hold against, without part floors")
     made.add_argument("--part", help=argparse.SUPPRESS)

@@ -1,14 +1,19 @@
 """Greedy decode at several batch sizes: time to first token, time per token, and the floor of the card."""
 
 import statistics
+import time
 from random import Random
 from typing import Any
+
+from torch.profiler import ProfilerActivity, profile
 
 from tests.bench.gpu_rank import BenchRank, prompt
 from tests.bench.measuring import say
 from workers.protocol import Received, RequestId, RequestOutput, SamplingParams, SubmitRequest
 
 PROMPT_LEN = 128
+PROFILED_TOKENS = 64
+NUM_KERNELS = 25
 MAX_STEP_TOKENS = 8_192
 """Four steps compute all prompts of the largest batch."""
 
@@ -58,8 +63,12 @@ def measure_decode(
     num_rounds: int,
     batch_sizes: tuple[int, ...],
     num_tokens: int = 128,
+    is_profiled: bool = False,
 ) -> dict[str, Any]:
-    """Return figures by `b1`, `b8`, ...: medians over rounds, and the range of the rounds' TPOT."""
+    """Return figures by `b1`, `b8`, ...: medians over rounds, and the range of the rounds' TPOT.
+
+    Where `is_profiled`, also what the device did in a round more, which counts for nothing else.
+    """
     page_size = options.get("page_size", 16)
     pages_per_request = -(-(PROMPT_LEN + num_tokens) // page_size) + 1
     defaults = {
@@ -91,8 +100,35 @@ def measure_decode(
                 "replayed_ratio": round(min(ratio for _, _, ratio in rounds), 4),
             }
             say(f"{shape} batch {batch_size}: {found}")
+            if is_profiled:
+                found["profile"] = _profile(rank, batch_size)
         results["weight_gb_read"] = round(rank.weight_bytes_read / 1e9, 3)
     return results
+
+
+def _profile(rank: BenchRank, batch_size: int) -> dict[str, Any]:
+    """Return the share of its time that the device worked, and the kernels that took most of it.
+
+    Of a round of as many steps as PROFILED_TOKENS, its prefill included: hence few of the kernels' calls.
+    """
+    is_cuda = rank.config.device == "cuda"
+    activity = ProfilerActivity.CUDA if is_cuda else ProfilerActivity.CPU
+    with profile(activities=[activity]) as profiler:
+        began_s = time.perf_counter()
+        _one_round(rank, f"{batch_size}/profile", batch_size, PROFILED_TOKENS)
+        wall_us = 1e6 * (time.perf_counter() - began_s)
+    times = {
+        event.key: (event.self_device_time_total if is_cuda else event.self_cpu_time_total, event.count)
+        for event in profiler.key_averages()
+    }
+    most = sorted(times.items(), key=lambda item: -item[1][0])[:NUM_KERNELS]
+    return {
+        "busy_ratio": round(sum(us for us, _ in times.values()) / wall_us, 3),
+        "kernels": [
+            {"name": name[:120], "calls": calls, "us_per_token": round(us / PROFILED_TOKENS, 2)}
+            for name, (us, calls) in most
+        ],
+    }
 
 
 def _one_round(rank: BenchRank, name: str, batch_size: int, num_tokens: int) -> tuple[float, float, float]:

@@ -4,8 +4,10 @@ Each turn sends all that the chat has so far and some new tokens. A chat in its 
 in flight; turns that find too many in flight wait their turn, and their time begins when they are sent.
 """
 
+import gc
 import heapq
 import statistics
+import time
 from collections import deque
 from dataclasses import dataclass, field
 from random import Random
@@ -141,10 +143,12 @@ def measure_multiturn(rank: BenchRank, workload: Workload, name: str) -> dict[st
     stats = None if rank.host_pages is None else rank.host_pages.mover.stats
     before = ({}, {}) if stats is None else (dict(stats.num_bytes), dict(stats.seconds))
     chats = Chats(workload, name, rank.model.vocab_size)
-    steps = rank.run(chats)
+    with _CollectorPauses() as pauses:
+        steps = rank.run(chats)
     assert chats.began_s is not None
     wall_s = chats.ended_s - chats.began_s
     found = {"wall_s": wall_s, "chat_wall_s": chats.chats_ended_s - chats.began_s}
+    found |= {"gc_max_ms": 1000 * max(pauses.seconds), "gc_total_ms": 1000 * sum(pauses.seconds)}
     found |= _chat_figures(chats) | _steady_figures(chats) | _step_figures(steps)
     if stats is not None:
         for kind in ("load", "save"):
@@ -155,6 +159,27 @@ def measure_multiturn(rank: BenchRank, workload: Workload, name: str) -> dict[st
             found[f"{kind}_bounced_pages"] = stats.num_bounced[kind]
         found["host_waits"] = stats.num_waits["host"]
     return {name: round(value, 4) for name, value in found.items()}
+
+
+class _CollectorPauses:
+    """How long Python's garbage collector held everything up."""
+
+    def __init__(self) -> None:
+        self.seconds = [0.0]
+        self._began_s = 0.0
+
+    def __enter__(self) -> "_CollectorPauses":
+        gc.callbacks.append(self._told)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        gc.callbacks.remove(self._told)
+
+    def _told(self, phase: str, _: dict[str, int]) -> None:
+        if phase == "start":
+            self._began_s = time.perf_counter()
+        else:
+            self.seconds.append(time.perf_counter() - self._began_s)
 
 
 def _chat_figures(chats: Chats) -> dict[str, float]:
