@@ -19,7 +19,7 @@ from typer.core import TyperCommand
 
 from cache_service.log_format import without_colours
 from cluster.cache_command import cache_app
-from cluster.config import ConfigError, Flag, flags, json_schema, load_config
+from cluster.config import ClusterConfig, ConfigError, Flag, flags, json_schema, load_config
 from cluster.debug_command import debug_app
 
 # Plain help: rich's table cuts the names of options at 80 columns.
@@ -55,7 +55,7 @@ def eyrie(
 
 
 class ServeCommand(TyperCommand):
-    """`eyrie serve`: its help groups the options by what they are about."""
+    """Takes the options of a service; its help groups them by what they are about."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write a section for each group."""
@@ -77,14 +77,20 @@ class StderrConsole(Console):
         self.quiet = True
 
 
-def _serve(model: str | None, config: Path | None, **given: str | bool | None) -> None:
+def _resolve(
+    console: Console, model: str | None, config: Path | None, given: dict[str, str | bool | None]
+) -> ClusterConfig:
     overrides = {flag.path: given[_parameter(flag)] for flag in flags() if flag.path != MODEL}
     overrides[MODEL] = model
-    console = StderrConsole(stderr=True)
     try:
-        resolved = load_config(config, overrides)
+        return load_config(config, overrides)
     except ConfigError as error:
         _fail(console, str(error), CONFIG_EXIT_CODE)
+
+
+def _serve(model: str | None, config: Path | None, **given: str | bool | None) -> None:
+    console = StderrConsole(stderr=True)
+    resolved = _resolve(console, model, config, given)
     from cluster.serve import ServeError, serve  # slow imports: not for --help and bad flags
 
     out = sys.stdout
@@ -98,6 +104,21 @@ def _serve(model: str | None, config: Path | None, **given: str | bool | None) -
                 has_colour=console.is_terminal and not console.no_color,
             )
         except ServeError as error:
+            message = str(error)
+        else:
+            return
+    _fail(console, message, FAILURE_EXIT_CODE)
+
+
+def _warm_up(model: str | None, config: Path | None, **given: str | bool | None) -> None:
+    console = StderrConsole(stderr=True)
+    resolved = _resolve(console, model, config, given)
+    from cluster.warmup import WarmupError, warm_up
+
+    with _progress(console) as progress:
+        try:
+            warm_up(resolved, progress)
+        except WarmupError as error:
             message = str(error)
         else:
             return
@@ -195,8 +216,14 @@ def _serve_command(**given: Any) -> None:
     _serve(**given)
 
 
-_serve_command.__signature__ = _signature()  # type: ignore[attr-defined]  # what typer reads
-app.command("serve", cls=ServeCommand)(_serve_command)
+def _warmup_command(**given: Any) -> None:
+    """Compile ahead what `eyrie serve` with the same options would compile at its start."""
+    _warm_up(**given)
+
+
+for _name, _command in (("serve", _serve_command), ("warmup", _warmup_command)):
+    _command.__signature__ = _signature()  # type: ignore[attr-defined]  # what typer reads
+    app.command(_name, cls=ServeCommand)(_command)
 
 if __name__ == "__main__":
     main()

@@ -14,7 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from cache_service.metrics import SECONDS_BUCKETS, MetricLabels
-from workers.engine.graph_guard import EagerReason, Outcome
+from workers.engine.graph_guard import CaptureStats, EagerReason, Outcome
 from workers.inbox import Inbox
 from workers.kvcache.host_tier import HostTier
 from workers.kvcache.manager import KVCacheManager
@@ -72,13 +72,17 @@ def count_tier(registry: CollectorRegistry, labels: RankLabels, sources: TierSou
 
 
 def count_steps(
-    registry: CollectorRegistry, labels: RankLabels, graph_steps: StepCounts, eager_steps: ReasonCounts
+    registry: CollectorRegistry,
+    labels: RankLabels,
+    graph_steps: StepCounts,
+    eager_steps: ReasonCounts,
+    capture: CaptureStats,
 ) -> None:
     """Declare what every rank has on `registry`: the engine's own counters, read when scraped.
 
-    They are by (mode, outcome) and by (mode, reason).
+    They are by (mode, outcome) and by (mode, reason); `capture` is the start's.
     """
-    registry.register(_StepCollector(labels, graph_steps, eager_steps))
+    registry.register(_StepCollector(labels, graph_steps, eager_steps, capture))
 
 
 class LeaderMetrics:
@@ -121,8 +125,10 @@ class _StepCollector(Collector):
         labels: RankLabels,
         graph_steps: StepCounts,
         eager_steps: ReasonCounts,
+        capture: CaptureStats,
     ) -> None:
         self._labels = labels
+        self._capture = capture
         self._graph_steps = graph_steps
         self._eager_steps = eager_steps
 
@@ -137,7 +143,14 @@ class _StepCollector(Collector):
             graph.add_metric([*self._labels.values, mode, outcome], count)
         for (mode, reason), count in dict(self._eager_steps).items():
             eager.add_metric([*self._labels.values, mode, reason], count)
-        return [graph, eager]
+        gauge = MetricLabels(LABELS, self._labels.values).gauge
+        return [
+            graph,
+            eager,
+            gauge("eyrie_graphs", "Steps prepared at the start.", self._capture.num_graphs),
+            gauge("eyrie_graph_capture_seconds", "What preparing them took.", self._capture.seconds),
+            gauge("eyrie_graph_bytes", "Device memory that they take.", self._capture.num_bytes),
+        ]
 
 
 class _LeaderCollector(Collector):

@@ -149,10 +149,10 @@ def test_prefills_alone_replay_as_far_as_buckets_go() -> None:
 
 
 def test_what_capturing_took_is_reported() -> None:
-    graphs = cuda_engine()._graphs
-    assert graphs.capture_s > 0
-    assert graphs.capture_bytes >= 0
-    assert len(graphs._steps) == 5
+    stats = cuda_engine().capture_stats
+    assert stats.num_graphs == 5
+    assert stats.seconds > 0
+    assert stats.num_bytes >= 0
 
 
 def test_pads_leave_the_dummy_page_zero() -> None:

@@ -12,6 +12,7 @@ from cluster.metrics import ApiMetrics
 from tests.unit.fetch_fakes import PAGE_BYTES, Desk, prompt
 from tests.unit.replica_threads import NAMESPACE
 from tests.unit.tier_fakes import Bench, tokens
+from workers.engine.graph_guard import CaptureStats
 from workers.kvcache.manager import KVCacheManager
 from workers.kvcache.moves import Move, MoveStats
 from workers.metrics import LeaderMetrics, LeaderSources, RankLabels, TierSources, count_steps, count_tier
@@ -21,6 +22,7 @@ from workers.protocol import FetchHint, LoadReport, ReplicaId
 from workers.scheduler.stats import SchedulerStats
 
 ROOT = Path(__file__).resolve().parents[2]
+CAPTURE = CaptureStats(num_graphs=9, seconds=1.5, num_bytes=4096)
 ALLOWED_LABELS = {
     "model", "replica", "rank", "node",
     "finish_reason", "route", "status", "mode", "outcome", "reason", "state", "le",
@@ -94,7 +96,7 @@ def rank():
     cache = KVCacheManager(16, 16, NAMESPACE, 1)
     sources = LeaderSources(stats, cache, FakeInbox(), 4096)
     labels = RankLabels("tiny", "replica-0", 0, "10.0.0.1")
-    count_steps(registry, labels, {("decode", "replay"): 5}, {("mixed", "mixed"): 4})
+    count_steps(registry, labels, {("decode", "replay"): 5}, {("mixed", "mixed"): 4}, CAPTURE)
     count_tier(registry, labels, tier_sources())
     metrics = LeaderMetrics(registry, labels, sources)
     metrics.stepped(BatchPlan(1, RelocationVersion(1, 0), [], [0], [0], [1], [5], [0]), 0.02)
@@ -196,9 +198,15 @@ def test_names_and_labels_keep_to_the_rules(process, request):
 def test_a_follower_declares_no_more_than_it_counts():
     registry = CollectorRegistry()
     labels = RankLabels("tiny", "replica-0", 1, "10.0.0.1")
-    count_steps(registry, labels, {("decode", "replay"): 5}, {("mixed", "mixed"): 4})
+    count_steps(registry, labels, {("decode", "replay"): 5}, {("mixed", "mixed"): 4}, CAPTURE)
     families = text_string_to_metric_families(generate_latest(registry).decode())
-    assert {family.name for family in families} == {"eyrie_graph_steps", "eyrie_graph_eager"}
+    assert {family.name for family in families} == {
+        "eyrie_graph_steps",
+        "eyrie_graph_eager",
+        "eyrie_graphs",
+        "eyrie_graph_capture_seconds",
+        "eyrie_graph_bytes",
+    }
 
 
 def test_metrics_are_declared_in_metrics_files_only():

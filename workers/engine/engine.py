@@ -19,7 +19,7 @@ from workers.config import WorkerConfig
 from workers.engine.copies import copies_to
 from workers.engine.device_memory import log_memory, measured_pool_size
 from workers.engine.forward_batch import ForwardBatch
-from workers.engine.graph_guard import EagerReason, Outcome
+from workers.engine.graph_guard import CaptureStats, EagerReason, Outcome
 from workers.engine.graph_runner import GraphRunner, guard_for
 from workers.engine.launched_step import LaunchedStep
 from workers.engine.mechanisms import ALL_ON, Mechanisms
@@ -165,6 +165,11 @@ class Engine:
     def eager_steps(self) -> Counter[tuple[Mode, EagerReason]]:
         """Eager steps by why."""
         return self._guard.eager_steps
+
+    @property
+    def capture_stats(self) -> CaptureStats:
+        """What preparing graphs took."""
+        return self._graphs.stats
 
     @property
     def num_sanitized_steps(self) -> int:

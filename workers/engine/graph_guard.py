@@ -32,6 +32,15 @@ class Bucket:
 
 
 @dataclass(frozen=True)
+class CaptureStats:
+    """What preparing the buckets took at the start. `num_bytes`: of the device's memory, 0 on CPU."""
+
+    num_graphs: int = 0
+    seconds: float = 0.0
+    num_bytes: int = 0
+
+
+@dataclass(frozen=True)
 class Decision:
     """Either the bucket to replay or the reason to run eager."""
 

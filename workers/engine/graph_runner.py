@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from typing import cast
 
 import torch
@@ -19,6 +20,7 @@ from workers.engine.graph_guard import (
     MAX_CAPTURED_ROWS,
     MAX_CAPTURED_TOKENS,
     Bucket,
+    CaptureStats,
     GraphGuard,
     default_batch_sizes,
     default_token_sizes,
@@ -77,10 +79,7 @@ class GraphRunner:
         self._steps: dict[Bucket, PreparedStep] = {}
         self._logits: torch.Tensor | None = None
         """Of every captured graph: the largest comes first and is followed by smaller ones"""
-        self.capture_s = 0.0
-        """What `capture` took."""
-        self.capture_bytes = 0
-        """Device memory that it took; 0 on CPU."""
+        self.stats = CaptureStats()
 
     @staticmethod
     def supports(device: torch.device, captured_modes: frozenset[Mode]) -> bool:
@@ -113,14 +112,10 @@ class GraphRunner:
                     told_s = time.monotonic()
                     logger.info("captured %d of %d graphs", len(self._steps), len(self._inputs))
         self._runner.pool.zero_dummy_page()
-        self.capture_s = time.monotonic() - started_s
+        num_bytes = self._graphs.used_bytes() - used_bytes if self._graphs else 0
+        self.stats = CaptureStats(len(self._steps), time.monotonic() - started_s, num_bytes)
         if self._graphs:
-            self.capture_bytes = self._graphs.used_bytes() - used_bytes
-            logger.info(
-                "captured %d graphs",
-                len(self._steps),
-                extra={"seconds": round(self.capture_s, 1), "mib": self.capture_bytes >> 20},
-            )
+            logger.info("captured the graphs", extra=asdict(self.stats))
         return failed
 
     def replay(self, batch: ForwardBatch) -> torch.Tensor | None:
