@@ -305,7 +305,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--concurrency", type=int, default=128)
     made.add_argument("--requests", type=int, default=512, help="of a round")
     made.add_argument("--max-prompt-len", type=int, default=400)
-    made.add_argument("--pool-ratio", type=float, default=0.35, help="the pool over what all could need")
+    made.add_argument("--pool-ratio", type=float, default=0.2, help="the pool over what all could need")
     made.add_argument("--round-timeout-s", type=float, default=240.0)
     made.add_argument("--injection", choices=("on", "off"), help="faults of moves; not given: drawn")
     for name in OPTIONS:
