@@ -204,7 +204,7 @@ class _Kernels:
             self._window_left,
             *options,
         )
-        return [int(value) for value in info]
+        return info
 
     def run(
         self,

@@ -7,7 +7,6 @@ import torch
 from workers.attention.backend import AttentionBackend
 from workers.engine.forward_batch import ForwardBatch
 from workers.kvcache.kv_pool import KVPool
-from workers.plan import Mode
 
 
 class LanguageModel(Protocol):
@@ -31,11 +30,6 @@ class ModelRunner:
         self._model = model
         self._attention = attention
         self.pool = pool
-
-    @property
-    def captured_modes(self) -> frozenset[Mode]:
-        """Modes whose passes a CUDA graph may hold."""
-        return self._attention.captured_modes
 
     def plan(self, batch: ForwardBatch) -> None:
         """Prepare attention for the batch: what must happen outside a graph."""
