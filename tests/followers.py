@@ -78,7 +78,7 @@ def follow(pipe: Connection) -> None:
         try:
             engine = Engine(config, load_card(config.model), group)
             arena, mover = place.attach(engine, group) if place is not None else (None, None)
-            FollowerLoop(engine, group, silence_s=TIMEOUT_S).run()
+            FollowerLoop(engine, group, silence_s=TIMEOUT_S, depth=config.depth).run()
             if arena is not None and mover is not None:
                 mover.close()
                 arena.close()

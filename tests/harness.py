@@ -37,10 +37,11 @@ from workers.kvcache.page_pool import Safety
 from workers.kvcache.prefetcher import PrefetchOptions
 from workers.models.sharding import kv_shape
 from workers.parallel import TPGroup
-from workers.plan import BatchPlan, StepOutput
+from workers.plan import BatchPlan
 from workers.protocol import (
     FetchHint,
     FinishReason,
+    KVEvent,
     RequestId,
     RequestOutput,
     SamplingParams,
@@ -128,6 +129,8 @@ class Harness:
         self.host = host
         self.answers: dict[str, Answer] = {}
         self.plans: list[BatchPlan] = []
+        self.events: list[KVEvent] = []
+        self._num_launched = 0
         with ExitStack() as stack:
             torch.set_num_threads(max(config.num_threads, 1))
             card = load_card(config.model)
@@ -209,30 +212,38 @@ class Harness:
         self._take([] if output is None else [output])
 
     def step(self, lost: type | None = None) -> list[RequestOutput]:
-        """Plan, run and commit one step; an empty list if there was nothing to do.
+        """Plan and launch a step, and commit the oldest that is under way, as the step loop does.
 
-        Ops of type `lost`, of which there must be some, do not reach the ranks.
+        Returns what was committed. Ops of type `lost`, of which there must be some, do not reach the ranks.
         """
         self.scheduler.completed(self._group.board.minimum())
         plan = self.scheduler.plan(time.monotonic())
-        if plan is None:
+        if plan is not None:
+            self.plans.append(plan)
+            self._launch(plan if lost is None else without(plan, lost))
+        outputs: list[RequestOutput] = []
+        if self._num_launched and (plan is None or self._num_launched > self.config.depth):
+            outputs = self._commit()
+        elif plan is None:
             time.sleep(STALL_S)  # for moves under way, if anything
-            return []
-        self.plans.append(plan)
-        output = self.run_plan(plan if lost is None else without(plan, lost))
-        outputs = self.scheduler.commit(output)
-        self.cache.take_events()
+        batch = self.cache.take_events()
+        self.events += batch.events if batch is not None else []
         self.scheduler.check()
         self._take(outputs)
         return outputs
 
-    def run_plan(self, plan: BatchPlan) -> StepOutput:
-        """Run a plan on all ranks."""
+    def _launch(self, plan: BatchPlan) -> None:
+        """Launch a plan on all ranks."""
         if self._group.size > 1:
             self._group.broadcast_plan(msgspec.msgpack.encode(plan))
-        output = self.engine.run(plan)
-        self._group.board.publish(plan.step)
-        return output
+        self.engine.launch(plan)
+        self._num_launched += 1
+
+    def _commit(self) -> list[RequestOutput]:
+        output = self.engine.collect()
+        self._num_launched -= 1
+        self._group.board.publish(output.step)
+        return self.scheduler.commit(output)
 
     def run(self, max_steps: int = 10_000) -> None:
         """Step until every request has ended."""
@@ -261,7 +272,8 @@ class Harness:
         }
 
     def _is_settling(self) -> bool:
-        return self.cache.stats().num_quiescing_pages > 0 or self.scheduler.has_moves
+        is_under_way = self._num_launched > 0 or self.scheduler.has_moves
+        return is_under_way or self.cache.stats().num_quiescing_pages > 0
 
     def _take(self, outputs: Iterable[RequestOutput]) -> None:
         for output in outputs:

@@ -24,6 +24,7 @@ FACTORS: dict[str, list[Any]] = {
     "is_aborting": [False, True],
     "tp_size": [1, 2],
     "graphs": [False, True],
+    "overlap_depth": [0, 1],
     "attention_backend": ["reference", "auto"],  # auto: compiled kernels, where there is a compiler
 }
 MAX_TIE_MARGIN = 1e-3
@@ -113,6 +114,7 @@ class Scenario:
             tp_size=combination["tp_size"],
             graphs=combination["graphs"],
             attention_backend=combination["attention_backend"],
+            overlap_depth=combination["overlap_depth"],
             kv_sanitizer=True,
             **options,
         )
@@ -197,7 +199,7 @@ class Scenario:
         Return after how many steps to try again; after three times they would only starve the others. A case
         has to run: neighbours and earlier intruders may be gone when the next step is planned.
         """
-        running = [request.request_id for request in harness.scheduler._running]
+        running = [request.request_id for request in harness.scheduler._running.requests]
         if self._num_intrusions == 3 or not any(name.startswith(TURNS) for name in running):
             return 1
         is_evicting = self.combination["is_evicting"]

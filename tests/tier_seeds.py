@@ -115,6 +115,7 @@ class TierSeed:
     safety: Safety = FETCHES_ALL
     mechanisms: Mechanisms = ALL_ON
     """Of the engine; those of its mover are the node's."""
+    overlap_depth: int = 0
 
     @classmethod
     def draw(cls, seed: int, sources: Sequence[Source], page_sizes: Sequence[int]) -> Self:
@@ -137,6 +138,7 @@ class TierSeed:
             random.randrange(1, 8),
             random.random() < 0.3,
             _faults(seed, random),
+            overlap_depth=random.choice((0, 1)),
         )
 
     def play(
@@ -222,6 +224,7 @@ class _Play:
             "num_pages": sizes[-1] + draw.num_spare_pages,  # it forgets all the time
             "max_tokens_per_step": 16,
             "max_running_requests": 2,
+            "overlap_depth": draw.overlap_depth,
             "kv_sanitizer": True,
             "num_threads": 1,
             "prefetch_policy": draw.prefetch_policy,

@@ -45,6 +45,9 @@ class WorkerConfig:
     """Most requests that wait for a place in a replica; more are answered with 429."""
     max_tokens_per_step: Annotated[int, Field(ge=1)] = 256
     """Token budget of a step: decodes first, prefill chunks fill the rest."""
+    overlap_depth: Literal[0, 1] | None = None
+    """Steps that are planned and launched while one runs; with 0 a step is planned once the last one's tokens
+    are known. Answers are the same. Not given: 1 on cuda, 0 on cpu, where the host is the device."""
     attention_backend: Literal["auto", "reference", "native", "flashinfer"] = "auto"
     """`native`: the compiled CPU kernels, for attention and all else they know; `flashinfer`: FlashInfer's
     kernels, on cuda in float16 and bfloat16; `reference`: plain torch; `auto`: the device's kernels where
@@ -79,3 +82,10 @@ class WorkerConfig:
     """Compute threads of a rank on CPU; 0: cores shared fairly among the ranks of the node."""
     collective_timeout_s: Annotated[float, Field(gt=0)] = 60.0
     """Seconds a rank waits for its peers before it takes them for lost."""
+
+    @property
+    def depth(self) -> int:
+        """Steps that may be in flight when another is planned: `overlap_depth`, or what holds without it."""
+        if self.overlap_depth is not None:
+            return self.overlap_depth
+        return 1 if self.device == "cuda" else 0

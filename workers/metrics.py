@@ -108,11 +108,12 @@ class LeaderMetrics:
         registry.register(_LeaderCollector(labels, leader))
 
     def stepped(self, plan: BatchPlan, duration_s: float) -> None:
-        """Observe one committed step and the admissions in it."""
+        """Observe one committed step and the admissions since the last."""
         if plan.slots:
             self._step_s.labels(*self._labels.values, plan.mode).observe(duration_s)
         for queue_s in self._leader.requests.queue_s:
             self._queue_s.observe(queue_s)
+        self._leader.requests.queue_s.clear()
 
     def loaded(self, load: LoadReport) -> None:
         """Keep the newest load for the next scrape."""

@@ -18,6 +18,7 @@ from typing import Literal, Protocol, Self, TypeVar, cast
 import torch
 from torch._C._distributed_c10d import (
     AllreduceOptions,
+    BroadcastOptions,
     GatherOptions,
     ProcessGroupGloo,
     TCPStore,
@@ -57,6 +58,9 @@ class Collectives(Protocol):
 
     def allreduce(self, tensors: list[torch.Tensor], opts: AllreduceOptions) -> Work:
         """Sum each tensor over the ranks, in place."""
+
+    def broadcast(self, tensors: list[torch.Tensor], opts: BroadcastOptions) -> Work:
+        """Make each tensor the root's, in place."""
 
     def gather(
         self, outputs: list[list[torch.Tensor]], inputs: list[torch.Tensor], opts: GatherOptions
@@ -194,6 +198,19 @@ class TPGroup:
             lambda: group.allreduce([tensor], AllreduceOptions()).wait(),
         )
 
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        """Make `tensor` rank 0's, in place on the others. Any shape and type; contiguous."""
+        group = self._process_group
+        if group is None:
+            return
+        options = BroadcastOptions()
+        options.rootRank = 0
+        _named_errors(
+            f"rank {self.rank}: broadcast",
+            self._timeout_s,
+            lambda: group.broadcast([tensor], options).wait(),
+        )
+
     def gather_columns(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """Return the ranks' [rows, n] side by side, [rows, size * n], on rank 0; None on the others."""
         group = self._process_group
@@ -221,6 +238,14 @@ class TPGroup:
                 raise TPTimeoutError(f"rank {follower} took no plan for {self._timeout_s} s") from None
             except OSError as error:
                 raise TPPeerLostError(f"rank {follower} is gone: {error}") from error
+
+    def has_plan(self, timeout_s: float) -> bool:
+        """Tell whether rank 0 has sent something, or is gone; wait for it at most so long (followers)."""
+        assert self.rank > 0
+        try:
+            return bool(select.select([self._links[0]], [], [], timeout_s)[0])
+        except OSError as error:
+            raise TPPeerLostError(f"rank 0 is gone: {error}") from error
 
     def receive_plan(self, timeout_s: float) -> bytes:
         """Return rank 0's next plan (followers). Raise TPTimeoutError when none begins within `timeout_s`.

@@ -121,10 +121,12 @@ PlanOp = OpenSlot | CloseSlot | OwnPages | CompletePages | SetRow | FreePages | 
 class BatchPlan(msgspec.Struct, frozen=True, array_like=True):
     """One step of one TP group.
 
-    Row i runs the tokens token_ids[sum(lens[:i]) : sum(lens[:i + 1])] of slot slots[i] at positions
-    starts[i] .. starts[i] + lens[i] - 1. `sampled` lists the rows whose last token's logits are sampled.
-    `ops` come before the rows run. `relocation_version` is the replica's version once `ops` are applied.
-    A plan without rows is legal: it carries ops, or is the heartbeat of an idle group.
+    Row i runs lens[i] tokens of slot slots[i] at positions starts[i] .. starts[i] + lens[i] - 1. Each of the
+    first `num_awaited` rows runs one, the one that was sampled last for its slot: it was not known yet when
+    this step was planned. `token_ids` are those of all other rows, in order. `sampled` lists the rows whose
+    last token's logits are sampled. `ops` come before the rows run. `relocation_version` is the replica's
+    version once `ops` are applied. A plan without rows is legal: it carries ops, or is the heartbeat of an
+    idle group.
     """
 
     step: int
@@ -135,6 +137,12 @@ class BatchPlan(msgspec.Struct, frozen=True, array_like=True):
     lens: list[int]
     token_ids: list[int]
     sampled: list[int]
+    num_awaited: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that its rows run, those that are awaited included."""
+        return self.num_awaited + len(self.token_ids)
 
     @property
     def mode(self) -> Mode:
@@ -148,7 +156,8 @@ class StepOutput(msgspec.Struct, frozen=True, array_like=True):
     """What came of a plan on one rank.
 
     `token_ids` and `logprobs` follow the order of the plan's `sampled`; both are empty on ranks other than 0,
-    which learn the tokens from the next plan. `logprobs[i]` is None where the request did not ask.
+    which learn the tokens from a later plan, or on the device. `logprobs[i]` is None where the request did
+    not ask.
     """
 
     step: int

@@ -101,7 +101,11 @@ class Rank:
             self._loop = self._lead(spec, card, cluster_secret, labels, clock)
         else:
             self._loop = FollowerLoop(
-                self._engine, self._group, silence_s=config.collective_timeout_s, clock=clock
+                self._engine,
+                self._group,
+                silence_s=config.collective_timeout_s,
+                depth=config.depth,
+                clock=clock,
             )
 
     def run(self) -> None:
@@ -195,6 +199,7 @@ class Rank:
             cache.take_events,
             incarnation=spec.incarnation,
             clock=clock,
+            depth=config.depth,
         )
 
 

@@ -1,14 +1,16 @@
-"""The step loop of one rank: inbox -> plan -> broadcast -> run -> commit -> publish. Ray-free.
+"""The step loop of one rank: inbox -> plan -> broadcast -> launch -> collect -> commit -> publish. Ray-free.
 
 Rank 0 runs StepLoop, the others FollowerLoop, each in a thread of its own that owns scheduler, engine, inbox
-and group. One trip round the loop is one step of the TP group's ordered log.
+and group. One trip round the loop is one step of the TP group's ordered log; with a depth of 1 it launches
+one step and collects the one before.
 """
 
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 
@@ -33,6 +35,9 @@ HEARTBEAT_S = 0.25
 STALL_S = 0.001
 """Requests that wait for pages (a lagging rank may still read them, a load is under way): looked at again so
 soon."""
+
+LOOK_S = 0.001
+"""A follower whose step has not ended looks so often whether it has, while no other plan comes."""
 
 END_OF_LOG = b""
 """What rank 0 broadcasts instead of a plan when it stops."""
@@ -62,7 +67,7 @@ class StepScheduler(Protocol):
         """Free what waited for `step`, the last that every rank has completed."""
 
     def plan(self, now_s: float) -> BatchPlan | None:
-        """Decide the next step; None when there is nothing to run and nothing to tell the ranks."""
+        """Decide the next step; None when there is nothing to run or to tell the ranks, or not yet."""
         ...
 
     def heartbeat(self) -> BatchPlan:
@@ -70,7 +75,7 @@ class StepScheduler(Protocol):
         ...
 
     def commit(self, output: StepOutput) -> list[RequestOutput]:
-        """Book what came of the step."""
+        """Book what came of the oldest step that is not committed."""
         ...
 
     def stepped(self, plan: BatchPlan, duration_s: float, now_s: float) -> None:
@@ -84,8 +89,16 @@ class StepScheduler(Protocol):
 class StepEngine(Protocol):
     """What the loop needs of workers.engine.engine.Engine."""
 
-    def run(self, plan: BatchPlan) -> StepOutput:
-        """Apply the plan's ops, run its rows, sample."""
+    def launch(self, plan: BatchPlan) -> None:
+        """Apply the plan's ops, begin to run its rows and to sample."""
+
+    @property
+    def has_ended(self) -> bool:
+        """Tell whether the oldest launched step is over."""
+        ...
+
+    def collect(self) -> StepOutput:
+        """Wait for the oldest launched step and return what came of it."""
         ...
 
 
@@ -140,6 +153,10 @@ class PlanChannel(Protocol):
     def broadcast_plan(self, plan: bytes) -> None:
         """Rank 0: hand the plan to all other ranks."""
 
+    def has_plan(self, timeout_s: float) -> bool:
+        """Other ranks: wait so long for something of rank 0's; tell whether it is there."""
+        ...
+
     def receive_plan(self, timeout_s: float) -> bytes:
         """Other ranks: return the next plan; raise a TPGroupError when rank 0 is silent or gone."""
         ...
@@ -155,10 +172,18 @@ class StepRecorder(Protocol):
         """Take the newest load."""
 
 
+class _Launched(NamedTuple):
+    """A step that is not collected yet, and when it was launched."""
+
+    plan: BatchPlan
+    begin_s: float
+
+
 class StepLoop:
     """Rank 0's loop.
 
-    `clock` is monotonic seconds. A step that fails ends every request with `error`; `run` then raises.
+    `clock` is monotonic seconds. `depth`: steps that may be under way when another is launched. A step that
+    fails ends every request with `error`; `run` then raises.
     """
 
     def __init__(
@@ -172,6 +197,7 @@ class StepLoop:
         *,
         incarnation: int,
         clock: Callable[[], float],
+        depth: int = 0,
         heartbeat_s: float = HEARTBEAT_S,
     ) -> None:
         self._scheduler = scheduler
@@ -182,7 +208,11 @@ class StepLoop:
         self._take_kv_events = take_kv_events
         self._incarnation = incarnation
         self._clock = clock
+        self._depth = depth
         self._heartbeat_s = heartbeat_s
+        self._launched: deque[_Launched] = deque()
+        self._collected_s = clock()
+        """When the last step was collected."""
         self._encoder = msgspec.msgpack.Encoder()
         self._stopping = threading.Event()
         self._step = 0
@@ -199,6 +229,8 @@ class StepLoop:
         try:
             while not self._stopping.is_set():
                 self._turn()
+            while self._launched:
+                self._collect()
         except Exception as error:  # the loop's top: every client hears of it, then the process dies
             logger.exception("step failed", extra={"step": self._step})
             self._end_all(
@@ -210,11 +242,11 @@ class StepLoop:
             self._group.broadcast_plan(END_OF_LOG)
 
     def stop(self) -> None:
-        """Make `run` return after the current step. Any thread may call it."""
+        """Make `run` return after the steps under way. Any thread may call it."""
         self._stopping.set()
 
     def _turn(self) -> None:
-        """One trip: drain, plan, run, publish; without a plan: wait, or tell everyone we are alive."""
+        """One trip: drain, plan, launch, collect, publish; with nothing to do: wait, or tell we are alive."""
         self.turned_s = self._clock()
         received = self._inbox.drain(self._wait_s)
         answers = self._handle(received)
@@ -223,8 +255,11 @@ class StepLoop:
         self._scheduler.completed(self._group.board.minimum())
         plan = self._scheduler.plan(self._clock())
         if plan is not None:
+            self._launch(plan)
+        if plan is not None or self._launched:
             self._wait_s = 0.0
-            self._run_step(plan)
+            if plan is None or len(self._launched) > self._depth:
+                self._collect()
         elif self._scheduler.has_requests or self._scheduler.has_moves:
             self._wait_s = STALL_S
             if self._clock() - self._spoke_s >= self._heartbeat_s:
@@ -236,23 +271,32 @@ class StepLoop:
 
     def _beat(self) -> None:
         if self._group.size > 1:
-            self._run_step(self._scheduler.heartbeat())
+            self._launch(self._scheduler.heartbeat())
+            self._collect()
         else:
             self._publish([])
 
-    def _run_step(self, plan: BatchPlan) -> None:
-        self._step = plan.step
-        begin_s = self._clock()
+    def _launch(self, plan: BatchPlan) -> None:
+        self._launched.append(_Launched(plan, self._clock()))
         if self._group.size > 1:
             self._group.broadcast_plan(self._encoder.encode(plan))
-        output = self._engine.run(plan)
+        self._engine.launch(plan)
+
+    def _collect(self) -> None:
+        """Wait for the oldest step and publish what came of it; the device goes on with the next."""
+        plan, begin_s = self._launched.popleft()
+        self._step = plan.step
+        output = self._engine.collect()
         self._group.board.publish(plan.step)
         now_s = self._clock()
+        # The device began it once the step before was over.
+        duration_s = now_s - max(begin_s, self._collected_s)
+        self._collected_s = now_s
         if plan.slots:
-            self._step_s = now_s - begin_s
+            self._step_s = duration_s
         self._publish(self._scheduler.commit(output))
-        self._scheduler.stepped(plan, now_s - begin_s, now_s)
-        self._recorder.stepped(plan, now_s - begin_s)
+        self._scheduler.stepped(plan, duration_s, now_s)
+        self._recorder.stepped(plan, duration_s)
 
     def _handle(self, received: list[Received]) -> list[RequestOutput]:
         """Book what clients asked; return what is to be answered at once."""
@@ -310,23 +354,41 @@ class FollowerLoop:
         group: PlanChannel,
         *,
         silence_s: float,
+        depth: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine = engine
         self._group = group
         self._silence_s = silence_s
+        self._depth = depth
         self._clock = clock
+        self._launched: deque[int] = deque()
         self.turned_s = clock()
         """By `clock`, when the last turn began; any thread may read it."""
         self._decoder = msgspec.msgpack.Decoder(BatchPlan)
 
     def run(self) -> None:
         """Follow until rank 0 ends the log; raise a TPGroupError when it is gone, or silent too long."""
-        while True:
-            self.turned_s = self._clock()
-            payload = self._group.receive_plan(self._silence_s)
-            if payload == END_OF_LOG:
-                return
+        while (payload := self._next()) != END_OF_LOG:
             plan = self._decoder.decode(payload)
-            self._engine.run(plan)
-            self._group.board.publish(plan.step)
+            self._launched.append(plan.step)
+            self._engine.launch(plan)
+        while self._launched:
+            self._collect()
+
+    def _next(self) -> bytes:
+        """Return rank 0's next message; meanwhile tell of steps as they end.
+
+        It looks at its own device to tell how far it has come, never to decide anything (I1).
+        """
+        self.turned_s = self._clock()
+        while self._launched:
+            if self._engine.has_ended or len(self._launched) > self._depth:
+                self._collect()
+            elif self._group.has_plan(LOOK_S):
+                break
+        return self._group.receive_plan(self._silence_s)
+
+    def _collect(self) -> None:
+        self._engine.collect()
+        self._group.board.publish(self._launched.popleft())

@@ -26,6 +26,7 @@ import threading
 import time
 from pathlib import Path
 
+import msgspec
 import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,19 +58,18 @@ def make_rank(cluster_secret):
 
 def run_worker(cluster_secret):
     """A rank whose engine stamps each token."""
-    from workers.plan import StepOutput
     from workers.protocol import TokenLogprobs
 
     rank = make_rank(cluster_secret)
     engine = rank._loop._engine
 
     class StampingEngine:
-        def run(self, plan):
-            output = engine.run(plan)
+        launch = engine.launch
+
+        def collect(self):
+            output = engine.collect()
             stamp = TokenLogprobs(-time.monotonic(), [], [])
-            return StepOutput(
-                output.step, output.relocation_version, output.token_ids, [stamp] * len(output.token_ids)
-            )
+            return msgspec.structs.replace(output, logprobs=[stamp] * len(output.token_ids))
 
     rank._loop._engine = StampingEngine()
     print(f"ready {rank.inbox.endpoint}", flush=True)

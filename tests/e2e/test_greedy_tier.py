@@ -75,16 +75,17 @@ def serve(harness, cases, turn, comparison, peer=None):
             comparison.compare(name, got.token_ids, case.token_ids, case.margins)
 
 
+@pytest.mark.parametrize("depth", [0, 1])
 @pytest.mark.parametrize("tp_size", [1, 2])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_answers_are_the_oracles_from_a_pool_that_forgets_all_the_time(
-    tiny, followers, comparison, policy, tp_size
+    tiny, followers, comparison, policy, tp_size, depth
 ):
     model, cases = tiny
     with ArenaHost(num_slots=64) as host:
         for turn in ("first", "restarted"):
             with Harness(
-                config_of(model, tp_size, num_pages=15),
+                config_of(model, tp_size, num_pages=15, overlap_depth=depth),
                 followers=followers if tp_size > 1 else None,
                 host=host,
                 write_policy=policy,
@@ -117,7 +118,7 @@ def test_answers_are_the_oracles_under_delays_failures_and_flipped_bits(
     with (
         ArenaHost(num_slots=20, injection=injection) as host,
         Harness(
-            config_of(model, tp_size, num_pages=15),
+            config_of(model, tp_size, num_pages=15, overlap_depth=seed % 2),
             followers=followers if tp_size > 1 else None,
             host=host,
             write_policy=POLICIES[seed % 3],

@@ -22,5 +22,6 @@ def test_ranks_sum_gather_and_replay_a_captured_sum() -> None:
     assert first["gathered"] == [[0.0, 10.0, 1.0, 11.0]]
     assert second["gathered"] is None
     assert first["graphed"] == second["graphed"] == [3.0, 11.0]
+    assert first["tokens"] == second["tokens"] == [7, 8, 9]
     assert second["plans"] == [True, True, True]
     assert first["closed"] and second["closed"]

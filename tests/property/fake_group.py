@@ -1,5 +1,6 @@
 """FakeGroup: a Scheduler over fake ranks, with each stream told in advance by a model of its own."""
 
+from collections import deque
 from collections.abc import Callable
 from random import Random
 
@@ -36,7 +37,8 @@ def plain_rank(config: WorkerConfig, max_context_len: int, incarnation: int) -> 
 class FakeGroup:
     """Drives plan -> run on all ranks -> commit, and runs every check after every step.
 
-    With a tier, moves and news go a little further between any two of these.
+    With a depth of 1 a step is committed once the next has run. With a tier, moves and news go a little
+    further between any two of these.
     """
 
     def __init__(
@@ -50,7 +52,7 @@ class FakeGroup:
         max_tokens_per_step: int = 16,
         max_context_len: int = 48,
         prefix_caching: bool = True,
-        lookahead: int = 0,
+        depth: int = 0,
         safety: Safety | None = None,
         runs_checks: bool = True,
         make_rank: RankMaker = plain_rank,
@@ -63,6 +65,7 @@ class FakeGroup:
             max_running_requests=max_running,
             max_waiting_requests=max_waiting,
             max_tokens_per_step=max_tokens_per_step,
+            overlap_depth=depth,  # type: ignore[arg-type]
         )
         self.cache = KVCacheManager(
             num_pages, page_size, NAMESPACE, INCARNATION, prefix_caching=prefix_caching, safety=safety
@@ -74,7 +77,6 @@ class FakeGroup:
             max_context_len=max_context_len,
             vocab_size=VOCAB_SIZE,
             seeds=Random(_SEED),
-            lookahead=lookahead,
             safety=safety,
         )
         self.ranks = [make_rank(config, max_context_len, INCARNATION) for _ in range(num_ranks)]
@@ -88,7 +90,9 @@ class FakeGroup:
         self.num_cached: dict[RequestId, int] = {}
         self.reasons: dict[RequestId, FinishReason] = {}
         self.indexed: set[bytes] = set()  # what a router makes of the KVEvents
-        self.num_admitted = 0
+        self.queue_s: list[float] = []  # of all requests admitted so far
+        self.depth = depth
+        self._launched: deque[tuple[BatchPlan, StepOutput]] = deque()
         self._admitted: set[RequestId] = set()
         self.is_midstep = False  # for good, once a step failed
         self._max_tokens_per_step = max_tokens_per_step
@@ -138,29 +142,31 @@ class FakeGroup:
     def step(
         self, *, lags: tuple[int, ...] = (), abort_in_flight: RequestId | None = None
     ) -> BatchPlan | None:
-        """One step; rank i has then completed all but its last `lags[i]` steps."""
+        """One step; rank i has then completed all but the last `lags[i]` of those that are over."""
         self.is_midstep = True
         self.now_s += 1.0
         self._move_on()
         plan = self.scheduler.plan(self.now_s)
-        self.num_admitted += len(self.scheduler.stats.queue_s)
+        self.queue_s += self.scheduler.stats.queue_s
+        self.scheduler.stats.queue_s.clear()
         self._check_admitted()
-        assert self.num_admitted <= len(self.submits), "a request's time in the queue is told twice"
+        assert len(self.queue_s) <= len(self.submits), "a request's time in the queue is told twice"
         if plan is not None:
-            num_spent = self._max_tokens_per_step - self.scheduler._budget
+            num_spent = self._max_tokens_per_step - self.scheduler._running.budget
             assert sum(plan.lens) == num_spent, "a planned request lost its row"
             if self.tier is not None:
                 self.tier.note(plan)
-            output = self._run(plan)
+            self._launched.append((plan, self._run(plan)))
             self._move_on()
             if abort_in_flight is not None:
                 self.abort(abort_in_flight)
-            for request_output in self.scheduler.commit(output):
-                self._take(request_output)
-            self.scheduler.stepped(plan, TOKEN_S * sum(plan.lens), self.now_s)
+        if self._launched and (plan is None or len(self._launched) > self.depth):
+            self._commit(*self._launched.popleft())
         lags = lags or (0,) * len(self.ranks)
         for rank, board, lag in zip(self.ranks, self.boards, lags, strict=True):
-            board.publish(rank.finish(rank.last_step - lag))
+            # A rank's device may have ended a step that rank 0 has not collected yet: not rank 0's.
+            num_ended = rank.last_step - (len(self._launched) if rank is self.ranks[0] else 0)
+            board.publish(rank.finish(num_ended - lag))
         self.scheduler.completed(self.boards[0].minimum())
         removed = self._index_events()
         if self.tier is not None:
@@ -169,6 +175,11 @@ class FakeGroup:
             self.check()
         self.is_midstep = False
         return plan
+
+    def _commit(self, plan: BatchPlan, output: StepOutput) -> None:
+        for request_output in self.scheduler.commit(output):
+            self._take(request_output)
+        self.scheduler.stepped(plan, TOKEN_S * sum(plan.lens), self.now_s)
 
     def _run(self, plan: BatchPlan) -> StepOutput:
         """A row that was misled on one rank, by a page that was torn there, brings nonsense on all."""
@@ -209,12 +220,12 @@ class FakeGroup:
         num_left = sum(self.scheduler.max_context_len for _ in self.unfinished)
         # Nor does it wait for a FETCH any longer than computing its pages takes, at a second a step.
         max_wait_s = TOKEN_S * self.scheduler.max_context_len
-        self.run(max_steps=3 * num_left + 20 + int(max_wait_s))
+        self.run(max_steps=(1 + self.depth) * 3 * num_left + 20 + int(max_wait_s))
         assert self.reasons.keys() == self.submits.keys(), "a request has no finish reason"
         self.settle()
 
     def settle(self) -> None:
-        """Two idle steps bring all pages back: each is free, or cached and evictable."""
+        """Two idle steps, and one for each in flight, bring all pages back: free, or cached and evictable."""
         if self.tier is not None:
             self.tier.speed_up()
             for _ in range(100):
@@ -222,7 +233,7 @@ class FakeGroup:
                 if not self.scheduler.has_moves and self.tier.is_quiet:
                     break
             self.tier.check_idle()
-        for _ in range(2):
+        for _ in range(2 + self.depth):
             self.step()
         stats = self.cache.stats()
         assert stats.num_quiescing_pages == 0, "a page quiesces for ever"
@@ -266,7 +277,7 @@ class FakeGroup:
                 return stream, "length"
 
     def _check_admitted(self) -> None:
-        for request in self.scheduler._running:
+        for request in self.scheduler._running.requests:
             if self.tier is not None and request.request_id not in self._admitted:
                 self.tier.sources.check_admitted(request.request_id)
             self._admitted.add(request.request_id)

@@ -62,6 +62,7 @@ class FakeRank:
         self.loads: dict[int, tuple[int, bytes]] = {}  # page -> its LOAD and key, until it is complete
         self.unsure: set[int] = set()  # pages that may differ from other ranks': loading, torn, made of such
         self.misled: set[int] = set()  # slots that read a torn page in this step
+        self.last_tokens: dict[int, int] = {}  # slot -> the token sampled last
 
     def run(self, plan: BatchPlan) -> StepOutput:
         assert plan.step == self.last_step + 1, "log: a step is missing"
@@ -91,14 +92,21 @@ class FakeRank:
 
     def run_rows(self, plan: BatchPlan) -> list[int]:
         token_ids: list[int] = []
+        given = self.tokens_of(plan)
         offset = 0
         for row, (slot, start, length) in enumerate(zip(plan.slots, plan.starts, plan.lens, strict=True)):
-            self.write(slot, start, plan.token_ids[offset : offset + length])
+            self.write(slot, start, given[offset : offset + length])
             offset += length
             if row in plan.sampled:
                 token_ids.append(self.sample(slot, start + length))
-        assert offset == len(plan.token_ids), "log: tokens without a row"
+                self.last_tokens[slot] = token_ids[-1]
+        assert offset == len(given), "log: tokens without a row"
         return token_ids
+
+    def tokens_of(self, plan: BatchPlan) -> list[int]:
+        """The tokens that the rows run, those included that only the ranks know when the step is planned."""
+        assert set(plan.lens[: plan.num_awaited]) <= {1}, "log: a row awaits more than one token"
+        return [self.last_tokens[slot] for slot in plan.slots[: plan.num_awaited]] + plan.token_ids
 
     def attach(self, mover: FakeMover) -> None:
         self.mover = mover

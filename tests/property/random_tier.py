@@ -57,7 +57,7 @@ def make_group(random: Random, seed: int, move_board: type[MoveBoard], **options
         "num_ranks": random.randint(1, 2),
         "max_running": random.randint(1, 5),
         "max_tokens_per_step": random.randint(1, 24),
-        "lookahead": random.randint(0, 2),
+        "depth": random.randint(0, 1),
         "make_rank": SanitizedRank if random.random() < 0.3 else plain_rank,
         "tier": replace(tier_options(random, seed), board=move_board),
     }

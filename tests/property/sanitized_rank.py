@@ -16,12 +16,15 @@ from workers.config import WorkerConfig
 from workers.engine.copies import InlineCopies
 from workers.engine.forward_batch import ForwardBatch
 from workers.engine.graph_guard import Bucket
+from workers.engine.last_tokens import LastTokens
 from workers.engine.mechanisms import ALL_ON
+from workers.engine.sampled import Sampled
 from workers.engine.staging import BucketInputs, Stager
 from workers.kvcache.kv_pool import KVPool
 from workers.kvcache.layout import target_only
 from workers.kvcache.page_table import PageTable
 from workers.kvcache.sanitizer import KVSanitizer
+from workers.parallel import TPGroup
 from workers.plan import BatchPlan, CloseSlot, PlanOp, SetRow
 
 _CPU = torch.device("cpu")
@@ -41,7 +44,8 @@ class SanitizedRank(FakeRank):
         self.pool = KVPool(target_only(1, config.page_size, 1, 1, "float32"), config.num_pages, _CPU)
         self.table = PageTable(max_slots, pages_per_row, config.page_size, config.num_pages, checked=True)
         max_tokens = max(config.max_tokens_per_step, max_slots)
-        self.stager = Stager(self.table, max_tokens, _CPU, InlineCopies(), self.mechanisms)
+        self.sampled = LastTokens(max_slots, _CPU, TPGroup.single(), InlineCopies())
+        self.stager = Stager(self.table, max_tokens, _CPU, InlineCopies(), self.mechanisms, self.sampled)
         self.bucket = BucketInputs(
             Bucket("decode", max_slots), max_slots, config.page_size, pages_per_row, _CPU, self.mechanisms
         )
@@ -63,6 +67,9 @@ class SanitizedRank(FakeRank):
     def run_rows(self, plan: BatchPlan) -> list[int]:
         contexts = self.run_staged(plan) if plan.slots else []
         token_ids = super().run_rows(plan)
+        if token_ids:
+            sampled = Sampled(torch.tensor(token_ids), None)
+            self.sampled.keep([plan.slots[row] for row in plan.sampled], sampled)
         for slot, context in zip(plan.slots, contexts, strict=True):
             assert context == self.read(slot, len(context)), f"pool: slot {slot} reads another's text"
         return token_ids

@@ -103,7 +103,7 @@ def lag(board: type[CompletionBoard]) -> None:
 
 def live_with(move_board: type[MoveBoard]) -> None:
     for seed in SEEDS:
-        live(seed, num_ranks=2, move_board=move_board)
+        live(seed, num_ranks=2, move_board=move_board, make_rank=plain_rank)
 
 
 def read_while_copies_run(rank: type[FakeRank]) -> None:

@@ -60,7 +60,7 @@ class TierMachine(SchedulerMachine):
         num_ranks=st.integers(1, 2),
         max_running=st.integers(1, 5),
         max_tokens_per_step=st.integers(1, 24),
-        lookahead=st.integers(0, 2),
+        depth=st.integers(0, 1),
         tier=_tiers,
         is_sanitized=st.booleans(),
     )

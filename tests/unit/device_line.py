@@ -38,6 +38,9 @@ class DeviceLine(TorchDispatchMode):
     def upload(self, values):
         return self.crossing(lambda: torch.tensor(values).to(DEVICE))
 
+    def take(self, target, source, index):
+        torch.index_select(source, 0, index, out=target)
+
     def to_host(self, tensor):
         return torch.zeros(tensor.shape, dtype=tensor.dtype)
 

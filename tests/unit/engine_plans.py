@@ -126,6 +126,18 @@ class PlanLog:
         self.pages[slot] = list(pages)
         self.num_computed[slot] = len(pages) * self.page_size
 
+    def plan_ahead(self, *slots: int) -> BatchPlan:
+        """Plan the next token of slots, which the step before is still sampling."""
+        starts = [self.num_computed[slot] for slot in slots]
+        for slot, start in zip(slots, starts, strict=True):
+            self._reserve(slot, start + 1)
+            self.num_computed[slot] = start + 1
+        self.step += 1
+        ops, self.ops = self.ops, []
+        rows = list(range(len(slots)))
+        ones = [1] * len(slots)
+        return BatchPlan(self.step, self.version, ops, list(slots), starts, ones, [], rows, len(slots))
+
     def plan(self, **lens: int) -> BatchPlan:
         """Plan rows: `s3=5` runs the next five tokens of slot 3; a row that reaches its end is sampled."""
         slots = [int(name[1:]) for name in lens]

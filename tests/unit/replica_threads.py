@@ -25,13 +25,18 @@ class FakeEngine:
         self.token_s = token_s
         self.fail_next = False
 
-    def run(self, plan):
+    has_ended = True
+
+    def launch(self, plan):
         if self.fail_next:
             raise RuntimeError("out of luck")
         if plan.slots:
             time.sleep(self.step_s + self.token_s * sum(plan.lens))
         tokens = [(plan.starts[row] + plan.lens[row]) % 1000 for row in plan.sampled]
-        return StepOutput(plan.step, plan.relocation_version, tokens, [None] * len(tokens))
+        self.output = StepOutput(plan.step, plan.relocation_version, tokens, [None] * len(tokens))
+
+    def collect(self):
+        return self.output
 
 
 class FakeGroup:

@@ -23,12 +23,16 @@ def work(group: TPGroup, device: str) -> None:
     say(group.rank, sum=tensor.tolist())
     gathered = group.gather_columns(torch.tensor([[group.rank, 10.0 + group.rank]], device=device))
     say(group.rank, gathered=None if gathered is None else gathered.tolist())
+    tokens = torch.tensor([7, 8, 9] if group.rank == 0 else [0, 0, 0], device=device)
+    group.broadcast(tokens)
+    say(group.rank, tokens=tokens.tolist())
     sizes = [0, 1, 100_000]
     if group.rank == 0:
         for size in sizes:
             group.broadcast_plan(b"\x07" * size)
     else:
-        say(group.rank, plans=[group.receive_plan(20) == b"\x07" * size for size in sizes])
+        plans = [group.has_plan(20) and group.receive_plan(20) == b"\x07" * size for size in sizes]
+        say(group.rank, plans=plans, more=group.has_plan(0.0))
     group.board.publish(3 + group.rank)
     group.all_reduce(tensor)  # both have published
     say(group.rank, counts=group.board.counts(), minimum=group.board.minimum())

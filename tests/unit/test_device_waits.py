@@ -4,8 +4,16 @@ import pytest
 import torch
 
 from tests.unit.device_line import DEVICE, DeviceLine
+from tests.unit.engine_plans import PlanLog
 from tests.unit.test_sampler import VARIED, open_slot
+from workers.engine.graph_guard import Bucket
+from workers.engine.last_tokens import LastTokens
+from workers.engine.sampled import Sampled
 from workers.engine.sampler import Sampler
+from workers.engine.staging import BucketInputs, Stager
+from workers.kvcache.page_table import PageTable
+from workers.parallel import TPGroup
+from workers.plan import SetRow
 
 VOCAB_SIZE = 3000
 
@@ -40,6 +48,27 @@ def test_sampling_waits_for_nothing():
 def test_a_sampler_that_may_wait_does():
     with DeviceLine() as line, pytest.raises(NotImplementedError, match="meta"):
         sample_all_kinds(sampler_on_the_device(line, may_wait=True))
+
+
+def test_a_step_that_is_staged_ahead_waits_for_nothing():
+    """Known tokens and awaited ones, in a bucket and eager; then rank 0 keeps what it sampled."""
+    with DeviceLine() as line:
+        table = PageTable(3, 4, 4, 30, checked=True)
+        last_tokens = LastTokens(3, DEVICE, TPGroup.single(), line)
+        stager = Stager(table, 16, DEVICE, line, last_tokens=last_tokens)
+        bucket = BucketInputs(Bucket("decode", 3), 3, 4, 4, DEVICE)
+        log = PlanLog(4, 30)
+        log.open(0, [7])
+        log.open(1, [8])
+        for plan in (log.plan(s0=1, s1=1), log.plan_ahead(1, 0), log.plan_ahead(0)):
+            for op in plan.ops:
+                if isinstance(op, SetRow):
+                    table.set_row(op)
+            batches = [stager.stage_bucket(plan, bucket)[0], stager.stage_eager(plan, "decode")[0]]
+            assert {batch.token_ids.device for batch in batches} == {DEVICE}
+            sampled = Sampled(batches[1].token_ids, None)
+            last_tokens.keep(plan.slots, sampled)
+            assert sampled.to_host(line).token_ids.device.type == "cpu"
 
 
 def test_an_index_made_of_a_list_is_seen():

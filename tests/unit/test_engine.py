@@ -2,6 +2,7 @@
 
 import itertools
 
+import msgspec
 import pytest
 import torch
 
@@ -149,6 +150,64 @@ def test_rows_that_are_not_sampled_are_left_out_of_the_output() -> None:
     alone = generate(tiny_engine(graphs=False), [PROMPTS[1][:2]], 1)
     assert output.token_ids == alone[0]
     assert engine.graph_steps["decode", "replay"] == 2
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_steps_launched_ahead_run_the_tokens_that_only_the_device_knows(
+    expected: list[list[int]], graphs: bool
+) -> None:
+    engine = tiny_engine(graphs=graphs, overlap_depth=1, graph_batch_sizes=(6,))
+    log, slots = PlanLog(), (2, 0, 1)  # rows are in another order than slots
+    for slot in slots:
+        log.open(slot, PROMPTS[slot])
+    plans = [log.plan(**{f"s{slot}": len(PROMPTS[slot]) for slot in slots})]
+    engine.launch(plans[0])
+    for step in range(11):
+        plans.append(log.plan_ahead(*(slots if step % 2 else slots[::-1])))
+        engine.launch(plans[-1])
+        log.take(plans[-2], engine.collect())
+        assert all(op.pages for op in plans[-1].ops)
+    log.take(plans[-1], engine.collect())
+    assert [log.tokens[slot][len(PROMPTS[slot]) :] for slot in range(3)] == expected[:3]
+    assert engine.graph_steps["decode", "replay" if graphs else "eager"] == 11
+
+
+def test_a_step_may_run_awaited_tokens_beside_known_ones_and_a_prompt(expected: list[list[int]]) -> None:
+    engine, log = tiny_engine(overlap_depth=1), PlanLog()
+    for slot in range(2):
+        log.open(slot, PROMPTS[slot])
+    first = log.plan(s0=3, s1=11)
+    output = engine.run(first)
+    log.take(first, output)
+    decodes = log.plan(s0=1)
+    engine.launch(decodes)
+    log.open(2, PROMPTS[2])
+    prefill = log.plan(s1=1, s2=20)
+    ahead = log.plan_ahead(0)
+    mixed = msgspec.structs.replace(
+        prefill,
+        relocation_version=ahead.relocation_version,
+        ops=prefill.ops + ahead.ops,
+        slots=[0, *prefill.slots],
+        starts=[4, *prefill.starts],
+        lens=[1, *prefill.lens],
+        sampled=[0, 1, 2],
+        num_awaited=1,
+    )
+    engine.launch(mixed)
+    log.take(decodes, engine.collect())
+    log.take(mixed, engine.collect())
+    assert log.tokens[0][3:] == expected[0][:3]
+    assert log.tokens[1][11:] == expected[1][:2]
+    assert log.tokens[2][20:] == expected[2][:1]
+
+
+def test_a_rank_that_keeps_no_tokens_refuses_a_plan_that_awaits_some() -> None:
+    engine, log = tiny_engine(overlap_depth=0), PlanLog()
+    log.open(0, PROMPTS[0])
+    log.run(engine, s0=3)
+    with pytest.raises(AssertionError, match="awaits tokens"):
+        engine.launch(log.plan_ahead(0))
 
 
 def test_sampled_tokens_do_not_depend_on_graphs_or_neighbours() -> None:

@@ -9,12 +9,14 @@ from tests.unit.engine_plans import PlanLog, generate, tiny_engine
 from workers.engine.copies import Fence, InlineCopies
 from workers.engine.graph_guard import Bucket
 from workers.engine.graph_runner import GraphRunner
+from workers.engine.last_tokens import LastTokens
 from workers.engine.mechanisms import ALL_ON, Mechanisms
 from workers.engine.model_runner import ModelRunner
 from workers.engine.staging import NUM_STAGING_SETS, BucketInputs, Stager
 from workers.kvcache.kv_pool import DUMMY_PAGE, KVPool
 from workers.kvcache.layout import target_only
 from workers.kvcache.page_table import PageTable
+from workers.parallel import TPGroup
 from workers.plan import BatchPlan, SetRow
 
 CPU = torch.device("cpu")
@@ -29,6 +31,9 @@ class DelayedStream:
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         self.pending.append(lambda: target.copy_(source))
+
+    def take(self, target: torch.Tensor, source: torch.Tensor, index: torch.Tensor) -> None:
+        self.pending.append(lambda: target.copy_(source[index]))
 
     def fence(self) -> Fence:
         return DelayedFence(self, len(self.pending))
@@ -80,6 +85,30 @@ def test_a_pass_reads_what_was_staged_for_it_though_the_host_runs_ahead() -> Non
         ([step + 1, 0], [[page if page <= step // 4 + 1 else 0 for page in range(1, 5)], [0] * 4])
         for step in range(10)
     ]
+
+
+def test_awaited_tokens_are_taken_behind_the_copies_and_before_the_pass() -> None:
+    """The host stages three steps, the first of known tokens, while the stream has not begun the first."""
+    stream, log = DelayedStream(), PlanLog(PAGE_SIZE, NUM_PAGES)
+    table = PageTable(2, PAGES_PER_ROW, PAGE_SIZE, NUM_PAGES, checked=True)
+    last_tokens = LastTokens(2, CPU, TPGroup.single(), stream)
+    stager = Stager(table, 16, CPU, stream, last_tokens=last_tokens)
+    bucket = decode_bucket(2)
+    log.open(0, [7])
+    log.open(1, [8])
+    found: list[list[int]] = []
+
+    def sample(slots: list[int], token_ids: torch.Tensor) -> None:
+        found.append(token_ids.tolist())
+        last_tokens.token_ids[slots] = token_ids + 10
+
+    for slots in ([0, 1], [1, 0], [0, 1]):
+        plan = log.plan_ahead(*slots) if found or stream.pending else log.plan(s0=1, s1=1)
+        batch, _ = stager.stage_bucket(staged(log, plan, table), bucket)
+        stream.pending.append(lambda slots=slots, tokens=batch.token_ids: sample(slots, tokens))
+    assert found == []
+    stream.run(len(stream.pending))
+    assert found == [[7, 8], [18, 17], [27, 28]]
 
 
 def test_without_the_ring_the_test_above_fails() -> None:

@@ -25,7 +25,9 @@ def test_ranks_sum_gather_and_share_plans_and_counters(ranks: Ranks) -> None:
     assert first["sum"] == second["sum"] == [[3.0] * 3] * 2
     assert first["gathered"] == [[0.0, 10.0, 1.0, 11.0]]
     assert second["gathered"] is None
+    assert first["tokens"] == second["tokens"] == [7, 8, 9]
     assert second["plans"] == [True, True, True]
+    assert second["more"] is False
     assert first["counts"] == second["counts"] == [3, 4]
     assert first["minimum"] == 3
     assert [board.endswith("(deleted)") for board in first["boards"] + second["boards"]] == [True, True]
@@ -99,6 +101,7 @@ def test_a_group_of_one_needs_no_connection() -> None:
     tensor = torch.ones(3)
     group.all_reduce(tensor)
     assert tensor.tolist() == [1.0, 1.0, 1.0]
+    group.broadcast(tensor)
     assert group.gather_columns(tensor) is tensor
     group.broadcast_plan(b"plan")
     group.board.publish(5)

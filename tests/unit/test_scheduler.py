@@ -193,15 +193,48 @@ def test_a_request_without_a_seed_gets_one_at_admission_and_keeps_its_own_otherw
     assert seeds == [source.getrandbits(63), 42, source.getrandbits(63)]
 
 
-def test_pages_of_all_tokens_a_step_in_flight_may_add_are_reserved_before_the_step():
-    owned = []
-    for lookahead in (0, 1, 2):
-        group = FakeGroup(page_size=4, lookahead=lookahead)
-        group.submit([1] * 7, greedy(8))
-        plan = group.step()
-        owned.append(sum(len(op.pages) for op in plan.ops if isinstance(op, OwnPages)))
+def test_pages_of_a_token_that_is_not_known_yet_are_reserved_before_its_step():
+    group = FakeGroup(page_size=4, depth=1)
+    group.submit([1] * 8, greedy(8))
+    first, second = group.step(), group.step()
+    owned = [[len(op.pages) for op in plan.ops if isinstance(op, OwnPages)] for plan in (first, second)]
+    assert owned == [[2], [1]]
+    assert (second.num_awaited, second.token_ids, second.starts, second.lens) == (1, [], [8], [1])
+    group.run()
+
+
+def test_a_request_that_ends_with_the_step_in_flight_is_not_planned_again():
+    group = FakeGroup(depth=1)
+    group.submit([1] * 3, greedy(2))
+    longer = group.submit([2] * 3, greedy(5))
+    plans = []
+    while group.scheduler.has_requests:
+        plans.append(group.step())
+    assert [len(plan.slots) for plan in plans if plan] == [2, 2, 1, 1, 1]
+    assert group.reasons[longer] == "length"
+
+
+def test_what_a_step_brings_for_a_request_that_has_ended_is_void():
+    """An end token is seen one step late: the row that went on beyond it counts for nothing."""
+    sampling = find_seed([1], SamplingParams(), range(2, 10))
+    plain, ahead = FakeGroup(depth=0), FakeGroup(depth=1)
+    for group in (plain, ahead):
+        group.submit([1], sampling)
         group.run()
-    assert owned == [2, 2, 3]
+        group.settle()
+    assert ahead.streams == plain.streams and ahead.reasons == plain.reasons
+    assert ahead.scheduler.stats == plain.scheduler.stats
+    assert ahead.cache.snapshot() == plain.cache.snapshot()
+    assert ahead.ranks[0].last_step > plain.ranks[0].last_step
+
+
+def test_a_preempted_request_s_row_in_flight_is_void_and_computed_again():
+    group = FakeGroup(num_pages=6, page_size=2, max_context_len=12, prefix_caching=False, depth=1)
+    requests = [group.submit([number], greedy(None)) for number in range(3)]
+    group.run()
+    assert group.scheduler.stats.num_preemptions > 0
+    assert all(len(group.streams[request]) == 11 for request in requests)
+    group.settle()
 
 
 def test_a_second_turn_finds_its_prefix_and_says_so():
@@ -257,11 +290,11 @@ def test_the_stats_observe_how_long_the_requests_first_admitted_in_a_step_were_q
     group.submit([2], greedy(1))
     stats = group.scheduler.stats
     group.step()
-    assert stats.queue_s == [1.0]
+    assert group.queue_s == [1.0]
     group.step()
-    assert stats.queue_s == []
+    assert group.queue_s == [1.0]
     group.step()
-    assert stats.queue_s == [3.0]
+    assert group.queue_s == [1.0, 3.0]
     assert stats.num_finished == {"length": 2}
     assert (stats.num_prompt_tokens, stats.num_generated_tokens) == (2, 3)
 

@@ -34,6 +34,9 @@ class CopyStream(Protocol):
         """Enqueue a copy of values to the device and return it, of the array's type; of a list int64."""
         ...
 
+    def take(self, target: torch.Tensor, source: torch.Tensor, index: torch.Tensor) -> None:
+        """Enqueue target = source[index], all on the device."""
+
     def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
         """Enqueue a copy to the host and return it; to be read once a later fence was passed."""
         ...
@@ -52,6 +55,10 @@ class InlineCopies:
     def upload(self, values: HostValues) -> torch.Tensor:
         """Copy now: the caller may go on to change its array."""
         return torch.tensor(values)
+
+    def take(self, target: torch.Tensor, source: torch.Tensor, index: torch.Tensor) -> None:
+        """Take them now."""
+        torch.index_select(source, 0, index, out=target)
 
     def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the tensor itself, which is there."""
@@ -79,6 +86,10 @@ class CudaCopies:
     def upload(self, values: HostValues) -> torch.Tensor:
         """Enqueue a copy by way of a pinned one."""
         return torch.tensor(values).pin_memory().to(self._device, non_blocking=True)
+
+    def take(self, target: torch.Tensor, source: torch.Tensor, index: torch.Tensor) -> None:
+        """Enqueue the kernel."""
+        torch.index_select(source, 0, index, out=target)
 
     def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
         """Enqueue a copy into pinned memory."""

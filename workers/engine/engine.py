@@ -21,6 +21,7 @@ from workers.engine.device_memory import log_memory, measured_pool_size
 from workers.engine.forward_batch import ForwardBatch
 from workers.engine.graph_guard import CaptureStats, EagerReason, Outcome
 from workers.engine.graph_runner import GraphRunner, guard_for
+from workers.engine.last_tokens import LastTokens
 from workers.engine.launched_step import LaunchedStep
 from workers.engine.mechanisms import ALL_ON, Mechanisms
 from workers.engine.model_runner import ModelRunner
@@ -118,7 +119,8 @@ class Engine:
         """The log's end, for crash dumps."""
         # A step may hold max_tokens_per_step tokens or one token of every slot.
         max_tokens = max(config.max_tokens_per_step, max_slots)
-        self._stager = Stager(self._table, max_tokens, device, copies, mechanisms)
+        self._last_tokens = LastTokens(max_slots, device, tp_group, copies) if config.depth > 0 else None
+        self._stager = Stager(self._table, max_tokens, device, copies, mechanisms, self._last_tokens)
         chosen = choose_kernels(
             config, self._pool, loaded.decoder, copies, max_tokens=max_tokens, mechanisms=mechanisms
         )
@@ -215,7 +217,6 @@ class Engine:
                 self._check_tokens(plan)
             with torch.inference_mode():
                 sampled = self._run_rows(plan)
-                sampled = None if sampled is None else sampled.to_host(self._copies)
         self._launched.append(LaunchedStep(plan.step, version, sampled, self._copies.fence()))
 
     def collect(self) -> StepOutput:
@@ -277,7 +278,7 @@ class Engine:
     def _run_rows(self, plan: BatchPlan) -> Sampled | None:
         mode = plan.mode
         has_waited = self._wait_for_loads(plan)
-        decision = self._guard.decide(mode, len(plan.slots), len(plan.token_ids), after_load=has_waited)
+        decision = self._guard.decide(mode, len(plan.slots), plan.num_tokens, after_load=has_waited)
         if decision.bucket is None:
             batch, slots = self._stager.stage_eager(plan, mode)
         else:
@@ -293,10 +294,13 @@ class Engine:
             logits = logits.index_select(0, self._copies.upload(plan.sampled))
         if self._sanitizer:
             self._sanitizer.check_outputs(logits, sampled_slots)
-        if logits is None or self._sampler is None:
-            return None
-        positions = [plan.starts[row] + plan.lens[row] for row in plan.sampled]
-        return self._sampler.sample(logits, sampled_slots, positions)
+        sampled: Sampled | None = None
+        if logits is not None and self._sampler is not None:
+            positions = [plan.starts[row] + plan.lens[row] for row in plan.sampled]
+            sampled = self._sampler.sample(logits, sampled_slots, positions)
+        if self._last_tokens is not None and sampled_slots:
+            self._last_tokens.keep(sampled_slots, sampled)
+        return None if sampled is None else sampled.to_host(self._copies)
 
     def _wait_for_loads(self, plan: BatchPlan) -> bool:
         """Let the step come after the LOADs in flight of pages that its rows read (I5); True if there are."""
@@ -330,7 +334,7 @@ class Engine:
                 self._guard.mark_failed(bucket)
 
     def _check_tokens(self, plan: BatchPlan) -> None:
-        lowest, highest = min(plan.token_ids), max(plan.token_ids)
+        lowest, highest = min(plan.token_ids, default=0), max(plan.token_ids, default=0)
         if lowest < 0 or highest >= self._vocab_size:
             raise TokenError(
                 f"step {plan.step}: token ids {lowest} .. {highest}; allowed are 0 .. {self._vocab_size - 1}"

@@ -14,6 +14,7 @@ import torch
 from workers.engine.copies import CopyStream, Fence
 from workers.engine.forward_batch import ForwardBatch
 from workers.engine.graph_guard import Bucket
+from workers.engine.last_tokens import LastTokens
 from workers.engine.mechanisms import ALL_ON, Mechanisms
 from workers.kvcache.kv_pool import DUMMY_PAGE
 from workers.kvcache.page_table import PageTable
@@ -30,7 +31,7 @@ _ALIGNMENT = 64
 class StepInputs:
     """One set of inputs, packed into one run of bytes so that a step's copy is one copy.
 
-    The page rows come last:  | token_ids | positions | ... | context_lens | page_rows |
+    The page rows come last:  | token_ids | positions | ... | slots | context_lens | page_rows |
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class StepInputs:
             (torch.int64, num_tokens),
             (torch.int64, num_tokens),
             (torch.int64, num_rows),
+            (torch.int64, num_rows),
             (torch.int32, num_rows + 1),
             (torch.int32, num_rows),
             (torch.int32, num_rows * pages_per_row),
@@ -60,9 +62,9 @@ class StepInputs:
             for start, (dtype, count) in zip(offsets, parts, strict=False)
         ]
         self.token_ids, self.positions, self.out_locations, self.sample_indices = views[:4]
-        self.query_starts, self.context_lens = views[4:6]
-        self.page_rows = views[6].view(num_rows, pages_per_row)
-        self.rows_offset = offsets[6]
+        self.slots, self.query_starts, self.context_lens = views[4:7]
+        self.page_rows = views[7].view(num_rows, pages_per_row)
+        self.rows_offset = offsets[7]
         self.num_rows = num_rows
 
 
@@ -76,6 +78,7 @@ class HostInputs(StepInputs):
         self.position_array: npt.NDArray[np.int64] = self.positions.numpy()
         self.location_array: npt.NDArray[np.int64] = self.out_locations.numpy()
         self.sample_array: npt.NDArray[np.int64] = self.sample_indices.numpy()
+        self.slot_array: npt.NDArray[np.int64] = self.slots.numpy()
         self.start_array: npt.NDArray[np.int32] = self.query_starts.numpy()
         self.len_array: npt.NDArray[np.int32] = self.context_lens.numpy()
         self.row_array: npt.NDArray[np.int32] = self.page_rows.numpy()
@@ -147,7 +150,8 @@ class Stager:
     """Fills staging sets from plans and sends them to the device.
 
     `stage_eager` makes tensors of exactly the plan's size; `stage_bucket` pads to a bucket's static inputs.
-    Both return the batch and the slot of each of its rows, the dummy slot for pads.
+    Both return the batch and the slot of each of its rows, the dummy slot for pads. Tokens that a plan awaits
+    are taken on the device from `last_tokens`, behind the copy of the others.
     """
 
     def __init__(
@@ -157,8 +161,10 @@ class Stager:
         device: torch.device,
         copies: CopyStream,
         mechanisms: Mechanisms = ALL_ON,
+        last_tokens: LastTokens | None = None,
     ) -> None:
         self._table = table
+        self._last_tokens = last_tokens
         self._device = device
         self._copies = copies
         self._mechanisms = mechanisms
@@ -172,7 +178,7 @@ class Stager:
         """Stage a plan of any mode; the batch's tensors belong to this step."""
         host = self._eager_ring.acquire()
         slots = self._fill(host, plan)
-        num_rows, num_tokens, num_sampled = len(plan.slots), len(plan.token_ids), len(plan.sampled)
+        num_rows, num_tokens, num_sampled = len(plan.slots), plan.num_tokens, len(plan.sampled)
         lens = host.len_array[:num_rows]
         num_columns = -(-int(lens.max()) // self._table.page_size)
         rows = host.page_rows.view(-1)[: num_rows * num_columns].view(num_rows, num_columns)
@@ -192,6 +198,8 @@ class Stager:
             host_query_starts=host.start_array[: num_rows + 1],
             host_context_lens=lens,
         )
+        if plan.num_awaited:
+            self._take_awaited(plan, batch.token_ids, self._send(host.slots[: plan.num_awaited]))
         host.fence = self._copies.fence()
         return batch, slots
 
@@ -211,7 +219,7 @@ class Stager:
             slots[:num_real] = self._fill(host, plan)
         num_columns = self._table.pages_per_row
         self._table.stage_rows(slots[:num_real], host.row_array[:num_real, :num_columns])
-        num_tokens, num_samples = len(plan.token_ids), num_real if is_decode else len(plan.sampled)
+        num_tokens, num_samples = plan.num_tokens, num_real if is_decode else len(plan.sampled)
         if not is_decode:
             #   query_starts  | ..., num_tokens | size, size, ... |: the first pad row has all pad tokens
             host.start_array[num_real + 1 :] = bucket.bucket.size
@@ -229,6 +237,8 @@ class Stager:
         else:
             before_rows = slice(static.rows_offset)
             self._copies.copy(static.data[before_rows], host.data[before_rows])
+        if plan.num_awaited:
+            self._take_awaited(plan, static.token_ids, static.slots[: plan.num_awaited])
         host.fence = self._copies.fence()
         return static_batch(bucket, plan.mode, num_real, num_samples, host), slots
 
@@ -237,18 +247,19 @@ class Stager:
         num_rows = len(slots)
         positions = host.position_array[:num_rows]
         positions[:] = plan.starts
-        host.token_id_array[:num_rows] = plan.token_ids
+        host.token_id_array[:num_rows] = _tokens(plan)
+        host.slot_array[: plan.num_awaited] = slots[: plan.num_awaited]
         host.len_array[:num_rows] = positions
         host.len_array[:num_rows] += 1
         self._table.stage_locations(slots, positions, host.location_array[:num_rows])
 
     def _fill(self, host: HostInputs, plan: BatchPlan) -> SlotArray:
         """Write all but page rows of rows of any length; return their slots, those of one token first."""
-        num_rows, num_tokens = len(plan.slots), len(plan.token_ids)
+        num_rows, num_tokens = len(plan.slots), plan.num_tokens
         slots = np.array(plan.slots, dtype=np.int64)
         starts = np.array(plan.starts, dtype=np.int64)
         lens = np.array(plan.lens, dtype=np.int64)
-        tokens = np.array(plan.token_ids, dtype=np.int64)
+        tokens = _tokens(plan)
         sampled = np.array(plan.sampled, dtype=np.int64)
         order = np.argsort(lens > 1, kind="stable")
         ends = np.cumsum(lens)
@@ -261,6 +272,7 @@ class Stager:
         positions = host.position_array[:num_tokens]
         positions[:] = np.arange(num_tokens) + np.repeat(starts - (ends - lens), lens)
         host.token_id_array[:num_tokens] = tokens
+        host.slot_array[: plan.num_awaited] = slots[: plan.num_awaited]
         host.start_array[0] = 0
         host.start_array[1 : num_rows + 1] = ends
         host.len_array[:num_rows] = starts + lens
@@ -268,10 +280,21 @@ class Stager:
         self._table.stage_locations(np.repeat(slots, lens), positions, host.location_array[:num_tokens])
         return slots
 
+    def _take_awaited(self, plan: BatchPlan, token_ids: torch.Tensor, slots: torch.Tensor) -> None:
+        assert self._last_tokens is not None, "a plan awaits tokens on a rank that keeps none"
+        self._last_tokens.take(token_ids[: plan.num_awaited], slots)
+
     def _send(self, staged: torch.Tensor) -> torch.Tensor:
         target = torch.empty(staged.shape, dtype=staged.dtype, device=self._device)
         self._copies.copy(target, staged)
         return target
+
+
+def _tokens(plan: BatchPlan) -> npt.NDArray[np.int64]:
+    """Return the tokens of a plan's rows; in place of those that are awaited one that is legal."""
+    tokens = np.zeros(plan.num_tokens, dtype=np.int64)
+    tokens[plan.num_awaited :] = plan.token_ids
+    return tokens
 
 
 def static_batch(

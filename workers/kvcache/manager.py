@@ -217,17 +217,19 @@ class KVCacheManager:
         row.pages += pages
         return True
 
-    def is_reserved(self, slot: int, num_tokens: int) -> bool:
-        """Tell whether the slot owns the pages of its first `num_tokens` tokens."""
-        return num_tokens <= len(self._rows[slot].pages) * self.page_size or not self._safety.reservations
+    def reserved_len(self, slot: int) -> int:
+        """Return how many tokens the slot's pages hold."""
+        num_pages = len(self._rows[slot].pages) if self._safety.reservations else self.num_pages
+        return num_pages * self.page_size
 
-    def is_coming(self, slot: int, num_tokens: int) -> bool:
-        """Tell whether a reservation that failed will succeed once all quiescing pages are free."""
+    def is_coming(self, slot: int, num_tokens: int, closing: Sequence[int] = ()) -> bool:
+        """Tell whether a reservation that failed will succeed once slots `closing` are closed and all
+        quiescing pages free."""
         num_missing = self.pages_for(num_tokens) - len(self._rows[slot].pages)
         num_coming = self._pool.num_free + self._pool.num_quiescing
         if self._tier is not None:
             num_coming += self._tree.num_unlocked  # those that a move still holds
-        return num_missing <= num_coming
+        return num_missing <= num_coming + self._num_released(closing, kept=())
 
     def commit(self, slot: int, num_tokens: int) -> None:
         """Note that the slot's first `num_tokens` tokens are computed. Whole pages enter the tree at once.

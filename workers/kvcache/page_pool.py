@@ -29,6 +29,10 @@ class Safety:
     """A released page is not free before the steps that touch it are complete on every rank."""
     reservations: bool = True
     """The pages a step can need are owned before the step."""
+    reserves_ahead: bool = True
+    """They count the tokens that steps in flight are sampling (I4)."""
+    voids_rows: bool = True
+    """What a step brings for a request that has lost its slot since is void, though it has one again."""
     versions: bool = True
     """A step's output is taken only under the plan's relocation version."""
     save_leases: bool = True

@@ -142,7 +142,7 @@ class WaitingQueue:
             "the waiting requests are out of order"
         )
         for request in self._requests:
-            assert request.slot is None and request.num_computed == request.num_planned == 0, (
+            assert request.slot is None and request.num_computed == request.num_in_flight == 0, (
                 f"{request.request_id} waits and runs"
             )
         assert self.num_tokens == sum(len(request.token_ids) for request in self._requests), (

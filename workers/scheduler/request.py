@@ -15,10 +15,12 @@ class Request:
 
     It is loading while it waits without a slot for a FETCH, or with one for the LOADs of its prefix.
 
-    Lengths count tokens of `token_ids` = prompt + generated:
+    Lengths count tokens: `token_ids` = prompt + generated, then those that steps in flight are sampling:
 
-        |------- num_computed -------|-- num_planned --|------------|
-        KV committed                  the step's row    later chunks   <= max_len
+        |--------------------- len(token_ids) ---------------------|- num_awaited -|
+        |-- num_computed --|-- num_in_flight --|-- num_planned --|                  <= max_len
+        KV committed        rows of steps on    its row in the step later chunks
+                            their way           that is planned
     """
 
     request_id: RequestId
@@ -40,7 +42,13 @@ class Request:
     arrival_s: float
     slot: int | None = None
     num_computed: int = 0
+    num_in_flight: int = 0
+    num_awaited: int = 0
     num_planned: int = 0
+    reserved_len: int = 0
+    """Tokens that its pages hold."""
+    num_closed: int = 0
+    """How often it has lost its slot: what a step planned before that brings for it is void."""
     was_admitted: bool = False
     num_cached: int | None = None
     """Tokens found in the cache when first admitted, or again after some failed to load; None before."""
@@ -67,6 +75,16 @@ class Request:
             self.prefetch = None
 
     @property
+    def num_tokens(self) -> int:
+        """Its tokens once the steps in flight are over, if none of them ends it."""
+        return len(self.token_ids) + self.num_awaited
+
+    @property
     def num_left(self) -> int:
-        """Tokens still to compute before the next one is sampled: 1 while it decodes."""
-        return len(self.token_ids) - self.num_computed
+        """Tokens still to plan before the next one is sampled: 1 while it decodes."""
+        return self.num_tokens - self.num_computed - self.num_in_flight
+
+    @property
+    def is_ending(self) -> bool:
+        """Tell whether a step in flight samples its last token: it needs nothing any more."""
+        return self.num_tokens >= self.max_len

@@ -4,15 +4,13 @@ Rank 0's step loop owns it and drives it from one thread: add / abort, plan, run
 Plain ints and lists; no torch, no clock and no randomness of its own.
 """
 
-from bisect import insort
-from collections.abc import Sequence
-from operator import attrgetter
+from collections import Counter, deque
 from random import Random
 
 from workers.config import WorkerConfig
 from workers.kvcache.manager import KVCacheManager
 from workers.kvcache.page_pool import Safety
-from workers.plan import BatchPlan, OpenSlot, RelocationVersionError, StepOutput
+from workers.plan import BatchPlan, RelocationVersionError, StepOutput
 from workers.protocol import (
     FinishReason,
     LoadReport,
@@ -23,10 +21,9 @@ from workers.protocol import (
 )
 from workers.scheduler.admission import Admission, QueueFullError, RequestRefusedError, WaitingQueue
 from workers.scheduler.request import Request
+from workers.scheduler.running import Running
 from workers.scheduler.stats import SchedulerStats, load_report
 from workers.scheduler.step import Step, assemble
-
-_order = attrgetter("order")
 
 
 class Scheduler:
@@ -36,6 +33,10 @@ class Scheduler:
     `max_tokens_per_step`. Order is (priority, arrival). A request short of pages takes them from the last in
     order, never from one ahead of it; so the first in order always progresses and nothing fails for lack of
     pages. A preempted request keeps its tokens and computes them again, or finds them in the cache.
+
+    Up to `config.depth` steps may be in flight, planned and not committed, when the next is planned: each of
+    their rows is taken to go on by one token. Where it ends instead, its row in the next step is void, and
+    so are all of a request that has lost its slot since.
     """
 
     def __init__(
@@ -47,12 +48,9 @@ class Scheduler:
         max_context_len: int,
         vocab_size: int,
         seeds: Random,
-        lookahead: int = 0,
         safety: Safety | None = None,
     ) -> None:
-        """`seeds` gives seeds to requests that bring none. `lookahead` is how many tokens a row may grow by
-        in steps still in flight when its pages are reserved: 0 as long as each step is committed before the
-        next is planned."""
+        """`seeds` gives seeds to requests that bring none."""
         self.max_context_len = min(max_context_len, cache.num_pages * cache.page_size)
         """What one request may hold: the model's context, as far as the pool can hold it."""
         self.stats = SchedulerStats()
@@ -65,23 +63,20 @@ class Scheduler:
             vocab_size=vocab_size,
             seeds=seeds,
         )
-        self._lookahead = lookahead
         self._safety = safety or Safety()
         # Never more requests than tokens in a step, so that each of them can have one.
         max_running = min(config.max_running_requests, config.max_tokens_per_step)
-        self._free_slots = list(range(max_running - 1, -1, -1))
         self._max_requests = max_running + config.max_waiting_requests
         self._requests: dict[RequestId, Request] = {}
         self._waiting = WaitingQueue()
-        self._running: list[Request] = []  # by order
+        self._running = Running(max_running, cache, self._waiting, self.stats, self._safety)
         self._num_steps = 0
-        self._in_flight: Step | None = None
-        self._budget = 0  # tokens left in the step being planned
+        self._in_flight: deque[Step] = deque()
 
     @property
     def num_running(self) -> int:
         """Requests with a slot."""
-        return len(self._running)
+        return len(self._running.requests)
 
     @property
     def num_waiting(self) -> int:
@@ -123,59 +118,49 @@ class Scheduler:
     def plan(self, now_s: float) -> BatchPlan | None:
         """Decide the next step; None if there is nothing to run and nothing to tell the ranks.
 
-        A plan may have no rows: it then carries ops only. Each plan is committed before the next is made.
+        A plan may have no rows: it then carries ops only, and none but it is in flight.
         """
-        assert self._in_flight is None, "the last plan is not committed"
-        self._settle()
+        assert len(self._in_flight) <= self._config.depth, "commit the oldest step first"
+        running = self._running
+        running.settle()
         self._cache.settle_fetches(now_s)
-        self.stats.queue_s.clear()
-        self._budget = self._config.max_tokens_per_step
-        ready = self._reserve_running()
-        may_admit = len(ready) == len(self._running)
-        for request in ready:
-            if request.num_left == 1:
-                self._plan_row(request)
-        for request in ready:
-            if request.num_left > 1:
-                may_admit = may_admit and self._admit(now_s, before=request)
-                if request.slot is not None:  # else preempted; whoever then admits it plans its row
-                    self._plan_row(request)
+        running.budget = self._config.max_tokens_per_step
+        ready = running.reserve()
+        running.plan_decodes(ready.decoding)
+        may_admit = ready.is_everyone
+        for request in ready.prefilling:
+            may_admit = may_admit and running.admit(now_s, before=request)
+            if request.slot is not None:  # else preempted; whoever then admits it plans its row
+                running.plan_row(request)
         if may_admit:
-            self._admit(now_s)
-        rows = [request for request in self._running if request.num_planned]
-        if not rows and not self._cache.has_ops:
+            running.admit(now_s)
+        rows = [request for request in running.requests if request.num_planned]
+        if not rows and (self._in_flight or not self._cache.has_ops):
             return None
         return self._assemble(rows)
 
     def heartbeat(self) -> BatchPlan:
         """Return a plan without rows, to be run and committed like any other."""
-        assert self._in_flight is None, "the last plan is not committed"
+        assert not self._in_flight, "a step is in flight, which tells as much"
         return self._assemble([])
 
     def commit(self, output: StepOutput) -> list[RequestOutput]:
-        """Take in what the step brought and return one output for each request that got a token.
+        """Take in what the oldest step in flight brought; return an output for each request that got a token.
 
         Raises RelocationVersionError if the engine ran under another version than the plan's (I8).
         """
-        step, self._in_flight = self._in_flight, None
-        assert step is not None and step.plan.step == output.step, f"step {output.step} was not planned"
-        self._settle(step.rows)  # what a row made of a page that failed to load does not count
-        planned = step.plan.relocation_version
+        assert self._in_flight, f"step {output.step} was not planned"
+        step = self._in_flight.popleft()
+        plan = step.plan
+        assert plan.step == output.step, f"step {output.step} comes before step {plan.step}"
+        self._running.settle()  # what a row made of a page that failed to load does not count
+        planned = plan.relocation_version
         if output.relocation_version != planned and self._safety.versions:
             raise RelocationVersionError(output.step, output.relocation_version, planned)
-        for request in step.rows:
-            if request.slot is not None:  # not aborted meanwhile
-                request.num_computed += request.num_planned
-                request.num_planned = 0
-                self._cache.commit(request.slot, request.num_computed)
-        sampled = step.plan.sampled
-        assert len(output.token_ids) == len(output.logprobs) == len(sampled), "the engine sampled other rows"
-        outputs: list[RequestOutput] = []
-        for row, token_id, logprobs in zip(sampled, output.token_ids, output.logprobs, strict=True):
-            request = step.rows[row]
-            if request.slot is not None:
-                outputs.append(self._append(request, token_id, logprobs))
-        return outputs
+        self._running.drop_unproven(self._rows_of(step))
+        rows = self._rows_of(step)
+        self._compute(rows, plan.lens)
+        return self._append(rows, plan.sampled, output)
 
     @property
     def has_moves(self) -> bool:
@@ -193,204 +178,95 @@ class Scheduler:
 
     def load(self, step_s: float, now_s: float) -> LoadReport:
         """Report the load. Free and cached pages together are what new requests can have at once."""
-        num_left = sum(request.num_left for request in self._running if request.num_left > 1)
+        num_left = sum(request.num_left for request in self._running.requests if request.num_left > 1)
         num_tokens = self._waiting.num_tokens + num_left
-        return load_report(self._cache, len(self._running), len(self._waiting), num_tokens, step_s, now_s)
+        return load_report(self._cache, self.num_running, len(self._waiting), num_tokens, step_s, now_s)
 
     def check(self) -> None:
         """Prove that every request is in one place, that rows are reserved, and what its parts prove."""
         self._cache.check()
         self._waiting.check()
-        assert self._running == sorted(self._running, key=_order), "the running requests are out of order"
-        unfinished = {request.request_id for request in [*self._running, *self._waiting]}
+        self._running.check()
+        unfinished = {request.request_id for request in [*self._running.requests, *self._waiting]}
         assert unfinished == self._requests.keys(), "a request is lost, or in two places"
-        slots = [request.slot for request in self._running]
-        assert None not in slots and len({*slots, *self._free_slots}) == len(slots) + len(self._free_slots), (
-            "a slot has two requests, or none and is not free"
+        num_rows = Counter(
+            request.request_id
+            for step in self._in_flight
+            for request, num_closed in zip(step.requests, step.num_closed, strict=True)
+            if request.num_closed == num_closed
         )
-        for request in self._running:
-            assert request.slot is not None and self._cache.is_reserved(
-                request.slot, request.num_computed + request.num_planned
-            ), f"{request.request_id} writes beyond its pages"
+        for request in self._running.requests:
+            has_rows = request.num_in_flight >= num_rows[request.request_id] >= request.num_awaited
+            assert has_rows and (request.num_in_flight > 0) == (num_rows[request.request_id] > 0), (
+                f"{request.request_id} miscounts its rows in flight"
+            )
 
     def _check_room(self, request_id: RequestId) -> None:
         if request_id in self._requests:
             raise RequestRefusedError(f"request_id: found {request_id}, which is in use: choose a new one")
         if len(self._requests) >= self._max_requests:
             raise QueueFullError(
-                f"found {len(self._running)} requests running and {len(self._waiting)} waiting, allowed are "
+                f"found {self.num_running} requests running and {len(self._waiting)} waiting, allowed are "
                 f"{self._max_requests} together: retry later or raise max_waiting_requests"
             )
-
-    def _reserve_running(self) -> list[Request]:
-        """Reserve pages in order (I4) and return who has all it needs.
-
-        Once one has not, nobody behind it takes new pages: those that come free are its.
-        """
-        ready: list[Request] = []
-        index = 0
-        while index < len(self._running):  # preemption takes from its end
-            request = self._running[index]
-            nobody_is_short = len(ready) == index
-            if self._is_reserved(request) or (nobody_is_short and self._reserve(request)):
-                ready.append(request)
-            index += 1
-        return ready
-
-    def _is_reserved(self, request: Request) -> bool:
-        assert request.slot is not None
-        return self._cache.is_reserved(request.slot, self._reserved_len(request))
-
-    def _reserve(self, request: Request) -> bool:
-        """Reserve the pages of all the request's tokens, at the cost of requests behind it.
-
-        False if it has to wait: for pages that quiesce, or, as the last in order, for those ahead of it.
-        """
-        assert request.slot is not None
-        num_tokens = self._reserved_len(request)
-        while not self._cache.reserve(request.slot, num_tokens):
-            last = self._running[-1]
-            if last is request or self._cache.is_coming(request.slot, num_tokens):
-                return False
-            self._preempt(last)
-        return True
-
-    def _reserved_len(self, request: Request) -> int:
-        return min(len(request.token_ids) + self._lookahead, request.max_len)
-
-    def _plan_row(self, request: Request) -> None:
-        """Give a request its part of the step, unless its prefix is still loading: then it waits alone."""
-        assert request.slot is not None and not request.num_planned, f"{request.request_id} is planned twice"
-        if not self._cache.is_readable(request.slot):
-            return
-        request.num_planned = min(request.num_left, self._budget)
-        self._budget -= request.num_planned
-
-    def _admit(self, now_s: float, before: Request | None = None) -> bool:
-        """Give slots to waiting requests in order, those ahead of `before` or all, while the step has tokens.
-
-        `before` may itself be preempted for one of them; it is not readmitted here.
-        False once the first of them has no room: nobody behind it may have it.
-        """
-        while self._budget > 0 and (request := self._waiting.first) is not None:
-            if before is not None and before.order <= request.order:
-                break
-            if not self._make_way(request):
-                return False
-            self._open(request, now_s)
-            if not self._reserve(request):
-                return False
-            self._plan_row(request)
-        return True
-
-    def _make_way(self, request: Request) -> bool:
-        """Tell whether a waiting request can have a slot and pages; preempt those behind it if that helps.
-
-        Beside its pages one spare page a running request is left: else the next steps would preempt it again.
-        """
-        victims: list[Request] = []
-        while not (self._free_slots or victims) or self._num_lacking(request, victims) > 0:
-            if len(victims) == len(self._running):
-                return False
-            victim = self._running[-1 - len(victims)]
-            if victim.order < request.order:
-                return False
-            victims.append(victim)
-        for victim in victims:
-            self._preempt(victim)
-        return True
-
-    def _num_lacking(self, request: Request, victims: list[Request]) -> int:
-        return self._cache.num_lacking(
-            request.tokens,
-            self._reserved_len(request),
-            num_spare_pages=len(self._running) - len(victims),
-            closing=[victim.slot for victim in victims if victim.slot is not None],
-        )
-
-    def _open(self, request: Request, now_s: float) -> None:
-        self._waiting.remove(request)
-        request.slot = self._free_slots.pop()
-        op = OpenSlot(
-            slot=request.slot,
-            sampling=request.sampling,
-            seed=request.seed,
-            prompt_len=request.prompt_len,
-            token_ids=list(request.token_ids),
-            end_token_ids=request.end_token_ids,
-        )
-        request.num_computed = self._cache.open(op, request.tokens)
-        insort(self._running, request, key=_order)
-        if not request.was_admitted:
-            request.was_admitted = True
-            self.stats.queue_s.append(now_s - request.arrival_s)
-        if request.num_cached is None:
-            request.num_cached = request.num_computed
-            request.origins = self._cache.origins(request.slot)
-
-    def _preempt(self, request: Request) -> None:
-        """Send a request back to the queue with its tokens; its row in the step being planned is dropped."""
-        self._budget += request.num_planned
-        self._close(request)
-        self._waiting.push(request)
-        self.stats.num_preemptions += 1
-
-    def _settle(self, rows: Sequence[Request] = ()) -> None:
-        """Take in what has come of moves. Who is on a page that failed to load computes it after all.
-
-        So do `rows` that read one whose LOAD may still turn out torn (I7): devices copy ahead of the verdict.
-        """
-        slots = self._cache.settle()
-        for request in [request for request in self._running if request.slot in slots]:
-            if not request.num_generated:
-                request.num_cached = None
-            self._preempt(request)
-        self._cache.drop_failed()
-        for request in rows:
-            if request.slot is not None and not self._cache.is_proven(request.slot):
-                self._preempt(request)
-                self.stats.num_unproven_rows += 1
-
-    def _close(self, request: Request) -> None:
-        assert request.slot is not None
-        self._running.remove(request)
-        self._cache.close(request.slot)
-        self._free_slots.append(request.slot)
-        request.slot = None
-        request.num_computed = request.num_planned = 0
 
     def _assemble(self, rows: list[Request]) -> BatchPlan:
         self._num_steps += 1
         self._cache.planned(self._num_steps)
-        self._in_flight = assemble(self._num_steps, self._cache.version, self._cache.take_ops(), rows)
-        return self._in_flight.plan
+        step = assemble(self._num_steps, self._cache.version, self._cache.take_ops(), rows)
+        self._in_flight.append(step)
+        return step.plan
 
-    def _append(self, request: Request, token_id: int, logprobs: TokenLogprobs | None) -> RequestOutput:
-        """Give a request its next token and finish it if that was the last."""
-        request.token_ids.append(token_id)
-        self.stats.num_generated_tokens += 1
-        if request.num_generated == 1 and request.num_cached is not None:
-            self.stats.prompted(request.prompt_len, request.num_cached, request.origins)
-        if token_id in request.stop_token_ids and request.num_generated > request.sampling.min_tokens:
-            self._finish(request, "stop")
-        elif len(request.token_ids) >= request.max_len:
-            self._finish(request, "length")
-        return self._output(request, [token_id], [] if logprobs is None else [logprobs])
+    def _rows_of(self, step: Step) -> list[Request | None]:
+        """Return the requests of a step's rows, None where a row is void."""
+        return step.rows() if self._safety.voids_rows else step.rows_with_a_slot()
+
+    def _compute(self, rows: list[Request | None], lens: list[int]) -> None:
+        """Count what rows have computed; pages that are whole by that go into the cache."""
+        page_size = self._cache.page_size
+        for request, length in zip(rows, lens, strict=True):
+            if request is None:
+                continue
+            num_computed = request.num_computed + length
+            if num_computed // page_size > request.num_computed // page_size:
+                assert request.slot is not None
+                self._cache.commit(request.slot, num_computed)
+            request.num_computed = num_computed
+            request.num_in_flight -= length
+
+    def _append(
+        self, rows: list[Request | None], sampled: list[int], output: StepOutput
+    ) -> list[RequestOutput]:
+        """Give requests their next tokens and finish those for which that was the last."""
+        outputs: list[RequestOutput] = []
+        assert len(output.token_ids) == len(output.logprobs) == len(sampled), "the engine sampled other rows"
+        for row, token_id, logprobs in zip(sampled, output.token_ids, output.logprobs, strict=True):
+            request = rows[row]
+            if request is None:
+                continue
+            request.num_awaited -= 1
+            request.token_ids.append(token_id)
+            num_tokens = len(request.token_ids)
+            if num_tokens == request.prompt_len + 1 and request.num_cached is not None:
+                self.stats.prompted(request.prompt_len, request.num_cached, request.origins)
+            if token_id in request.stop_token_ids and request.num_generated > request.sampling.min_tokens:
+                self._finish(request, "stop")
+            elif num_tokens >= request.max_len:
+                self._finish(request, "length")
+            outputs.append(self._output(request, [token_id], [] if logprobs is None else [logprobs]))
+        self.stats.num_generated_tokens += len(outputs)
+        return outputs
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         if request.slot is None:
             self._waiting.remove(request)
         else:
-            self._close(request)
+            self._running.close(request)
         del self._requests[request.request_id]
         request.finish_reason = reason
         self.stats.num_finished[reason] += 1
 
     def _output(self, request: Request, token_ids: list[int], logprobs: list[TokenLogprobs]) -> RequestOutput:
         return RequestOutput(
-            request_id=request.request_id,
-            token_ids=token_ids,
-            logprobs=logprobs,
-            finish_reason=request.finish_reason,
-            num_cached_tokens=request.num_cached or 0,
+            request.request_id, token_ids, logprobs, request.finish_reason, request.num_cached or 0
         )

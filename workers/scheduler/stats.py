@@ -14,7 +14,7 @@ PrefixOrigin = Literal["computed"] | Origin
 
 @dataclass(slots=True)
 class SchedulerStats:
-    """Counters since the start; `queue_s` is emptied when the next step is planned."""
+    """Counters since the start; `queue_s` is emptied by who reads it."""
 
     num_finished: Counter[FinishReason] = field(default_factory=Counter)
     num_refused: Counter[str] = field(default_factory=Counter)
@@ -29,7 +29,7 @@ class SchedulerStats:
     """All prompt tokens of these requests, by where they were found, or `computed`."""
     num_generated_tokens: int = 0
     queue_s: list[float] = field(default_factory=list)
-    """Arrival to first admission, of the requests that the last planned step admitted first."""
+    """Arrival to first admission, of each request that was admitted first since it was emptied."""
 
     def prompted(self, prompt_len: int, num_cached: int, origins: Mapping[Origin, int]) -> None:
         """Count a request that got its first token: where its prompt came from is settled."""
