@@ -45,6 +45,10 @@ class WorkerConfig:
     """Most requests that wait for a place in a replica; more are answered with 429."""
     max_tokens_per_step: Annotated[int, Field(ge=1)] = 256
     """Token budget of a step: decodes first, prefill chunks fill the rest."""
+    itl_target_ms: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Milliseconds between two tokens of a running answer that prompts may cause: their chunks are as long as
+    that leaves time for, by what steps were measured to take, and a long prompt leaves half of each step to
+    shorter ones behind it. Not given: chunks fill `max_tokens_per_step`, first come, first served."""
     overlap_depth: Literal[0, 1] | None = None
     """Steps that are planned and launched while one runs; with 0 a step is planned once the last one's tokens
     are known. Answers are the same. Not given: 1 on cuda, 0 on cpu, where the host is the device."""

@@ -92,7 +92,7 @@ class LeaderMetrics:
         self._leader = leader
         self._step_s = Histogram(
             "eyrie_step_seconds",
-            "One step of the engine, plan broadcast and sampling included.",
+            "From a step's launch, or the end of the one before, until its tokens are there.",
             (*LABELS, "mode"),
             buckets=SECONDS_BUCKETS,
             registry=registry,

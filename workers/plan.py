@@ -147,7 +147,7 @@ class BatchPlan(msgspec.Struct, frozen=True, array_like=True):
     @property
     def mode(self) -> Mode:
         """How the rows run."""
-        if all(length == 1 for length in self.lens):
+        if max(self.lens, default=1) == 1:
             return "decode"
         return "mixed" if 1 in self.lens else "extend"
 

@@ -4,13 +4,17 @@
 
 us_per_request_b*   microseconds of plan and commit, each request and step, at so many decoding requests
 plan_us_b*          of these, planning's part
+*_ahead             the same with a step in flight while the next is planned
 """
 
 import argparse
 import gc
 import json
 import time
+from collections import deque
+from itertools import product
 from random import Random
+from typing import Literal
 
 from cache_service.keys import NamespaceDigest
 from workers.config import WorkerConfig
@@ -25,7 +29,7 @@ NUM_STEPS = 256
 PAGE_SIZE = 16
 
 
-def make_scheduler(num_requests: int) -> Scheduler:
+def make_scheduler(num_requests: int, depth: Literal[0, 1]) -> Scheduler:
     """Return a scheduler whose requests have all been prefilled."""
     num_pages = num_requests * (PROMPT_LEN + 4 * NUM_STEPS) // PAGE_SIZE + 8
     config = WorkerConfig(
@@ -33,6 +37,7 @@ def make_scheduler(num_requests: int) -> Scheduler:
         num_pages=num_pages,
         max_running_requests=num_requests,
         max_tokens_per_step=num_requests * PROMPT_LEN,
+        overlap_depth=depth,
     )
     cache = KVCacheManager(num_pages, PAGE_SIZE, NamespaceDigest(b"n" * 16), 1)
     scheduler = Scheduler(
@@ -52,24 +57,28 @@ def answer(plan: BatchPlan) -> StepOutput:
     return StepOutput(plan.step, plan.relocation_version, [7 + plan.step % 100] * num, [None] * num)
 
 
-def measure(num_requests: int, rounds: int) -> tuple[float, float]:
+def measure(num_requests: int, rounds: int, depth: Literal[0, 1]) -> tuple[float, float]:
     """Return the microseconds a request and step of plan and commit, and of plan alone: the best round's."""
-    scheduler = make_scheduler(num_requests)
+    scheduler = make_scheduler(num_requests, depth)
+    in_flight: deque[StepOutput] = deque()
     clock = time.thread_time  # whatever else the machine does
     found: list[tuple[float, float]] = []
     for _ in range(rounds + 1):  # the first warms up, and has the prefills
         plan_s = commit_s = 0.0
         for _ in range(NUM_STEPS):
-            scheduler.completed(scheduler._num_steps)
+            scheduler.completed(scheduler._num_steps - len(in_flight))
             begin_s = clock()
             plan = scheduler.plan(0.0)
             planned_s = clock()
             assert plan is not None
-            output = answer(plan)
+            plan_s += planned_s - begin_s
+            in_flight.append(answer(plan))
+            if len(in_flight) <= depth:
+                continue
+            output = in_flight.popleft()
             answered_s = clock()
             outputs = scheduler.commit(output)
             commit_s += clock() - answered_s
-            plan_s += planned_s - begin_s
             assert len(outputs) == num_requests
         scale = 1e6 / (NUM_STEPS * num_requests)
         found.append(((plan_s + commit_s) * scale, plan_s * scale))
@@ -85,10 +94,12 @@ def main() -> None:
     arguments = parser.parse_args()
     gc.freeze()
     result: dict[str, float] = {}
-    for num_requests in BATCH_SIZES:
-        both, plan = measure(num_requests, arguments.rounds)
-        result[f"us_per_request_b{num_requests}"] = round(both, 3)
-        result[f"plan_us_b{num_requests}"] = round(plan, 3)
+    depths: tuple[Literal[0, 1], ...] = (0, 1)
+    for depth, num_requests in product(depths, BATCH_SIZES):
+        both, plan = measure(num_requests, arguments.rounds, depth)
+        name = f"b{num_requests}_ahead" if depth else f"b{num_requests}"
+        result[f"us_per_request_{name}"] = round(both, 3)
+        result[f"plan_us_{name}"] = round(plan, 3)
     if not arguments.json:
         for name, value in result.items():
             print(f"{name:24} {value}")

@@ -205,6 +205,7 @@ class BenchRank:
             self.cache.take_events,
             incarnation=1,
             clock=time.perf_counter,
+            depth=self.config.depth,
         )
         inbox.stop = loop.stop
         loop.run()
@@ -282,10 +283,6 @@ class _WatchedEngine:
     @property
     def has_ended(self) -> bool:
         return self._rank.engine.has_ended
-
-    def run(self, plan: BatchPlan) -> StepOutput:
-        self.launch(plan)
-        return self.collect()
 
 
 class _Recorder:

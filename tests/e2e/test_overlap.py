@@ -131,8 +131,17 @@ def test_answers_are_those_of_a_depth_of_0(model, followers, seed, tp_size, num_
     drawn = asks(seed)
     group = followers if tp_size > 1 else None
     plain, ahead = (
-        serve(model, drawn, group, tp_size=tp_size, num_pages=num_pages, max_context_len=100, overlap_depth=d)
-        for d in (0, 1)
+        serve(
+            model,
+            drawn,
+            group,
+            tp_size=tp_size,
+            num_pages=num_pages,
+            max_context_len=100,
+            overlap_depth=depth,
+            itl_target_ms=None if seed % 2 else 1.0,
+        )
+        for depth in (0, 1)
     )
     same(ahead, plain)
     reasons = {answer.finish_reason for answer in plain.answers.values()}

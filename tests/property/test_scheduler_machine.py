@@ -51,6 +51,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_tokens_per_step=st.integers(1, 24),
         prefix_caching=st.sampled_from([True, True, True, False]),
         depth=st.integers(0, 1),
+        target_s=st.sampled_from([None, 0.05]),
     )
     def start(self, **options: int) -> None:
         self.group = FakeGroup(

@@ -61,6 +61,7 @@ class TierMachine(SchedulerMachine):
         max_running=st.integers(1, 5),
         max_tokens_per_step=st.integers(1, 24),
         depth=st.integers(0, 1),
+        target_s=st.sampled_from([None, 0.05]),
         tier=_tiers,
         is_sanitized=st.booleans(),
     )

@@ -74,9 +74,10 @@ class FakeScheduler:
 class FakeEngine:
     """Its device has ended a step at the third look at it."""
 
-    def __init__(self, journal, fail_at=None):
+    def __init__(self, journal, fail_at=None, fails_late=False):
         self.journal = journal
         self.fail_at = fail_at
+        self.fails_late = fails_late
         self.plans = []
         self.launched = deque()
         self.num_looks = 0
@@ -85,7 +86,10 @@ class FakeEngine:
         self.journal.append(("launch", plan.step))
         self.plans.append(plan)
         self.launched.append(plan)
-        if plan.step == self.fail_at:
+        self.fail(plan.step, is_late=False)
+
+    def fail(self, step, is_late):
+        if step == self.fail_at and is_late == self.fails_late:
             raise RuntimeError("the device fell over")
 
     @property
@@ -97,6 +101,7 @@ class FakeEngine:
         self.num_looks = 0
         plan = self.launched.popleft()
         self.journal.append(("collect", plan.step))
+        self.fail(plan.step, is_late=True)
         return StepOutput(plan.step, plan.relocation_version, [5] * len(plan.slots), [None] * len(plan.slots))
 
 
@@ -187,7 +192,17 @@ def submit(name, max_tokens=3):
     return SubmitRequest(RequestId(name), [1, 2], SamplingParams(max_tokens=max_tokens))
 
 
-def build(script, *, when_empty=None, fail_at=None, num_ranks=1, clock=None, num_stalls=0, depth=0):
+def build(
+    script,
+    *,
+    when_empty=None,
+    fail_at=None,
+    fails_late=False,
+    num_ranks=1,
+    clock=None,
+    num_stalls=0,
+    depth=0,
+):
     journal = []
     loop = None
 
@@ -198,7 +213,7 @@ def build(script, *, when_empty=None, fail_at=None, num_ranks=1, clock=None, num
     inbox = FakeInbox(script, when_empty or stop_when_idle)
     scheduler = FakeScheduler(journal)
     scheduler.num_stalls = num_stalls
-    engine = FakeEngine(journal, fail_at)
+    engine = FakeEngine(journal, fail_at, fails_late)
     group = FakeGroup(journal, size=num_ranks)
     ticks = iter(range(1_000_000))
     loop = StepLoop(

@@ -172,8 +172,11 @@ def test_steps_launched_ahead_run_the_tokens_that_only_the_device_knows(
     assert engine.graph_steps["decode", "replay" if graphs else "eager"] == 11
 
 
-def test_a_step_may_run_awaited_tokens_beside_known_ones_and_a_prompt(expected: list[list[int]]) -> None:
-    engine, log = tiny_engine(overlap_depth=1), PlanLog()
+@pytest.mark.parametrize("graph_token_sizes", [None, (32,)], ids=["eager", "replay"])
+def test_a_step_may_run_awaited_tokens_beside_known_ones_and_a_prompt(
+    expected: list[list[int]], graph_token_sizes: tuple[int, ...] | None
+) -> None:
+    engine, log = tiny_engine(overlap_depth=1, graph_token_sizes=graph_token_sizes), PlanLog()
     for slot in range(2):
         log.open(slot, PROMPTS[slot])
     first = log.plan(s0=3, s1=11)
@@ -200,6 +203,7 @@ def test_a_step_may_run_awaited_tokens_beside_known_ones_and_a_prompt(expected: 
     assert log.tokens[0][3:] == expected[0][:3]
     assert log.tokens[1][11:] == expected[1][:2]
     assert log.tokens[2][20:] == expected[2][:1]
+    assert engine.graph_steps["mixed", "replay" if graph_token_sizes else "eager"] == 1
 
 
 def test_a_rank_that_keeps_no_tokens_refuses_a_plan_that_awaits_some() -> None:

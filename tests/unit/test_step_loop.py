@@ -178,8 +178,11 @@ def test_stop_ends_what_runs_with_shutdown():
     assert inbox.ends()["a"].finish_reason == "shutdown"
 
 
-def test_a_failed_step_ends_every_request_with_a_documented_error():
-    loop, inbox, _, _, _ = build([[submit("a", 9), submit("b", 9)]], fail_at=2)
+@pytest.mark.parametrize("fails_late", [False, True], ids=["launched", "collected"])
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_failed_step_ends_every_request_with_a_documented_error(depth, fails_late):
+    script = [[submit("a", 9), submit("b", 9)]]
+    loop, inbox, _, _, _ = build(script, fail_at=2, fails_late=fails_late, depth=depth)
     with pytest.raises(RuntimeError, match="fell over"):
         loop.run()
     for name in ("a", "b"):

@@ -68,7 +68,7 @@ class KVCacheManager:
         """Save pages to and load them from an arena from now on; return the tier, whose stats it keeps."""
         assert self._prefix_caching, "without prefix caching no page has a use beyond its request"
         self._tier = HostTier(
-            host, moves, self._pool, self._tree, self._log, self.page_size, policy, self._safety
+            host, moves, self._pool, self._tree, self._ops.append, self.page_size, policy, self._safety
         )
         return self._tier
 
@@ -122,6 +122,10 @@ class KVCacheManager:
         """Take in what has come of FETCHes."""
         if self._prefetcher is not None:
             self._prefetcher.settle(now_s)
+
+    def num_missing(self, tokens: KeyedTokens) -> int:
+        """Return how many tokens lie beyond the longest prefix that the device has."""
+        return len(tokens.token_ids) - len(self._match(tokens)) * self.page_size
 
     def num_lacking(
         self, tokens: KeyedTokens, num_tokens: int, num_spare_pages: int, closing: Sequence[int] = ()
@@ -182,7 +186,7 @@ class KVCacheManager:
         settled = self._tier.settle()
         if settled.readable:
             pages = [node.page for node in settled.readable]
-            self._log(CompletePages(pages, [node.key for node in settled.readable]))
+            self._ops.append(CompletePages(pages, [node.key for node in settled.readable]))
         self._log_freed()
         self._failed = settled.failed if self._safety.rolls_back else []
         if not self._failed:
@@ -223,8 +227,7 @@ class KVCacheManager:
         return num_pages * self.page_size
 
     def is_coming(self, slot: int, num_tokens: int, closing: Sequence[int] = ()) -> bool:
-        """Tell whether a reservation that failed will succeed once slots `closing` are closed and all
-        quiescing pages free."""
+        """Tell whether reserving will succeed once slots `closing` and quiescing pages are free."""
         num_missing = self.pages_for(num_tokens) - len(self._rows[slot].pages)
         num_coming = self._pool.num_free + self._pool.num_quiescing
         if self._tier is not None:
@@ -261,7 +264,7 @@ class KVCacheManager:
                 row.path.append(node)
                 own.append(node)
         if own_pages:
-            self._log(CompletePages(own_pages, list(own_keys)))
+            self._ops.append(CompletePages(own_pages, list(own_keys)))
         row.num_complete = num_complete
         if self._tier is not None:
             self._tier.stored(own)
@@ -290,7 +293,8 @@ class KVCacheManager:
 
     def take_ops(self) -> list[PlanOp]:
         """Return the ops since the last call, in the order in which every rank applies them."""
-        ops, self._ops = self._ops, []
+        ops = list(self._ops)
+        self._ops.clear()
         return ops
 
     def take_events(self) -> KVEventBatch | None:
@@ -361,7 +365,7 @@ class KVCacheManager:
         if not num_pages:
             return []
         pages = self._pool.allocate(num_pages)
-        self._log(OwnPages(pages, self._generations(pages)))
+        self._ops.append(OwnPages(pages, self._generations(pages)))
         self._relocated()
         nodes: list[Node] = []
         for key, page in zip(keys, pages, strict=False):
@@ -390,9 +394,6 @@ class KVCacheManager:
         if pages:
             self._ops.append(FreePages(pages))
             self._relocated()
-
-    def _log(self, op: PlanOp) -> None:
-        self._ops.append(op)
 
     def _relocated(self) -> None:
         self._version = RelocationVersion(self._version.incarnation, self._version.counter + 1)

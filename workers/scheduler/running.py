@@ -37,16 +37,19 @@ class Running:
         waiting: WaitingQueue,
         stats: SchedulerStats,
         safety: Safety,
+        shares: bool,
     ) -> None:
+        """`shares`: a prompt that does not end in a step leaves half of it to those behind that do."""
         self._cache = cache
         self._waiting = waiting
         self._stats = stats
         self._reserves_ahead = safety.reserves_ahead
+        self._shares = shares
+        self._longest: Request | None = None
         self._free_slots = list(range(max_running - 1, -1, -1))
         self.requests: list[Request] = []
         """By order."""
-        self.budget = 0
-        """Tokens left in the step that is planned."""
+        self._budget = 0
 
     def reserve(self) -> Ready:
         """Reserve the pages of a step in order (I4) and return who has all it needs.
@@ -70,21 +73,40 @@ class Running:
                 ready.prefilling.append(request)
         return ready
 
+    def begin(self, num_tokens: int) -> None:
+        """Begin to give the tokens of a step away."""
+        self._budget = num_tokens
+        self._longest = None
+
     def plan_decodes(self, requests: list[Request]) -> None:
         """Give each its next token in the step, as `plan_row` does. There is a token for each slot."""
         for request in requests:
             assert request.slot is not None
             if self._cache.is_readable(request.slot):
                 request.num_planned = 1
-                self.budget -= 1
+                self._budget -= 1
 
     def plan_row(self, request: Request) -> None:
         """Give a request its part of the step, unless its prefix is still loading: then it waits alone."""
         assert request.slot is not None and not request.num_planned, f"{request.request_id} is planned twice"
         if not self._cache.is_readable(request.slot):
             return
-        request.num_planned = min(request.num_left, self.budget)
-        self.budget -= request.num_planned
+        num_tokens = request.num_left
+        if num_tokens > self._budget and self._shares:
+            if self._longest is not None:
+                return  # it has the rest in the end
+            self._longest = request
+            num_tokens = self._budget - self._budget // 2
+        request.num_planned = min(num_tokens, self._budget)
+        self._budget -= request.num_planned
+
+    def fill(self) -> None:
+        """Give the tokens that are left to the prompt that did not get all it could use."""
+        request = self._longest
+        if request is not None and request.num_planned:
+            num_more = min(request.num_left - request.num_planned, self._budget)
+            request.num_planned += num_more
+            self._budget -= num_more
 
     def admit(self, now_s: float, before: Request | None = None) -> bool:
         """Give slots to waiting requests in order, those ahead of `before` or all, while the step has tokens.
@@ -92,9 +114,11 @@ class Running:
         `before` may itself be preempted for one of them; it is not readmitted here.
         False once the first of them has no room: nobody behind it may have it.
         """
-        while self.budget > 0 and (request := self._waiting.first) is not None:
+        while self._budget > 0 and (request := self._waiting.first) is not None:
             if before is not None and before.order <= request.order:
                 break
+            if self._longest is not None and self._cache.num_missing(request.tokens) > self._budget:
+                return False  # it finds more of its prefix once its turn comes
             if not self._make_way(request):
                 return False
             self._open(request, now_s)
@@ -209,7 +233,9 @@ class Running:
 
     def _preempt(self, request: Request) -> None:
         """Send a request back to the queue with its tokens; its row in the step being planned is dropped."""
-        self.budget += request.num_planned
+        self._budget += request.num_planned
+        if request is self._longest:
+            self._longest = None
         self.close(request)
         self._waiting.push(request)
         self._stats.num_preemptions += 1

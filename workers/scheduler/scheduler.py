@@ -24,13 +24,14 @@ from workers.scheduler.request import Request
 from workers.scheduler.running import Running
 from workers.scheduler.stats import SchedulerStats, load_report
 from workers.scheduler.step import Step, assemble
+from workers.scheduler.step_budget import StepBudget
 
 
 class Scheduler:
     """Continuous batching over one KVCacheManager.
 
     Each step: every decoding request's next token, then prefill chunks and admissions in order, within
-    `max_tokens_per_step`. Order is (priority, arrival). A request short of pages takes them from the last in
+    the step's budget. Order is (priority, arrival). A request short of pages takes them from the last in
     order, never from one ahead of it; so the first in order always progresses and nothing fails for lack of
     pages. A preempted request keeps its tokens and computes them again, or finds them in the cache.
 
@@ -69,7 +70,11 @@ class Scheduler:
         self._max_requests = max_running + config.max_waiting_requests
         self._requests: dict[RequestId, Request] = {}
         self._waiting = WaitingQueue()
-        self._running = Running(max_running, cache, self._waiting, self.stats, self._safety)
+        self._running = Running(
+            max_running, cache, self._waiting, self.stats, self._safety, config.itl_target_ms is not None
+        )
+        target_ms = config.itl_target_ms
+        self._budget = StepBudget(config.max_tokens_per_step, None if target_ms is None else target_ms / 1e3)
         self._num_steps = 0
         self._in_flight: deque[Step] = deque()
 
@@ -124,8 +129,8 @@ class Scheduler:
         running = self._running
         running.settle()
         self._cache.settle_fetches(now_s)
-        running.budget = self._config.max_tokens_per_step
         ready = running.reserve()
+        running.begin(self._budget.num_tokens(len(ready.decoding)))
         running.plan_decodes(ready.decoding)
         may_admit = ready.is_everyone
         for request in ready.prefilling:
@@ -134,6 +139,7 @@ class Scheduler:
                 running.plan_row(request)
         if may_admit:
             running.admit(now_s)
+        running.fill()
         rows = [request for request in running.requests if request.num_planned]
         if not rows and (self._in_flight or not self._cache.has_ops):
             return None
@@ -172,7 +178,8 @@ class Scheduler:
         self._cache.completed(step)
 
     def stepped(self, plan: BatchPlan, duration_s: float, now_s: float) -> None:
-        """Note how long a committed step took: it tells what computing prompts takes."""
+        """Note how long a committed step took: what it says of prompts and of the steps to come."""
+        self._budget.stepped(plan, duration_s)
         num_tokens = sum(length for length in plan.lens if length > 1)
         self._cache.costs.prefilled(num_tokens, duration_s, now_s)
 
