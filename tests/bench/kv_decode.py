@@ -64,6 +64,7 @@ class Decode:
 
     def __init__(self, setup):
         self._setup = setup
+        self._num_launched, self._depth = 0, setup.config.depth
         config = dataclasses.replace(setup.config, num_pages=setup.num_request_pages + 2 * setup.num_moved)
         card = load_card(config.model)
         with contextlib.ExitStack() as stack:
@@ -136,12 +137,16 @@ class Decode:
         return seconds / NUM_STEPS
 
     def _step(self, ops):
-        """Run one step; tell whether every request got a token."""
+        """Launch a step and commit the oldest, as the step loop does; tell if every request got a token."""
         plan = self._scheduler.plan(time.monotonic())
-        outputs = self._scheduler.commit(
-            self._engine.run(msgspec.structs.replace(plan, ops=[*plan.ops, *ops]))
-        )
-        self._scheduler.completed(plan.step)
+        self._engine.launch(msgspec.structs.replace(plan, ops=[*plan.ops, *ops]))
+        self._num_launched += 1
+        if self._num_launched <= self._depth:
+            return False
+        self._num_launched -= 1
+        output = self._engine.collect()
+        self._scheduler.completed(output.step)
+        outputs = self._scheduler.commit(output)
         return sum(len(output.token_ids) for output in outputs) == self._setup.num_requests
 
 

@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 python=${PYTHON:-.venv/bin/python}
 storm=(tests/gpu/storm.py --shape small --rounds 1 --requests 48 --concurrency 16 --max-prompt-len 120
-    --round-timeout-s 400 --page-size 16 --max-tokens-per-step 256)
+    --round-timeout-s 400 --injection off --page-size 16 --max-tokens-per-step 256)
 # Only this process: the cache server's has no CUDA.
 memcheck=(compute-sanitizer --tool memcheck --target-processes application-only --error-exitcode 9)
 

@@ -45,7 +45,17 @@ ROUNDS_PER_LEG = 8
 PAGE_SIZES = (16, 4, 16, 32, 8)
 POLICIES = ("write_through", "write_back", "write_through", "write_through_selective")
 STEP_TOKENS = (768, 256, 2_048)
-OPTIONS = ("page_size", "write_policy", "max_tokens_per_step", "graphs", "attention_backend", "checked")
+ITL_TARGETS = (None, None, 25.0)
+OPTIONS = (
+    "page_size",
+    "write_policy",
+    "max_tokens_per_step",
+    "itl_target_ms",
+    "overlap_depth",
+    "graphs",
+    "attention_backend",
+    "checked",
+)
 """Of WorkerConfig: given, they are not drawn."""
 INJECTED_RATIO = 0.3
 """Of the legs: moves are late, out of order, fail, or leave flipped bits in the arena."""
@@ -101,6 +111,8 @@ class Leg:
             "page_size": random.choice(PAGE_SIZES),
             "write_policy": random.choice(POLICIES),
             "max_tokens_per_step": random.choice(STEP_TOKENS),
+            "itl_target_ms": random.choice(ITL_TARGETS),
+            "overlap_depth": random.choice((1, 1, 0)),
             **given,
         }
         self.is_injected = (
