@@ -4,6 +4,7 @@ A call without an answer ends the connection, and with it whatever the peer has 
 was lost leases nothing. Each connection has an incarnation of its own, as the peer fences those it has lost.
 """
 
+import math
 import time
 from collections.abc import Callable
 
@@ -12,6 +13,7 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from cache_service.gate import open_client_socket
+from cache_service.injection import InjectedSocket, MessageInjection, MessageSocket
 from cache_service.messages import UNANSWERED, Answer, Call, Reply, Request
 
 _SLICE_S = 0.1
@@ -33,7 +35,15 @@ class PeerLostError(Exception):
 class PeerConnection:
     """Connects when first asked, and again after a loss. For one thread."""
 
-    def __init__(self, endpoint: str, cluster_secret: bytes, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        cluster_secret: bytes,
+        clock: Callable[[], float],
+        injection: MessageInjection | None = None,
+    ) -> None:
+        self.injected = InjectedSocket(injection, clock) if injection is not None else None
+        """For tests only: of calls and their answers."""
         self._endpoint = endpoint
         self._cluster_secret = cluster_secret
         self._clock = clock
@@ -52,12 +62,15 @@ class PeerConnection:
         if self._socket is None:
             socket = open_client_socket(self._context, zmq.DEALER, self._cluster_secret)
             socket.reconnect_ivl = _NO_RECONNECT_MS
+            socket.sndtimeo = 0
             self._socket, self._monitor = socket, socket.get_monitor_socket(zmq.Event.ALL)
             try:
                 socket.connect(self._endpoint)
             except zmq.ZMQError as error:
                 self.drop()
                 raise PeerLostError(f"cannot connect to {self._endpoint}: {error.strerror}") from None
+            if self.injected is not None:
+                self.injected.use(socket)
         return self._incarnation
 
     def ask(self, request: Request, end_s: float, is_over: Callable[[], bool]) -> Answer:
@@ -72,17 +85,17 @@ class PeerConnection:
         poller = zmq.Poller()
         poller.register(socket, zmq.POLLIN)
         poller.register(monitor, zmq.POLLIN)
+        wire: MessageSocket = self.injected or socket
         self._call_id += 1
         try:
-            socket.send(self._encoder.encode(Call(self._call_id, request)), zmq.NOBLOCK)
+            wire.send(self._encoder.encode(Call(self._call_id, request)))
             while (left_s := end_s - self._clock()) > 0 and not is_over():
-                ready = dict(poller.poll(max(1, int(min(left_s, _SLICE_S) * 1000))))
-                if socket in ready:
-                    reply = self._decoder.decode(socket.recv(zmq.NOBLOCK))
-                    if reply.call_id == self._call_id:
-                        return reply.answer
-                    continue  # a sign of life, for which nobody has asked
-                why = _lost(monitor)
+                due_s = self.injected.wait_s if self.injected is not None else math.inf
+                ready = dict(poller.poll(max(1, int(min(left_s, due_s, _SLICE_S) * 1000))))
+                answer = self._receive(wire)
+                if answer is not None:
+                    return answer
+                why = _lost(monitor) if monitor in ready else None
                 if why is not None:
                     raise PeerLostError(f"no answer from {self._endpoint}: {why}")
             raise PeerLostError(f"{self._endpoint} did not answer in time")
@@ -100,7 +113,7 @@ class PeerConnection:
         """Send what needs no answer, if there is a connection."""
         if self._socket is not None:
             try:
-                self._socket.send(self._encoder.encode(Call(UNANSWERED, request)), zmq.NOBLOCK)
+                self._socket.send(self._encoder.encode(Call(UNANSWERED, request)))
             except zmq.ZMQError:
                 self.drop()
 
@@ -117,6 +130,16 @@ class PeerConnection:
         """Give everything back."""
         self.drop()
         self._context.term()
+
+    def _receive(self, wire: MessageSocket) -> Answer | None:
+        """Return the answer to the last call, if it is here; what else has come is a sign of life."""
+        while True:
+            try:
+                reply = self._decoder.decode(wire.recv(zmq.NOBLOCK))
+            except zmq.Again:
+                return None
+            if reply.call_id == self._call_id:
+                return reply.answer
 
 
 def _lost(monitor: zmq.Socket[bytes]) -> str | None:

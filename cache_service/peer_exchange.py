@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from cache_service.inbox import Inbox
+from cache_service.injection import MessageInjection
 from cache_service.node_arena import NodeArena
 from cache_service.peer_source import PeerPatience, PeerSource
 from cache_service.peers import Peers
@@ -30,10 +31,11 @@ class PeerExchange:
         keep_alive: Callable[[bytes], bool],
         *,
         patience: PeerPatience | None = None,
+        injection: MessageInjection | None = None,
         clock: Callable[[], float],
     ) -> None:
         self.wire = Wire(open_transfer, inbox) if open_transfer is not None else None
-        self.peers = Peers(self.wire, node, cluster_secret, patience, clock) if self.wire else None
+        self.peers = Peers(self.wire, node, cluster_secret, patience, injection, clock) if self.wire else None
         self.leases = RemoteLeases(self.wire, counts, keep_alive)
 
     @property

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from cache_service.arena_safety import ArenaSafety
 from cache_service.breaker import Breaker
+from cache_service.injection import MessageInjection
 from cache_service.messages import (
     PROTOCOL_VERSION,
     Done,
@@ -59,6 +60,7 @@ class PeerSource:
         transfer: Transfer,
         safety: ArenaSafety,
         patience: PeerPatience | None = None,
+        injection: MessageInjection | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         patience = patience or PeerPatience()
@@ -77,7 +79,7 @@ class PeerSource:
         """One that its caller has left at the deadline: until it ends, the thread does nothing else."""
         self._has_ended = threading.Event()
         self._segment = ""
-        self._connection = PeerConnection(endpoint, cluster_secret, clock)
+        self._connection = PeerConnection(endpoint, cluster_secret, clock, injection)
         self._worker = RemoteWorker("peer-source", at_end=self._leave)
 
     @property

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from cache_service.arena_user import ArenaAccess
 from cache_service.breaker import BreakerState
+from cache_service.injection import MessageInjection
 from cache_service.peer_source import PeerPatience, PeerSource
 from cache_service.wire import Wire
 
@@ -27,12 +28,14 @@ class Peers:
         reader: str,
         cluster_secret: bytes,
         patience: PeerPatience | None = None,
+        injection: MessageInjection | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._wire = wire
         self._reader = reader
         self._cluster_secret = cluster_secret
         self._patience = patience
+        self._injection = injection
         self._clock = clock
         self._access: ArenaAccess | None = None
         self._sources: dict[str, PeerSource] = {}
@@ -68,6 +71,7 @@ class Peers:
                 transfer,
                 access.arena.safety,
                 self._patience,
+                self._injection,
                 self._clock,
             )
         return source

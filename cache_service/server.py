@@ -26,6 +26,7 @@ from cache_service.gate import Gate, bind
 from cache_service.host_memory import HostMemory
 from cache_service.identity import cluster_id_of
 from cache_service.inbox import Inbox
+from cache_service.injection import MessageInjection
 from cache_service.messages import UNANSWERED, Answer, Call, Done, Refused, Reply, StatsReply
 from cache_service.native.fence import load_full_fence
 from cache_service.node_arena import PATIENCE_S, NodeArena
@@ -80,6 +81,7 @@ class CacheServerCore:
         safety: ArenaSafety | None = None,
         open_transfer: OpenTransfer | None = None,
         peer_patience: PeerPatience | None = None,
+        peer_injection: MessageInjection | None = None,
         open_store: OpenStore = open_store,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -120,6 +122,7 @@ class CacheServerCore:
                 counts,
                 self._keep_alive,
                 patience=peer_patience,
+                injection=peer_injection,
                 clock=clock,
             )
             undo.callback(self._peers.close)

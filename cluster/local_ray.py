@@ -23,7 +23,6 @@ PROBE_S = 5.0
 SYSTEM_ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",  # Ray's ports listen on all interfaces: others shall not submit work
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_DEDUP_LOGS": "0",
     # Nobody reads them here, and Ray waits 5 s at its end for a GCS that is gone to take them.
     "RAY_task_events_report_interval_ms": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -86,8 +85,11 @@ class OwnRay:
 
 
 def tell_plainly(*, has_colour: bool) -> None:
-    """Make what Ray prints here fit for users: no traceback of calls nobody awaits, colour where wanted."""
+    """Make what Ray prints here fit for users: no traceback of calls nobody awaits, no line of an actor's log
+    held back for being like another's, colour where wanted. Before `ray` is imported.
+    """
     os.environ["RAY_IGNORE_UNHANDLED_ERRORS"] = "1"
+    os.environ["RAY_DEDUP_LOGS"] = "0"
     if not has_colour:
         os.environ["RAY_COLOR_PREFIX"] = "0"
 

@@ -5,6 +5,7 @@ arenas; a node's store is where its address says.
 """
 
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from cache_service.client import CacheClient, ClientSpec, Deadlines, group_of
 from cache_service.config import CacheConfig
 from cache_service.in_process_transfer import InProcessNetwork, InProcessTransfer
 from cache_service.injected_pages import InjectedOpener, InjectedTransfer, PageInjection
-from cache_service.injection import NO_INJECTION, ClientInjection
+from cache_service.injection import NO_INJECTION, ClientInjection, MessageInjection, Way
 from cache_service.keys import PageKey
 from cache_service.server_connection import Patience
 from cache_service.transfer import Transfer
@@ -39,6 +40,8 @@ class NodeFaults:
     """Of rank 0; the others only attach."""
     pages: PageInjection | None = None
     """On the wire, and in the store."""
+    peers: MessageInjection | None = None
+    """Of the server's calls to its peers."""
     deadlines: Deadlines = field(default_factory=Deadlines)
     patience: Patience = field(default_factory=Patience)
     mechanisms: Mechanisms = ALL_ON
@@ -146,6 +149,7 @@ class NodeHost:
                 **self._ports,
                 **opener,
                 open_transfer=self._open_transfer(),
+                peer_injection=self._faults.peers,
                 safety=self._faults.safety,
             )
             self._endpoint, self._ports = self._thread.core.endpoint, self._thread.ports
@@ -164,6 +168,16 @@ class NodeHost:
         server = self._process if self._is_process else self._thread
         assert isinstance(server.ask(messages.Check()), messages.Done)
         return server.ask(messages.Stats())
+
+    def peer_messages(self) -> Counter[tuple[Way, str]]:
+        """Return what was done to the calls to each peer, by way."""
+        peers = self._thread.core._peers.peers
+        assert peers is not None
+        counts: Counter[tuple[Way, str]] = Counter()
+        for source in peers._sources.values():
+            injected = source._connection.injected
+            counts += injected.counts if injected is not None else Counter()
+        return counts
 
     def place(self, bundle_bytes: int, num_ranks: int) -> NodePlace:
         """Each group of ranks has a number of its own."""

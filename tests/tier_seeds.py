@@ -87,6 +87,10 @@ class TookPlace:
                 words = reason if isinstance(reason, tuple) else (reason,)
                 self.counts[" ".join([name, *map(str, words)])] += count
 
+    def note_peers(self, node: NodeHost) -> None:
+        for words, count in node.peer_messages().items():
+            self.counts[" ".join(["peer call", *words])] += count
+
     def note_node(self, stats: StatsReply) -> None:
         for count in stats.counts:
             self.counts[f"node: {count.name} {count.reason}".strip()] += count.value
@@ -161,13 +165,13 @@ def _faults(seed: int, random: Random) -> NodeFaults:
     def some(max_ratio: float) -> float:
         return random.choice((0.0, max_ratio / 4, max_ratio))
 
-    def of_messages(name: str, ratio: float) -> MessageInjection:
+    def of_messages(name: str, ratio: float, duplicate_ratio: float = 0.3) -> MessageInjection:
         return MessageInjection(
             seed=random.randrange(1 << 30),
             delay_ratio=some(0.5),
             max_delay_s=0.02,
             loss_ratio=some(ratio),
-            duplicate_ratio=some(0.3),
+            duplicate_ratio=some(duplicate_ratio),
             damage_ratio=some(ratio / 2),
         )
 
@@ -188,6 +192,7 @@ def _faults(seed: int, random: Random) -> NodeFaults:
             late_ratio=some(0.3),
             max_late_s=0.1,
         ),
+        of_messages("peers", 0.1, duplicate_ratio=0.0),  # nobody sends a peer a call again
         SHORT,
         HASTY,
     )
@@ -246,6 +251,7 @@ class _Play:
             if self._draw.source == "peer":
                 with self._node("b") as second:
                     self._serve(second, "peer", "none", [first.endpoint])
+                    self._took_place.note_peers(second)
                     self._settle(second)
             self._settle(first)
         if self._draw.source in ("disk", "store"):

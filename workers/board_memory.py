@@ -1,4 +1,4 @@
-"""Shared memory of a TP group's ranks on one node, for its boards: mapped by all, its file gone at once.
+"""Shared memory of a TP group's ranks on one node, for its boards: mapped by all, in no folder.
 
 Used by CompletionBoard and MoveBoard while a group meets. No torch.
 """
@@ -8,8 +8,6 @@ import os
 import secrets
 from pathlib import Path
 from typing import Protocol
-
-_FOLDER = Path("/dev/shm")
 
 
 class MeetingStore(Protocol):
@@ -27,29 +25,29 @@ class MeetingStore(Protocol):
 
 
 def map_shared(store: MeetingStore, name: str, rank: int, size: int, num_bytes: int) -> mmap.mmap:
-    """Map one run of zeroed memory, `name`, on all ranks; its file is gone before this returns on rank 0.
+    """Map one run of zeroed memory, `name`, on all ranks. No folder has it: it ends with the last rank's.
 
-    Raise OSError when a rank cannot open it: all ranks must share one machine's memory.
+    Raise OSError when a rank cannot open it: all ranks must run on one machine.
     """
     if rank > 0:
-        memory = _map(Path(store.get(f"{name}_path").decode()), os.O_RDWR, num_bytes)
+        told, _, memory_name = store.get(f"{name}_memory").decode().partition(" ")
+        path = Path(told)
+        if str(path.readlink()) != f"/memfd:{memory_name} (deleted)":  # on another machine it is another's
+            raise FileNotFoundError(f"{path} is not {memory_name}: do all ranks run on one machine?")
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            memory = mmap.mmap(descriptor, num_bytes)
+        finally:
+            os.close(descriptor)
         store.set(f"{name}_mapped_{rank}", "")
         return memory
-    path = _FOLDER / f"eyrie-{name}-{secrets.token_hex(8)}"
+    memory_name = f"eyrie-{name}-{secrets.token_hex(8)}"
+    descriptor = os.memfd_create(memory_name, os.MFD_CLOEXEC)
     try:
-        memory = _map(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, num_bytes)
-        store.set(f"{name}_path", str(path))
+        os.ftruncate(descriptor, num_bytes)
+        memory = mmap.mmap(descriptor, num_bytes)
+        store.set(f"{name}_memory", f"/proc/{os.getpid()}/fd/{descriptor} {memory_name}")
         store.wait([f"{name}_mapped_{follower}" for follower in range(1, size)])
     finally:
-        path.unlink(missing_ok=True)
-    return memory
-
-
-def _map(path: Path, flags: int, num_bytes: int) -> mmap.mmap:
-    descriptor = os.open(path, flags | os.O_CLOEXEC, 0o600)
-    try:
-        if flags & os.O_CREAT:
-            os.ftruncate(descriptor, num_bytes)
-        return mmap.mmap(descriptor, num_bytes)
-    finally:
         os.close(descriptor)
+    return memory

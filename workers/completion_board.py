@@ -30,9 +30,9 @@ class CompletionBoard:
 
     @classmethod
     def shared(cls, store: MeetingStore, rank: int, size: int) -> Self:
-        """Map one board on all ranks. Its file is gone from /dev/shm before this returns on rank 0.
+        """Map one board on all ranks.
 
-        Raise OSError when a rank cannot open it: all ranks must share one machine's memory.
+        Raise OSError when a rank cannot open it: all ranks must run on one machine.
         """
         return cls(rank, size, map_shared(store, "board", rank, size, size * _LINE_BYTES))
 

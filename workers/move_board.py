@@ -65,9 +65,9 @@ class MoveBoard:
 
     @classmethod
     def shared(cls, store: MeetingStore, rank: int, size: int, capacity: int = MOVE_CAPACITY) -> Self:
-        """Map one board on all ranks; its file is gone from /dev/shm before this returns on rank 0.
+        """Map one board on all ranks.
 
-        Raise OSError when a rank cannot open it: all ranks must share one machine's memory.
+        Raise OSError when a rank cannot open it: all ranks must run on one machine.
         """
         return cls(rank, size, map_shared(store, "moves", rank, size, 8 * size * capacity), capacity)
 

@@ -91,7 +91,7 @@ class Generation:
                 if self._is_ending:
                     raise _RefusedError("shutdown", draining())
         except NoReplicaError as error:
-            raise _RefusedError("rejected", _no_replica(error.reason)) from error
+            raise _RefusedError("rejected", _no_replica(error.reason, error.retry_after_s)) from error
         except OverloadedError as error:
             raise _RefusedError("rejected", _overloaded(error.reason, error.retry_after_s)) from error
 
@@ -197,12 +197,12 @@ class _RefusedError(Exception):
         self.error = error
 
 
-def _no_replica(reason: str) -> ApiError:
+def _no_replica(reason: str, retry_after_s: float) -> ApiError:
     return ApiError(
         503,
         f"No replica can take the request now: {reason}.",
         code="no_replica",
-        retry_after_s=RETRY_AFTER_S,
+        retry_after_s=retry_after_s,
     )
 
 

@@ -12,10 +12,11 @@ from workers.protocol import FinishReason, RequestOutput, SubmitRequest
 
 
 class NoReplicaError(Exception):
-    """No replica can take a request now (none is ready). The API answers 503 with the reason."""
+    """No replica can take a request now (none is ready). The API answers 503 with Retry-After."""
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, retry_after_s: float, reason: str) -> None:
         super().__init__(reason)
+        self.retry_after_s = retry_after_s
         self.reason = reason
 
 

@@ -15,6 +15,7 @@ import msgspec
 from cache_service.keys import NamespaceDigest, PageKey, page_keys, salted
 from cluster.api.ports import NoReplicaError, OverloadedError
 from cluster.replica import REPLICA_LOST, Replica, ReplicaStream, ReplicaUnavailableError
+from cluster.router.absences import Absences
 from cluster.router.books import LoadBook
 from cluster.router.cache_feed import CacheFeed, CacheFeedStats
 from cluster.router.costs import Cost, PrefillRate, placement_cost
@@ -150,6 +151,7 @@ class Router:
                 clock=clock,
             )
             self._places.append(_Place(replica_id, replica, book))
+        self._absences = Absences()
         self._rate = PrefillRate()
         self._num_placed = 0
 
@@ -176,10 +178,12 @@ class Router:
 
     def leave(self, replica_id: ReplicaId, why: str) -> None:
         """Send nothing to a replica that has lost its worker, until `move`; its requests end."""
+        self._absences.left(replica_id, self._clock())
         self._replica(replica_id).leave(why)
 
     def move(self, replica_id: ReplicaId, endpoint: str) -> None:
         """Take a replica back, whose worker is another now."""
+        self._absences.returned(replica_id, self._clock())
         self._replica(replica_id).move(endpoint)
 
     def ready(self) -> str | None:
@@ -248,10 +252,17 @@ class Router:
             )
         if refused is not None:
             raise OverloadedError(RETRY_AFTER_S, refused)
-        raise NoReplicaError(self.ready() or "the replicas went away while the request was placed")
+        raise self._no_replica("the replicas went away while the request was placed")
 
     def _replica(self, replica_id: ReplicaId) -> Replica:
         return next(place.replica for place in self._places if place.replica_id == replica_id)
+
+    def _no_replica(self, otherwise: str) -> NoReplicaError:
+        """Say why none takes a request, or `otherwise` where one does by now."""
+        reason = self.ready()
+        if reason is None:
+            return NoReplicaError(RETRY_AFTER_S, otherwise)
+        return NoReplicaError(self._absences.retry_after_s(self._clock()), reason)
 
     # Filter.
 
@@ -260,7 +271,7 @@ class Router:
         alive = [(place, place.replica.welcome) for place in self._places]
         live = [(place, welcome) for place, welcome in alive if welcome is not None]
         if not live:
-            raise NoReplicaError(self.ready() or "no replica is ready")
+            raise self._no_replica("no replica is ready")
         now_s = self._clock()
         takers = [
             (place, welcome)

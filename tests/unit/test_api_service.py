@@ -74,7 +74,7 @@ async def test_metrics_and_their_targets_are_served():
 @pytest.mark.parametrize(
     ("error", "status", "code", "retry_after"),
     [
-        (NoReplicaError("all are starting"), 503, "no_replica", "1"),
+        (NoReplicaError(11.6, "all are starting"), 503, "no_replica", "12"),
         (OverloadedError(7.4), 429, "overloaded", "7"),
     ],
 )
@@ -121,7 +121,11 @@ async def test_one_refused_choice_takes_the_queued_ones_back():
 
 @pytest.mark.parametrize(
     ("error", "reason"),
-    [(OverloadedError(1.0), "rejected"), (NoReplicaError("all left"), "rejected"), (KeyError(), "error")],
+    [
+        (OverloadedError(1.0), "rejected"),
+        (NoReplicaError(1, "all left"), "rejected"),
+        (KeyError(), "error"),
+    ],
 )
 async def test_choices_placed_before_one_that_cannot_be_count_as_what_ended_them(error, reason):
     class ShrinkingRouter(FakeRouter):

@@ -31,9 +31,10 @@ def init(**options):
         raise Exception("The current node timed out during startup.\\nMore of it.")
     if os.getenv("FAKE_RAY") == "finds no room":
         raise OSError(28, "No space left on device")
-    folder = options["_temp_dir"]
-    os.makedirs(folder, exist_ok=True)
-    os.chmod(folder, 0o777)
+    if options["address"] == "local":
+        os.makedirs(options["_temp_dir"], exist_ok=True)
+        os.chmod(options["_temp_dir"], 0o777)
+    print("shows", "each line" if os.getenv("RAY_DEDUP_LOGS") == "0" else "like lines once")
     is_plain = os.getenv("RAY_COLOR_PREFIX") == "0"
     print("(Worker)" if is_plain else "\\033[36m(Worker)\\033[0m", "says so")
     if os.getenv("FAKE_RAY") == "slow":
@@ -100,13 +101,13 @@ def start(tmp_path):
     (tmp_path / "ray.py").write_text(RAY)
     readers = []
 
-    def start(*, is_terminal, **environment):
+    def start(*flags, is_terminal, **environment):
         reader, writer = os.openpty() if is_terminal else os.pipe()
         readers.append(reader)
         path = os.pathsep.join([str(tmp_path), str(ROOT)])
         plain = {name: value for name, value in os.environ.items() if name not in SHOW_VARIABLES}
         process = subprocess.Popen(
-            [sys.executable, "-m", "cluster", "serve", "--port", "0"],
+            [sys.executable, "-m", "cluster", "serve", "--port", "0", *flags],
             env={**plain, "PYTHONPATH": path, "TERM": "xterm", **environment},
             cwd=tmp_path,
             stdout=subprocess.DEVNULL,
@@ -124,8 +125,8 @@ def start(tmp_path):
 def serve(start):
     """Run `eyrie serve` over a Ray that fails to start; return what it said on stderr."""
 
-    def serve(*, is_terminal, **environment):
-        process, reader = start(is_terminal=is_terminal, FAKE_RAY="fails", **environment)
+    def serve(*flags, is_terminal, **environment):
+        process, reader = start(*flags, is_terminal=is_terminal, FAKE_RAY="fails", **environment)
         said = read_until(reader, None)
         assert process.wait(60) == 1
         return said
@@ -155,6 +156,11 @@ def test_a_terminal_shows_colours_unless_no_color_is_set(serve):
     said = serve(is_terminal=True, NO_COLOR="1")
     assert "says so" in said and "ray::Worker died" in said
     assert not COLOUR.search(said)
+
+
+@pytest.mark.parametrize("flags", [[], ["--ray-address", "auto"]])
+def test_ray_holds_back_no_line_of_an_actor_s_log_on_either_kind_of_cluster(serve, flags):
+    assert "shows each line\n" in serve(*flags, is_terminal=False)
 
 
 def test_the_folder_with_the_secrets_stays_private_though_ray_opens_its_own(run):

@@ -1,6 +1,7 @@
 """MoveBoard: what ranks in different processes tell each other of moves, and what the group's status is."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.tiers import boards
+from tests.unit.tiers import Meeting, boards
 from workers.move_board import MOVE_CAPACITY, MoveBoard, MoveStatus
 from workers.parallel import TPGroup, listen
 
@@ -119,6 +120,34 @@ def test_ranks_in_two_processes_share_a_board_without_a_file() -> None:
         group.close()
     finally:
         process.kill()
+
+
+KILLED = """
+import os, signal
+from workers.move_board import MoveBoard
+class Store:
+    def set(self, name, value):
+        pass
+    def wait(self, names):
+        os.kill(os.getpid(), signal.SIGKILL)
+MoveBoard.shared(Store(), 0, 2)
+"""
+
+
+def test_a_rank_that_is_killed_before_the_others_have_its_board_leaves_no_file() -> None:
+    root, before = Path(__file__).parents[2], set(Path("/dev/shm").glob("eyrie-moves-*"))
+    killed = subprocess.run([sys.executable, "-c", KILLED], cwd=root, timeout=60, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert set(Path("/dev/shm").glob("eyrie-moves-*")) <= before
+
+
+def test_what_another_machine_s_rank_has_told_is_not_looked_for_here() -> None:
+    """A path in /proc may lead to something else on each machine."""
+    meeting, something = Meeting(), os.memfd_create("something else")
+    meeting.set("moves_memory", f"/proc/{os.getpid()}/fd/{something} eyrie-moves-1234")
+    with pytest.raises(OSError, match="is not eyrie-moves-1234: do all ranks run on one machine"):
+        MoveBoard.shared(meeting, 1, 2, capacity=8)
+    os.close(something)
 
 
 def test_a_group_of_one_has_a_board_of_its_own() -> None:

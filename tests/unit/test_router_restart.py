@@ -6,6 +6,7 @@ import secrets
 import pytest
 
 from cluster.api.ports import NoReplicaError
+from cluster.router.absences import FIRST_GUESS_S, LEAST_S, Absences
 from cluster.router.router import Router
 from tests.unit.replica_threads import ThreadReplica
 from tests.unit.test_router import Placements, ends, request, until
@@ -50,8 +51,9 @@ async def test_the_others_serve_until_it_is_back(service):
     assert router.ready() == (
         "no replica is ready (r0: it is being restarted (it died); r1: it is being restarted (it died, too))"
     )
-    with pytest.raises(NoReplicaError, match="being restarted"):
+    with pytest.raises(NoReplicaError, match="being restarted") as raised:
         await router.submit(request("b"))
+    assert FIRST_GUESS_S / 2 < raised.value.retry_after_s <= FIRST_GUESS_S
     router.move("r0", restart(0).endpoint)
     await until(lambda: router.ready() is None)
     assert (await ends(await router.submit(request("c")))).finish_reason == "length"
@@ -80,3 +82,17 @@ async def test_a_port_that_another_replica_has_now_is_not_taken_for_it(service):
     router.move("r0", restart(0, name="r1").endpoint)
     await asyncio.sleep(0.5)
     assert "is of r1, not of r0" in router.ready()
+
+
+def test_a_client_is_told_to_come_back_when_a_replica_is_likely_back():
+    absences = Absences()
+    assert absences.retry_after_s(100.0) == FIRST_GUESS_S, "of one that is lost and nobody has told so yet"
+    absences.left("r0", 100.0)
+    absences.left("r1", 104.0)
+    assert absences.retry_after_s(106.0) == FIRST_GUESS_S - 6.0, "the first of them counts"
+    assert absences.retry_after_s(300.0) == LEAST_S, "it is late: it may come at any time"
+    absences.returned("r0", 140.0)
+    absences.returned("r0", 150.0)  # told twice
+    assert absences.retry_after_s(140.0) == 4.0, "the last one took 40 s"
+    absences.left("r1", 150.0)  # its restart has failed
+    assert absences.retry_after_s(151.0) == 39.0
