@@ -50,3 +50,10 @@ def deliver(group: FakeGroup) -> None:
 def advance(group: FakeGroup, *ranks: int) -> None:
     for rank in ranks[: len(group.ranks)]:
         group.tier.movers[rank].advance(1.0)
+
+
+def corrupt(group: FakeGroup, key: bytes) -> None:
+    """Change what rank 0 saved of a page."""
+    slot = group.tier.arena.slots[group.tier.client.view[key].slot]
+    tokens, data = slot.parts[0]
+    slot.parts[0] = (tokens[::-1], data[::-1])

@@ -8,7 +8,7 @@ from tests.property.fake_group import FakeGroup, plain_rank
 from tests.property.fake_mover import Faults
 from tests.property.random_tier import live
 from tests.property.sanitized_rank import SanitizedRank
-from tests.property.stored_group import KEYS, TEXT, advance, stored_group
+from tests.property.stored_group import KEYS, TEXT, advance, corrupt, stored_group
 from workers.kvcache.page_pool import Safety
 from workers.kvcache.sanitizer import SanitizerError
 from workers.protocol import SamplingParams
@@ -50,13 +50,6 @@ def test_a_mechanism_switched_off_is_noticed(switch, own_check, ranks_check) -> 
             live_until_it_shows(mutant, runs_checks=False)
     with pytest.raises(AssertionError, match=own_check or ranks_check):
         live_until_it_shows(mutant, runs_checks=True)
-
-
-def corrupt(group: FakeGroup, key: bytes) -> None:
-    """Change what rank 0 saved of a page."""
-    slot = group.tier.arena.slots[group.tier.client.view[key].slot]
-    tokens, data = slot.parts[0]
-    slot.parts[0] = (tokens[::-1], data[::-1])
 
 
 def fail_a_load_above_a_save(safety: Safety, make_rank) -> FakeGroup:

@@ -72,6 +72,16 @@ def test_an_arena_that_cannot_be_made_is_refused_and_can_be_made_later(tmp_path)
         assert raw.attach().num_slots == NUM_SLOTS
 
 
+def test_an_arena_found_when_the_first_worker_comes_is_taken_over_under_the_server_s_incarnation(tmp_path):
+    with serving(tmp_path) as server:
+        wanted = spec(NUM_SLOTS, BUNDLE_BYTES, 1, cluster_id_of(SECRET), 64)
+        kill(open_arena(tmp_path, wanted, incarnation=1 << 62))
+        client = new_client(server.core.endpoint)
+        store_chain(client, "ab")
+        assert client.arena.incarnation == client.subscriber.follower.applied.incarnation
+        client.close()
+
+
 def test_another_layout_replaces_an_arena_that_nobody_uses(server, sleeper):
     with RawClient(server, ProcessId.of(sleeper.pid)) as first, RawClient(server) as second:
         first.attach()

@@ -40,6 +40,8 @@ def test_a_source_that_was_slow_long_ago_is_unknown():
     costs.fetched("remote", 1, 0, 50.0, 1.0)
     assert costs.page_times(1.0 + FORGET_S).remote_s is not None
     assert costs.page_times(1.1 + FORGET_S).remote_s is None
+    costs.fetched("remote", 1, 0, 0.02 + 0.1, 2.0 + FORGET_S)
+    assert costs.page_times(2.0 + FORGET_S).remote_s == pytest.approx(0.1), "the old sample is forgotten"
 
 
 def test_new_samples_count_more_and_large_ones_too():

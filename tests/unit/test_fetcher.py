@@ -1,5 +1,6 @@
 """What a fetch does to the arena: slots, joins, parents, deadlines, and slots that are written late."""
 
+import threading
 import time
 from collections import Counter
 
@@ -97,6 +98,14 @@ def test_pages_come_into_the_store_with_what_was_wanted_of_them(node):
     assert node.store.num_writing == 0
     assert node.counts["fetched", "fetched"] == 3
     assert node.counts["fetch_bytes", "peer"] == 3 * node.arena.spec.slot_bytes
+
+
+def test_no_thread_is_left_of_a_source_that_has_answered(node):
+    def threads():
+        return [thread.name for thread in threading.enumerate() if thread.name.startswith("fetch-")]
+
+    node.statuses(node.fetch(chain("abc")))
+    eventually(lambda: node.turn() or not threads())
 
 
 def test_what_is_here_is_not_asked_for_and_makes_no_room_for_the_rest(node):

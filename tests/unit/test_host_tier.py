@@ -64,6 +64,21 @@ def test_evicted_pages_come_back_from_the_arena_and_wait_to_be_read():
     assert bench.tier.stats.num_loaded_pages == 3
 
 
+def test_where_a_fetch_has_put_a_page_is_forgotten_once_it_is_not_there():
+    bench = Bench()
+    bench.run(0, tokens(13))
+    bench.finish()
+    bench.forget_device()
+    where, bench.host.is_blind = dict(bench.host.stored), True
+    for page_key in KEYS[:2]:
+        bench.tier.arrivals.add(page_key, where[page_key], "peer")
+    del bench.host.stored[KEYS[1]]
+    assert bench.tier.reach(KEYS).num_stored == 2
+    assert bench.open(0, tokens(13)) == 4
+    bench.finish()
+    assert bench.tier.reach(KEYS).num_stored == 1, "else it would never be fetched again"
+
+
 def test_two_requests_with_one_prefix_wait_for_one_load():
     bench = Bench()
     bench.run(0, tokens(13))

@@ -79,12 +79,14 @@ def test_s3_fifo_takes_back_into_the_main_queue_what_it_saw_leave():
     assert order.candidate() == 0
     order.remove(0, key(0), was_evicted=True)
     order.add(8, key(0))
+    for slot in range(9, 12):
+        order.add(slot, key(slot))
     gone = []
-    for _ in range(8):
+    for _ in range(11):
         slot = order.candidate()
         gone.append(slot)
         order.remove(slot, key(0 if slot == 8 else slot), was_evicted=True)
-    assert gone[-1] == 8
+    assert gone == [*range(1, 8), 9, 10, 11, 8], "those that came after it go before it"
     assert order.candidate() is None
 
 

@@ -111,6 +111,14 @@ def test_what_takes_longer_than_computing_is_computed():
     assert heedless.begin(TEN, [FetchHint(PEER, 10)]) is not None
 
 
+def test_what_cannot_come_within_the_request_s_patience_is_not_asked_for():
+    desk = Desk(policy="timeout", timeout_s=0.1)
+    assert desk.begin(TEN, [FetchHint(PEER, 10)]) is None, "it takes 0.11 s, and computing 1 s"
+    assert desk.stats.skipped_pages == {"slower": 10}
+    patient = Desk(policy="timeout", timeout_s=0.2)
+    assert patient.begin(TEN, [FetchHint(PEER, 10)]) is not None
+
+
 def test_few_pages_are_not_worth_a_sources_latency():
     desk = Desk(guesses=replace(GUESSES, peer_latency_s=0.15))
     assert desk.begin(prompt(1), [FetchHint(PEER, 1)]) is None

@@ -54,6 +54,16 @@ def test_changes_and_snapshots_cross_the_wire():
         assert msgspec.msgpack.decode(encoded, type=Changes | Snapshot) == record
 
 
+def test_a_snapshot_tells_what_was_lost_meanwhile():
+    replica, kept = PageReplica(), PageKey(b"k" * 16)
+    gone = PageKey(b"g" * 16)
+    replica.apply([Stored(kept, None, 1, 2), Stored(gone, None, 2, 2)])
+    replica.restart([Stored(kept, None, 3, 4), StoredRemotely(gone)])
+    assert replica.take_lost() == [gone] and replica.take_lost() == []
+    assert replica.get(gone) is None and replica.get(kept).slot == 3
+    assert replica.is_remote(gone) and not replica.is_remote(kept)
+
+
 def test_once_the_owner_has_spoken_what_a_dead_incarnation_said_asks_for_nothing_more():
     follower = RelocationFollower(PageReplica())
     follower.receive(Changes(4, 7, [stored(1)]), 0.0)

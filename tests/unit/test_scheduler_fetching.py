@@ -2,9 +2,13 @@
 
 import pytest
 
-from tests.property.fake_group import FakeGroup
+from tests.property.fake_group import FakeGroup, plain_rank
 from tests.property.fake_sources import PEERS, SourceOptions
 from tests.property.fake_tier import TierOptions
+from tests.property.stored_group import KEYS, corrupt, stored_group
+from tests.property.stored_group import PAGE_SIZE as STORED_PAGE_SIZE
+from tests.property.stored_group import TEXT as STORED_TEXT
+from workers.kvcache.page_pool import Safety
 from workers.protocol import FetchHint, SamplingParams
 
 PAGE_SIZE = 4
@@ -89,6 +93,25 @@ def test_a_client_that_hangs_up_while_its_pages_are_fetched_is_forgotten():
     group.end()
     assert group.num_cached[next_one] == 20, "what was under way serves the next"
     assert len(group.tier.sources.fetches) == 1
+
+
+def test_a_client_that_has_gone_asks_no_further_source():
+    group = new_group(speed=0.0)
+    request = group.submit(TEXT[:22], SHORT, hints=[FetchHint(PEERS[1], NUM_PAGES), *HINTS])
+    group.abort(request)
+    group.tier.speed_up()
+    for _ in range(20):
+        group.step()
+    assert group.tier.sources.fetches[0].is_answered and len(group.tier.sources.fetches) == 1
+
+
+def test_a_page_that_failed_to_load_does_not_count_as_cached():
+    group = stored_group(2, Safety(), plain_rank)
+    corrupt(group, KEYS[1])
+    request = group.submit(STORED_TEXT[:5], SHORT)
+    group.end()
+    assert group.tier.stats.failed_loads == {"corrupt": 1}
+    assert group.num_cached[request] == STORED_PAGE_SIZE
 
 
 @pytest.mark.parametrize(("policy", "max_wait_s"), [("wait_complete", 40), ("timeout", 3)])
