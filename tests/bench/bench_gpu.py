@@ -1,8 +1,8 @@
 """Speed on one GPU beside the card's own floors and the peers' figures.
 
     python tests/bench/bench_gpu.py [--json] [--model llama8b|smol135m|both] [--parts floors,decode,...]
-        [--batch-sizes 1,8,64,256] [--arms tier_off,tier_on] [--rounds 3] [--out FILE] [--quick] [--profile]
-        [--device cuda|cpu] [--graphs off] [--page-size 16] ...
+        [--batch-sizes 1,8,64,256] [--arms tier_off,tier_on] [--budgets 768,1024:25] [--rounds 3] [--out FILE]
+        [--quick] [--profile] [--device cuda|cpu] [--graphs off] [--page-size 16] ...
 
 Each part runs in a process of its own; random weights in the models' shapes, bf16; the real Scheduler, Engine
 and step loop, without Ray and HTTP. Every option of the workers is one here too: `--graphs off` is an
@@ -96,9 +96,10 @@ def run_part(part: str, what: str, arguments: argparse.Namespace) -> dict[str, A
         )
         return {part: {what: found}}
     if part == "multiturn":
-        from tests.bench.gpu_tiers import measure_arm
+        from tests.bench.gpu_tiers import Budget, measure_arm
 
-        return {part: {what: measure_arm(shape, options, what == "tier_on", is_quick=is_quick)}}
+        budgets = [Budget.parse(text) for text in arguments.budgets.split(",") if text]
+        return {part: measure_arm(what, shape, options, budgets, is_quick=is_quick)}
     from tests.bench.gpu_moves import measure_moves
 
     return {part: measure_moves(shape, options, is_quick=is_quick)}
@@ -146,6 +147,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--parts", default=",".join(PARTS), help="which parts to run (default: all)")
     made.add_argument("--batch-sizes", default="1,8,64,256", help="of part decode")
     made.add_argument("--arms", default=",".join(ARMS), help="of part multiturn")
+    made.add_argument(
+        "--budgets", default="", help="of part multiturn, in turn: TOKENS or TOKENS:MS of a step"
+    )
     made.add_argument("--rounds", type=int, default=3, help="of each decode measurement")
     made.add_argument("--out", type=Path, help="also write the JSON line to this file, after every part")
     made.add_argument("--quick", action="store_true", help="small sizes: shows that it works, not how fast")

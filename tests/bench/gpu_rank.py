@@ -29,6 +29,7 @@ from workers.parallel import TPGroup
 from workers.plan import BatchPlan, StepOutput
 from workers.protocol import Received, RequestId, RequestOutput
 from workers.scheduler.scheduler import Scheduler
+from workers.scheduler.step_budget import StepBudget
 from workers.step_loop import STALL_S, StepLoop
 
 LLAMA_8B = {
@@ -178,6 +179,12 @@ class BenchRank:
             num_bytes = arena.spec.num_slots * arena.spec.slot_bytes
             eventually(lambda: num_pinned_bytes() == num_bytes, ARENA_TIMEOUT_S)
         return pages
+
+    def limit_steps(self, max_tokens: int, target_ms: float | None) -> None:
+        """Plan from now on as with other options `max_tokens_per_step`, not above its own, and
+        `itl_target_ms`."""
+        assert max_tokens <= self.config.max_tokens_per_step, "the engine holds no such step"
+        self.scheduler._budget = StepBudget(max_tokens, None if target_ms is None else target_ms / 1e3)
 
     @property
     def weight_bytes_read(self) -> int:
