@@ -59,6 +59,9 @@ OPTIONS = (
 """Of WorkerConfig: given, they are not drawn."""
 INJECTED_RATIO = 0.3
 """Of the legs: moves are late, out of order, fail, or leave flipped bits in the arena."""
+MAX_DELAY_S = 0.0005
+"""One thread waits for move after move: at 3 ms requests wait for it, few run at a time, and hardly any step
+evicts."""
 ARENA_POOLS = 6
 """Device pools that the arena holds: it evicts as well, more rarely."""
 
@@ -121,7 +124,7 @@ class Leg:
         if self.is_injected:
             injection = MoveInjection(
                 arguments.seed * 1_000 + number,
-                max_delay_s=0.003,
+                max_delay_s=MAX_DELAY_S,
                 failure_ratio=0.02,
                 corruption_ratio=0.02,
                 reorder_window=4,
