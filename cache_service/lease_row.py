@@ -55,16 +55,36 @@ class LeaseRow:
             arena.fence()
             return True
 
+    def acquire_all(self, entries: Sequence[tuple[int, int, PageKey]]) -> list[bool]:
+        """Lease what is readable of many pages, each (slot, epoch, key); tell of each."""
+        arena, counts, leases = self._arena, self._counts, self._leases
+        with self._lock:
+            for slot, _, _ in entries:
+                count = counts.get(slot, 0)
+                counts[slot] = count + 1
+                if not count:
+                    leases[slot] = 1
+            arena.fence()
+            are_leased = arena.are_readable(entries) if arena.safety.epochs else [True] * len(entries)
+            for (slot, _, _), is_leased in zip(entries, are_leased, strict=True):
+                if not is_leased:
+                    self._let_go(slot)
+            arena.fence()  # as in acquire_one
+            return are_leased
+
     def release(self, slots: Iterable[int]) -> None:
         """Give back one lease of each slot."""
-        for slot in slots:
-            self.release_one(slot)
-
-    def release_one(self, slot: int) -> None:
-        """Give back one lease of a slot."""
         with self._lock:
-            self._arena.fence()  # the copies' reads come before the lease's end
-            self._let_go(slot)
+            self._arena.fence()  # the copies' reads come before the leases' end
+            for slot in slots:
+                self._let_go(slot)
+
+    def are_current(self, slots: Sequence[int], epochs: Sequence[int]) -> list[bool]:
+        """Tell of each of many slots what `is_current` does."""
+        self._arena.fence()
+        if not self._arena.safety.epochs:
+            return [True] * len(slots)
+        return [found == epoch for found, epoch in zip(self._arena.epochs(slots), epochs, strict=True)]
 
     def is_current(self, location: Location) -> bool:
         """Tell whether a leased slot still holds what was acquired: asked once a copy is complete.

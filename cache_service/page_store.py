@@ -141,8 +141,8 @@ class PageStore:
             self._free_drained()
             self._evict(num_slots - len(self._free))
         granted = []
-        for _ in range(min(num_slots, len(self._free))):
-            slot = self._free.pop()
+        # In order: neighbours in pool and arena move as one copy.
+        for slot in sorted(self._free.pop() for _ in range(min(num_slots, len(self._free)))):
             epoch = self._arena.epoch(slot) + 1
             self._arena.describe_grant(slot, group)
             self._arena.set_stamp(slot, epoch, SlotState.WRITING)

@@ -5,6 +5,7 @@ nobody waits for anybody (I2). No torch.
 """
 
 import mmap
+from collections.abc import Iterable
 from enum import IntEnum
 from typing import Self
 
@@ -78,13 +79,19 @@ class MoveBoard:
 
     def publish(self, move: int, status: MoveStatus) -> None:
         """Tell what has become of a move on this rank. Moves count from 1; a status never goes back."""
-        place = self._rank * self._capacity + move % self._capacity
-        word = move << _STATUS_BITS | status
-        assert move > 0 and word > self._words[place], (
-            f"move {move} is {status.name} where move {self._words[place] >> _STATUS_BITS}"
-            f" is {MoveStatus(self._words[place] & _STATUS_MASK).name} already"
-        )
-        self._words[place] = word
+        self.publish_all([(move, status)])
+
+    def publish_all(self, told: Iterable[tuple[int, MoveStatus]]) -> None:
+        """Tell what has become of moves, one after another."""
+        words, capacity, first = self._words, self._capacity, self._rank * self._capacity
+        for move, status in told:
+            place = first + move % capacity
+            word = move << _STATUS_BITS | status
+            assert move > 0 and word > words[place], (
+                f"move {move} is {status.name} where move {words[place] >> _STATUS_BITS}"
+                f" is {MoveStatus(words[place] & _STATUS_MASK).name} already"
+            )
+            words[place] = word
 
     def own_status(self, move: int) -> MoveStatus:
         """Return what has become of a move on this rank."""

@@ -1,12 +1,12 @@
-// XXH3-64 of many runs of bytes of one length at once, over a few threads of its own. The values are those of
+// XXH3-64 of many runs of bytes of one length at once, by threads of its own. The values are those of
 // the xxhash package with a seed, for lengths above 240; the algorithm is published at github.com/Cyan4973/xxHash.
 #include <algorithm>
-#include <atomic>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <deque>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -130,27 +130,25 @@ uint64_t checksum(const uint8_t* data, size_t num_bytes, uint64_t seed) {
     return sum ^ (sum >> 32);
 }
 
+// Bundles of one length to be read; whoever asked holds it until `Pool::take`.
 struct Job {
-    const uint64_t* addresses;
-    const uint64_t* seeds;
-    uint64_t* sums;
-    size_t num_bytes, count;
-    std::atomic<size_t> next{0};
-    size_t num_helpers = 0;  // under the pool's lock
+    std::vector<uint64_t> addresses, seeds, sums;
+    size_t num_bytes;
+    size_t num_begun = 0, num_done = 0;  // under the pool's lock
 
-    void work() {
-        for (size_t place; (place = next.fetch_add(1)) < count;)
-            sums[place] = checksum(reinterpret_cast<const uint8_t*>(addresses[place]), num_bytes, seeds[place]);
+    void read(size_t place) {
+        sums[place] = checksum(reinterpret_cast<const uint8_t*>(addresses[place]), num_bytes, seeds[place]);
     }
 };
 
-// Threads that help whoever has a job; several may have one at a time.
+// Threads that do jobs, the first first. Without threads a job is done by whoever brings it.
 class Pool {
   public:
     explicit Pool(size_t num_threads) {
-        for (size_t number = 0; number < num_threads; ++number) threads_.emplace_back([this] { help(); });
+        for (size_t number = 0; number < num_threads; ++number) threads_.emplace_back([this] { work(); });
     }
 
+    // Jobs that nobody took are given up.
     ~Pool() {
         {
             std::lock_guard<std::mutex> lock(lock_);
@@ -160,43 +158,68 @@ class Pool {
         for (std::thread& thread : threads_) thread.join();
     }
 
-    void run(Job& job) {
-        if (job.count > 1 && !threads_.empty()) {
-            {
-                std::lock_guard<std::mutex> lock(lock_);
-                jobs_.push_back(&job);
-            }
-            has_job_.notify_all();
+    Job* begin(const uint64_t* addresses, const uint64_t* seeds, size_t num_bytes, size_t count) {
+        auto made = std::make_unique<Job>();
+        Job* job = made.get();
+        job->addresses.assign(addresses, addresses + count);
+        job->seeds.assign(seeds, seeds + count);
+        job->sums.resize(count);
+        job->num_bytes = num_bytes;
+        if (threads_.empty()) {
+            for (size_t place = 0; place < count; ++place) job->read(place);
+            job->num_begun = job->num_done = count;
         }
-        job.work();
+        {
+            std::lock_guard<std::mutex> lock(lock_);
+            jobs_.push_back(std::move(made));
+        }
+        if (!threads_.empty()) has_job_.notify_all();
+        return job;
+    }
+
+    bool is_done(const Job* job) {
+        std::lock_guard<std::mutex> lock(lock_);
+        return job->num_done == job->sums.size();
+    }
+
+    void wait(const Job* job) {
         std::unique_lock<std::mutex> lock(lock_);
-        jobs_.erase(std::remove(jobs_.begin(), jobs_.end(), &job), jobs_.end());
-        is_left_.wait(lock, [&] { return job.num_helpers == 0; });
+        is_done_.wait(lock, [&] { return job->num_done == job->sums.size(); });
+    }
+
+    // Wait, tell the checksums, and forget the job.
+    void take(const Job* job, uint64_t* sums) {
+        wait(job);
+        std::copy(job->sums.begin(), job->sums.end(), sums);
+        std::lock_guard<std::mutex> lock(lock_);
+        jobs_.erase(std::find_if(
+            jobs_.begin(), jobs_.end(), [&](const std::unique_ptr<Job>& each) { return each.get() == job; }));
     }
 
   private:
-    void help() {
+    void work() {
         std::unique_lock<std::mutex> lock(lock_);
         while (true) {
             Job* job = nullptr;
-            has_job_.wait(lock, [&] {
-                for (Job* each : jobs_)
-                    if (each->next.load() < each->count) job = each;
-                return job != nullptr || is_closing_;
-            });
-            if (job == nullptr) return;
-            ++job->num_helpers;
+            has_job_.wait(lock, [&] { return is_closing_ || (job = next()) != nullptr; });
+            if (is_closing_) return;
+            const size_t place = job->num_begun++;
             lock.unlock();
-            job->work();
+            job->read(place);
             lock.lock();
-            --job->num_helpers;
-            is_left_.notify_all();
+            if (++job->num_done == job->sums.size()) is_done_.notify_all();
         }
     }
 
+    Job* next() {
+        for (const std::unique_ptr<Job>& job : jobs_)
+            if (job->num_begun < job->sums.size()) return job.get();
+        return nullptr;
+    }
+
     std::mutex lock_;
-    std::condition_variable has_job_, is_left_;
-    std::deque<Job*> jobs_;
+    std::condition_variable has_job_, is_done_;
+    std::deque<std::unique_ptr<Job>> jobs_;
     std::vector<std::thread> threads_;
     bool is_closing_ = false;
 };
@@ -209,9 +232,18 @@ void* eyrie_checksums_open(size_t num_threads) { return new Pool(num_threads); }
 
 void eyrie_checksums_close(void* pool) { delete static_cast<Pool*>(pool); }
 
-void eyrie_checksums(
-    void* pool, const uint64_t* addresses, const uint64_t* seeds, uint64_t* sums, size_t num_bytes, size_t count) {
-    Job job{addresses, seeds, sums, num_bytes, count};
-    static_cast<Pool*>(pool)->run(job);
+void* eyrie_checksums_begin(
+    void* pool, const uint64_t* addresses, const uint64_t* seeds, size_t num_bytes, size_t count) {
+    return static_cast<Pool*>(pool)->begin(addresses, seeds, num_bytes, count);
+}
+
+bool eyrie_checksums_is_done(void* pool, void* job) {
+    return static_cast<Pool*>(pool)->is_done(static_cast<Job*>(job));
+}
+
+void eyrie_checksums_wait(void* pool, void* job) { static_cast<Pool*>(pool)->wait(static_cast<Job*>(job)); }
+
+void eyrie_checksums_take(void* pool, void* job, uint64_t* sums) {
+    static_cast<Pool*>(pool)->take(static_cast<Job*>(job), sums);
 }
 }

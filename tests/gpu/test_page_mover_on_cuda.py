@@ -1,7 +1,7 @@
 """SAVE and LOAD by a GPU's copy engines, over a real arena. Run by hand: pytest -m gpu tests/gpu -s
 
 What the fakes of unit/test_cuda_page_mover.py take for granted is asked here of the real device: that copies
-and waits keep the order of their events, that pinned pieces serve, and how fast pages move.
+and waits keep the order of their events, and that pinned pieces serve. bench_gpu has how fast pages move.
 """
 
 import tempfile
@@ -22,7 +22,6 @@ from tests.unit.test_engine_loads import PROMPT, finish
 from tests.unit.tier_plans import TierLog
 from tests.unit.tiers import LAYOUT, Tier, eventually, keys
 from workers.engine.mechanisms import ALL_ON, Mechanisms
-from workers.kvcache.arena_pins import huge_page_bytes
 from workers.kvcache.cuda_copies import CudaPinning, CudaStreams, batch_copy
 from workers.kvcache.cuda_page_mover import CudaPageMover
 from workers.kvcache.kv_pool import KVPool
@@ -294,77 +293,6 @@ def test_a_small_pool_with_a_tier_answers_as_without_one(tmp_path, options) -> N
     assert tier.num_loaded_pages > 20 and stats.num_waits["host"] == 0
 
 
-class Timed:
-    """Adds up how long calls of a method take, in the mover's threads."""
-
-    def __init__(self, owner, name: str) -> None:
-        self.seconds, self._call = 0.0, getattr(owner, name)
-        setattr(owner, name, self)
-
-    def __call__(self, *parts):
-        began_s = time.monotonic()
-        try:
-            return self._call(*parts)
-        finally:
-            self.seconds += time.monotonic() - began_s
-
-
-@pytest.mark.parametrize(("bundle_kib", "floor"), [(360, 0.25), (2048, 0.5)])
-@pytest.mark.parametrize("copies", COPIES)
-def test_bandwidth(folder, bundle_kib, floor, copies) -> None:
-    """Prints what pages move at beside one large copy, and where the time goes; asks for a share of that."""
-    layout = target_only(bundle_kib // 8, 16, 2, 64, "bfloat16")
-    assert layout.bundle_bytes == bundle_kib << 10
-    num_pages = (1 << 30) // layout.bundle_bytes
-    total = num_pages * layout.bundle_bytes
-    pool = cuda_pool(0, num_pages, layout)
-    pages, names = list(range(1, num_pages + 1)), keys(num_pages)
-    host = torch.empty(total, dtype=torch.uint8, pin_memory=True)
-    bulk = {
-        "save": seconds(lambda: host.copy_(pool.data[1:].view(-1), non_blocking=True)),
-        "load": seconds(lambda: pool.data[1:].view(-1).copy_(host, non_blocking=True)),
-    }
-    rates = {}
-    make = partial(cuda_mover, copies=copies, verify="once")
-    began_s = time.monotonic()
-    with Tier(folder, [pool], num_slots=num_pages, make=make) as tier:
-        eventually(lambda: is_pinned(tier))
-        pin_s = time.monotonic() - began_s
-        locations = tier.save(pages, names)
-        mover = tier.mover
-        checks, enqueues = Timed(mover._checksums, "of"), Timed(mover._streams, "copy")
-        for arm in ("save", "load, verified", "load", "load again"):
-            kind = arm[:4]
-            if kind == "save":
-                tier.store.clear()
-                grants = tier.grant(num_pages)
-                op = tier.save_op(pages, grants, names)
-            else:
-                op = tier.load_op(pages, locations, names)
-            checks.seconds = enqueues.seconds = 0.0
-            cpu_s, began_s = time.process_time(), time.monotonic()
-            tier.start(op)
-            while mover.num_in_flight:
-                time.sleep(0.0005)
-            took_s = time.monotonic() - began_s
-            cpu_s = time.process_time() - cpu_s
-            assert tier.outcome(op) == [DONE] * num_pages
-            if kind == "save":
-                locations = tier.commit(grants, names)
-            rates[arm] = bulk[kind] / took_s
-            print(
-                f"\n{copies} {bundle_kib} KiB {arm}: {total / took_s / 1e9:.1f} GB/s,"
-                f" {rates[arm]:.2f} of bulk; {cpu_s / took_s:.2f} cores; of {took_s * 1e3:.0f} ms"
-                f" {checks.seconds * 1e3:.0f} checksums, {enqueues.seconds * 1e3:.0f} enqueueing"
-            )
-        print(
-            f"pinned {total / 2**30:.2f} GiB in {pin_s:.2f} s, start of the mover included;"
-            f" {huge_page_bytes(tier.arena.path) / 2**20:.0f} MiB in huge pages; copies"
-            f" {dict(mover.stats.num_copies)}, bounced {dict(mover.stats.num_bounced)}"
-        )
-    assert min(rates.values()) > floor, rates
-
-
 def test_launches_go_on_while_the_arena_is_pinned(folder) -> None:
     """Prints how long small launches take beside pinning, and without it."""
     layout = target_only(256, 16, 2, 64, "bfloat16")
@@ -384,12 +312,3 @@ def test_launches_go_on_while_the_arena_is_pinned(folder) -> None:
         num, beside_s = worst_launch(lambda num: is_pinned(tier))
         print(f"\nworst launch: {alone_s * 1e3:.2f} ms alone, {beside_s * 1e3:.2f} ms in {num} while pinning")
     assert beside_s < 0.5
-
-
-def seconds(copy) -> float:
-    copy()
-    torch.cuda.synchronize()
-    began_s = time.monotonic()
-    copy()
-    torch.cuda.synchronize()
-    return time.monotonic() - began_s

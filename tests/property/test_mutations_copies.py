@@ -185,7 +185,7 @@ class Life:
         for _ in range(3):
             self.chance.choice(others)()
         self.chance.choice(actions)()
-        num_bytes = sum(lane._num_in_flight for lane in self.tier.mover.lanes) * BUNDLE
+        num_bytes = sum(lane.num_in_flight for lane in self.tier.mover.lanes) * BUNDLE
         assert num_bytes <= 2 * copy_lane.MAX_BYTES_IN_FLIGHT, "in_flight: more than is allowed"
 
     def finish(self) -> None:

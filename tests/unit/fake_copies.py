@@ -201,5 +201,5 @@ class FakeCuda:
             board,
             streams=self.streams,
             pinning=self.pinning,
-            **{"num_threads": 1, **options},
+            **{"num_threads": 0, **options},
         )

@@ -25,7 +25,8 @@ def expected(made, names, rank: int) -> list[int]:
 def found(checksums: Checksums, made, names, rank: int) -> list[int]:
     base, stride = made.ctypes.data, made.strides[0]
     addresses = [base + place * stride for place in range(len(made))]
-    return checksums.of(addresses, made.shape[1], [checksum_seed(name, rank) for name in names])
+    seeds = [checksum_seed(name, rank) for name in names]
+    return checksums.begin(addresses, made.shape[1], seeds).take()
 
 
 @pytest.mark.parametrize("num_threads", [0, 3])
@@ -38,7 +39,7 @@ def test_they_are_xxhash_s_own(num_bytes, num_threads) -> None:
         assert found(checksums, made, names, rank) == expected(made, names, rank)
     zeros = numpy.zeros((2, num_bytes), numpy.uint8)
     assert found(checksums, zeros, names[:2], 0) == expected(zeros, names[:2], 0)
-    assert checksums.of([], num_bytes, []) == []
+    assert found(checksums, zeros[:0], [], 0) == []
     checksums.close()
     checksums.close()
 
@@ -73,6 +74,24 @@ def test_several_callers_share_the_threads() -> None:
     checksums.close()
 
 
+@pytest.mark.parametrize("num_threads", [0, 2])
+def test_one_is_begun_while_another_is_under_way_and_nobody_has_to_ask(num_threads) -> None:
+    checksums, names, made = (
+        Checksums(num_threads),
+        [key(0), key(1)],
+        [bundles(2, 4096, seed) for seed in (1, 2)],
+    )
+    begun = []
+    for each in made:
+        addresses = [each.ctypes.data + place * 4096 for place in range(2)]
+        begun.append(checksums.begin(addresses, 4096, [checksum_seed(name, 0) for name in names]))
+    assert begun[1].synchronize() is None and begun[1].query(), "it waited, and they are not there"
+    assert [each.take() for each in reversed(begun)] == [expected(each, names, 0) for each in reversed(made)]
+    for _ in range(50):  # what nobody takes keeps nobody
+        checksums.begin([made[0].ctypes.data], 4096, [0])
+    checksums.close()
+
+
 @pytest.mark.parametrize("flags", ["", "-mavx2"])
 def test_every_instruction_set_computes_the_same(tmp_path, flags) -> None:
     """Compiled as on CPUs that know less than this one."""
@@ -91,7 +110,7 @@ def test_every_instruction_set_computes_the_same(tmp_path, flags) -> None:
 def test_what_is_too_short_is_a_bug_of_ours() -> None:
     checksums = Checksums(0)
     with pytest.raises(AssertionError, match=f"{MIN_BYTES} are the least"):
-        checksums.of([1], 240, [0])
+        found(checksums, bundles(1, 240), [key(0)], 0)
     checksums.close()
 
 

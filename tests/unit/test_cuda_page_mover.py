@@ -192,7 +192,8 @@ def test_so_many_bytes_are_in_flight_and_no_more(build, monkeypatch) -> None:
     tier, cuda = build()
     op = tier.load_op(list(range(5, 11)), saved(tier, cuda, list(range(1, 7)), keys(6)), keys(6))
     tier.mover.start(op)
-    assert [tier.mover.lanes[0].advance() for _ in range(4)] == [True, True, False, False]
+    while tier.mover.lanes[0].advance():
+        continue
     assert statuses(tier, op) == [ENQUEUED] * 4 + [PENDING] * 2
     drive(tier, cuda)
     assert tier.outcome(op) == [DONE] * 6
@@ -222,6 +223,72 @@ def test_a_device_that_has_failed_fails_every_move_and_keeps_its_leases(build) -
         tier.mover.lanes[0].advance()
     assert tier.outcome(first) == [IO] * 2 and tier.outcome(then) == [IO]
     assert tier.arena.leases.sum() == 2
+
+
+class HeldSums:
+    """Checksums that are there when the test says so, or who waits for them."""
+
+    def __init__(self, checksums) -> None:
+        self._checksums, self.held = checksums, []
+
+    def begin(self, *arguments):
+        sums = self._checksums.begin(*arguments)
+        sums.is_there = False
+        sums.query = lambda: sums.is_there
+        sums.synchronize = lambda: setattr(sums, "is_there", True)
+        self.held.append(sums)
+        return sums
+
+
+def hold_sums(tier, lane) -> HeldSums:
+    held = HeldSums(tier.mover._checksums)
+    lane._checks._checksums = held
+    return held
+
+
+def test_the_next_loads_are_read_while_others_are_copied(build, monkeypatch) -> None:
+    monkeypatch.setattr(copy_lane, "MAX_BYTES_IN_FLIGHT", 4 * BUNDLE)
+    monkeypatch.setattr(copy_lane, "BATCH_BYTES", 2 * BUNDLE)
+    tier, cuda = build(num_pages=24)
+    op = tier.load_op(range(11, 21), saved(tier, cuda, range(1, 11), keys(10)), keys(10))
+    lane = tier.mover.lanes[0]
+    held = hold_sums(tier, lane)
+    tier.mover.start(op)
+    while lane.advance():
+        continue
+    assert len(held.held) == 2, "as many bytes are read as may be copied, and no more"
+    assert statuses(tier, op) == [PENDING] * 10 and lane.oldest is held.held[0]
+    held.held[0].is_there = True
+    while lane.advance():
+        continue
+    assert statuses(tier, op) == [ENQUEUED] * 2 + [PENDING] * 8 and len(held.held) == 3
+    held.held[2].is_there = True
+    assert lane.advance() is False, "a LOAD overtook another"
+    for sums in held.held:
+        sums.is_there = True
+    while lane.advance():
+        continue
+    assert statuses(tier, op) == [ENQUEUED] * 4 + [PENDING] * 6, "only so much is in flight"
+    assert lane.oldest is not held.held[2], "what is read waits for room, not for its checksums"
+
+
+def test_saves_are_copied_while_others_are_read_and_end_once_they_are(build, monkeypatch) -> None:
+    monkeypatch.setattr(copy_lane, "MAX_BYTES_IN_FLIGHT", 4 * BUNDLE)
+    monkeypatch.setattr(copy_lane, "BATCH_BYTES", 2 * BUNDLE)
+    tier, cuda = build()
+    lane = tier.mover.lanes[1]
+    held, grants = hold_sums(tier, lane), tier.grant(8)
+    op = tier.save_op(range(1, 9), grants, keys(8))
+    tier.mover.start(op)
+    drive(tier, cuda)
+    assert len(held.held) == 3 and tier.mover.stats.num_copies["save"] == 6, "a fourth waits"
+    assert statuses(tier, op) == [PENDING] * 8
+    assert [tier.arena.checksum(grant.slot, 0) for grant in grants] == [0] * 8
+    for place in range(4):
+        held.held[place].is_there = True
+        drive(tier, cuda)
+        assert statuses(tier, op) == [DONE] * (2 * place + 2) + [PENDING] * (6 - 2 * place)
+    assert all(tier.arena.checksum(grant.slot, 0) for grant in grants)
 
 
 class BrokenChecks:

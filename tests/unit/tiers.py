@@ -56,9 +56,10 @@ class ToldBoard(MoveBoard):
         super().__init__(*fields)
         self.told: dict[int, list[MoveStatus]] = defaultdict(list)
 
-    def publish(self, move: int, status: MoveStatus) -> None:
-        self.told[move].append(status)
-        super().publish(move, status)
+    def publish_all(self, told) -> None:
+        for move, status in told:
+            self.told[move].append(status)
+        super().publish_all(told)
 
 
 def boards(size: int, capacity: int = MOVE_CAPACITY) -> list[ToldBoard]:

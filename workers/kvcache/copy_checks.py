@@ -1,13 +1,13 @@
 """What SAVEs and LOADs check before their copies are enqueued and after these are over (I7).
 
-Used by CopyLane, in its thread; checksums are spread over a few more. No torch.
+Used by CopyLane, in its thread; other threads compute the checksums. No torch.
 """
 
 import os
 from collections.abc import Sequence
 from typing import Protocol
 
-from cache_service.native.checksum import Checksums
+from cache_service.native.checksum import Checksums, Sums
 from workers.kvcache.arena_part import ArenaPart
 from workers.kvcache.moves import Move, MoveKind
 from workers.move_board import MoveStatus
@@ -15,11 +15,16 @@ from workers.move_board import MoveStatus
 MAX_CHECKSUM_THREADS = 8
 """One thread reads some 10 to 30 GB/s from memory, where pages move at 50 in each direction."""
 CORES_PER_CHECKSUM_THREAD = 2
+_STALE, _TORN = MoveStatus.FAILED_STALE, MoveStatus.FAILED_TORN
 
 
 def num_checksum_threads() -> int:
-    """Return how many threads help a lane's own, as the cores that this process may use allow."""
-    return min(MAX_CHECKSUM_THREADS, len(os.sched_getaffinity(0)) // CORES_PER_CHECKSUM_THREAD) - 1
+    """Return how many threads compute checksums, as the cores that this process may use allow.
+
+    0: too few for any, the lanes' threads do it.
+    """
+    num_threads = min(MAX_CHECKSUM_THREADS, len(os.sched_getaffinity(0)) // CORES_PER_CHECKSUM_THREAD)
+    return num_threads if num_threads > 1 else 0
 
 
 class CopyChecks(Protocol):
@@ -28,11 +33,15 @@ class CopyChecks(Protocol):
     kind: MoveKind
 
     def before(self, moves: Sequence[Move]) -> list[MoveStatus]:
-        """Say which may be copied, ENQUEUED, and why others may not. What may be is held until `let_go`."""
+        """Say which may go on, ENQUEUED, and why others may not. What may go on is held until `let_go`."""
         ...
 
-    def after(self, moves: Sequence[Move]) -> list[MoveStatus]:
-        """Say what has come of moves whose copies are over."""
+    def begin_checksums(self, moves: Sequence[Move]) -> Sums | None:
+        """Begin to read what the arena has; None: there is no need."""
+        ...
+
+    def after(self, moves: Sequence[Move], checksums: Sequence[int] | None) -> list[MoveStatus]:
+        """Say what has come of moves whose copies are over; `checksums` are a SAVE's."""
         ...
 
     def let_go(self, moves: Sequence[Move]) -> None:
@@ -49,30 +58,25 @@ class LoadChecks:
         self._checksums = checksums
 
     def before(self, moves: Sequence[Move]) -> list[MoveStatus]:
-        """Lease slots and verify their bytes."""
-        leased = [move for move in moves if self._arena.lease(move)]
-        unsure = [move for move in leased if self._arena.must_verify(move)]
-        intact = dict.fromkeys(leased, True)
-        for move, checksum in zip(unsure, self._arena.checksums(self._checksums, unsure), strict=True):
-            intact[move] = self._arena.verify(move, checksum)
-        self.let_go([move for move in leased if not intact[move]])
-        return [
-            MoveStatus.FAILED_STALE
-            if move not in intact
-            else MoveStatus.ENQUEUED
-            if intact[move]
-            else MoveStatus.FAILED_CORRUPT
-            for move in moves
-        ]
+        """Lease slots."""
+        return _told(self._arena.lease_all(moves), MoveStatus.ENQUEUED, _STALE)
 
-    def after(self, moves: Sequence[Move]) -> list[MoveStatus]:
+    def begin_checksums(self, moves: Sequence[Move]) -> Sums | None:
+        """Read all of a batch in which one is not known."""
+        is_any = self._arena.must_verify(moves)
+        return self._arena.begin_checksums(self._checksums, moves) if is_any else None
+
+    def verified(self, moves: Sequence[Move], checksums: Sequence[int]) -> list[MoveStatus]:
+        """Say which have the bytes that were saved, ENQUEUED."""
+        return _told(self._arena.verify_all(moves, checksums), MoveStatus.ENQUEUED, MoveStatus.FAILED_CORRUPT)
+
+    def after(self, moves: Sequence[Move], checksums: Sequence[int] | None) -> list[MoveStatus]:
         """Look whether the slots are what they were."""
-        return [MoveStatus.DONE if self._arena.is_current(move) else MoveStatus.FAILED_TORN for move in moves]
+        return _told(self._arena.are_current(moves), MoveStatus.DONE, _TORN)
 
     def let_go(self, moves: Sequence[Move]) -> None:
         """Give leases back."""
-        for move in moves:
-            self._arena.release(move)
+        self._arena.release_all(moves)
 
 
 class SaveChecks:
@@ -86,17 +90,20 @@ class SaveChecks:
 
     def before(self, moves: Sequence[Move]) -> list[MoveStatus]:
         """Look for the grants."""
-        return [
-            MoveStatus.ENQUEUED if self._arena.is_granted(move) else MoveStatus.FAILED_STALE for move in moves
-        ]
+        return _told(self._arena.are_granted(moves), MoveStatus.ENQUEUED, _STALE)
 
-    def after(self, moves: Sequence[Move]) -> list[MoveStatus]:
-        """Write checksums of what the arena has."""
-        checksums = self._arena.checksums(self._checksums, moves)
-        return [
-            MoveStatus.DONE if self._arena.seal(move, checksum) else MoveStatus.FAILED_TORN
-            for move, checksum in zip(moves, checksums, strict=True)
-        ]
+    def begin_checksums(self, moves: Sequence[Move]) -> Sums | None:
+        """Read what the arena has, not the pool."""
+        return self._arena.begin_checksums(self._checksums, moves)
+
+    def after(self, moves: Sequence[Move], checksums: Sequence[int] | None) -> list[MoveStatus]:
+        """Write checksums."""
+        assert checksums is not None, "a SAVE's are always computed"
+        return _told(self._arena.seal_all(moves, checksums), MoveStatus.DONE, _TORN)
 
     def let_go(self, moves: Sequence[Move]) -> None:
         """Nothing: the grant is the group's."""
+
+
+def _told(are_so: Sequence[bool], so: MoveStatus, not_so: MoveStatus) -> list[MoveStatus]:
+    return [so if is_so else not_so for is_so in are_so]

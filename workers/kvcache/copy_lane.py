@@ -1,23 +1,28 @@
-"""CopyLane: takes one kind of moves through a stream of the device, a few batches in flight.
+"""CopyLane: takes one kind of moves through a stream of the device, a few batches in flight at each stage.
 
-    queue -> checks -> copies enqueued, ENQUEUED -> ... the device copies ... -> checks -> over
+    LOAD: queue -> leased, checksums begun -> copies enqueued, ENQUEUED -> ... the device copies ... -> over
+    SAVE: queue -> copies enqueued -> ... the device copies ... -> checksums begun -> sealed, over
 
-`advance` never waits for the device; the mover's thread of this kind calls it, tests do so in any order.
-What a copy may touch (the slot's lease, a bounce frame) is given back once its end mark is passed. No torch.
+While one batch is copied, threads read the bytes of the next, or of the one before. `advance` waits for
+neither; the mover's thread of this kind calls it, tests do so in any order. What a copy may touch (the slot's
+lease, a bounce frame) is given back once its end mark is passed. No torch.
 """
 
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from itertools import compress
 
 import numpy
+from numpy.typing import NDArray
 
+from cache_service.native.checksum import Sums
 from workers.engine.mechanisms import Mechanisms
 from workers.kvcache.arena_part import ArenaPart, MoverError
 from workers.kvcache.arena_pins import ArenaPins, Bounce
-from workers.kvcache.copy_checks import CopyChecks
-from workers.kvcache.copy_streams import Copy, CopyStreams
+from workers.kvcache.copy_checks import LoadChecks, SaveChecks
+from workers.kvcache.copy_streams import CopyStreams, copy_runs
 from workers.kvcache.move_queue import Mark, MoveQueue, Started
 from workers.kvcache.moves import NO_FAULT, Fault, Move, MoveInjection
 from workers.move_board import MoveStatus
@@ -25,31 +30,31 @@ from workers.move_board import MoveStatus
 logger = logging.getLogger(__name__)
 
 MAX_BYTES_IN_FLIGHT = 64 << 20
-"""A step that has to come after LOADs waits for so many bytes at most: 1.4 ms at 45 GB/s."""
+"""A step that has to come after LOADs waits for so many bytes at most: 1.4 ms at 45 GB/s. As many may be read
+for their checksums beside them."""
 BATCH_BYTES = 16 << 20
-"""Checked and copied at once: the next batch is checked while this one is copied."""
+"""Checked and copied at once."""
 
 
-class _Ready(NamedTuple):
-    """A move whose copy is to be enqueued, through a bounce frame or directly."""
+@dataclass
+class _Batch:
+    """Moves on their way together."""
 
-    started: Started
-    frame: int | None
-
-    @property
-    def move(self) -> Move:
-        return self.started.move
-
-
-class _Flight(NamedTuple):
-    """Moves whose copies are enqueued."""
-
-    ready: list[_Ready]
+    moves: list[Move]
+    frames: list[int | None]
+    """Bounce frames, of the moves that need one."""
+    after: Mark | None
     fault: Fault
-    begin: Mark
-    end: Mark
-    host_s: float
-    """Spent on checks before."""
+    checks_s: float = 0.0
+    """Spent on checks so far."""
+    marks: tuple[Mark, Mark] | None = None
+    """Around its copies."""
+    sums: Sums | None = None
+    """What is being read of it, since `read_since_s`."""
+    read_since_s: float = 0.0
+
+    def __len__(self) -> int:
+        return len(self.moves)
 
 
 class CopyLane:
@@ -57,7 +62,7 @@ class CopyLane:
 
     def __init__(
         self,
-        checks: CopyChecks,
+        checks: LoadChecks | SaveChecks,
         queue: MoveQueue,
         arena: ArenaPart,
         streams: CopyStreams,
@@ -83,29 +88,42 @@ class CopyLane:
         # Faults are of single moves.
         self._max_batch = 1 if injection else max(1, BATCH_BYTES // bundle_bytes)
         self._max_in_flight = max(1, MAX_BYTES_IN_FLIGHT // bundle_bytes)
-        self._taken: list[Started] = []  # from the queue, and neither in flight nor over
-        self._flights: deque[_Flight] = deque()
-        self._num_in_flight = 0
+        self._taken: list[Started] = []  # from the queue, and in none of what follows
+        self._read: deque[_Batch] = deque()  # LOADs before their copies, SAVEs after them
+        self._copied: deque[_Batch] = deque()
         self._num_flights = 0
+        self._checked_s = 0.0  # when the last checksums were there
         self._is_broken = False
 
     @property
-    def oldest(self) -> Mark | None:
-        """The mark that is passed first; None: nothing is in flight."""
-        return self._flights[0].end if self._flights else None
+    def num_in_flight(self) -> int:
+        """Pages whose copies are enqueued and not known to be over."""
+        return sum(map(len, self._copied))
+
+    @property
+    def oldest(self) -> Mark | Sums | None:
+        """What is passed first, of what `advance` needs; None: nothing is in flight."""
+        if self._read and (sums := self._read[0].sums) is not None and not (self._copied and sums.query()):
+            return sums
+        return _end(self._copied[0]) if self._copied else None
 
     def advance(self) -> bool:
-        """Take up copies that are over and enqueue a batch if there is room; False: there was nothing."""
+        """Take each batch a stage further that can go; False: none could."""
         is_any = False
-        while self._flights and self._is_passed(self._flights[0].end):
-            self._finish(self._flights[0])
-            self._flights.popleft()
+        while self._copied and self._is_passed(_end(self._copied[0])):
+            self._landed(self._copied[0])
+            self._copied.popleft()
             is_any = True
-        room = self._max_in_flight - self._num_in_flight
+        if self.kind == "save":
+            is_any = self._end_read() or is_any
+        num_held = sum(map(len, self._read))
+        room = self._max_in_flight - (num_held if self.kind == "load" else max(num_held, self.num_in_flight))
         self._taken = self._queue.take(self.kind, min(room, self._max_batch)) if room > 0 else []
         if self._taken:
             is_any = self._begin(self._taken) or is_any
             self._taken = []
+        if self.kind == "load":
+            is_any = self._copy_read() or is_any
         return is_any
 
     def fail(self) -> None:
@@ -115,10 +133,10 @@ class CopyLane:
         its device.
         """
         self._is_broken = True
-        self._num_in_flight = 0
-        begun = [ready.move for flight in self._flights for ready in flight.ready]
+        begun = [move for batch in (*self._copied, *self._read) for move in batch.moves]
         begun += [started.move for started in self._taken]
-        self._flights.clear()
+        self._copied.clear()
+        self._read.clear()
         self._taken = []
         self._end_all([move for move in dict.fromkeys(begun) if not self._queue.status(move.number).is_over])
 
@@ -130,25 +148,38 @@ class CopyLane:
             self.fail()
             return False
 
-    def _begin(self, batch: list[Started]) -> bool:
-        """Check a batch and enqueue its copies; False: all of it waits for bounce frames."""
+    # From the queue.
+
+    def _begin(self, started: list[Started]) -> bool:
+        """Look what may be done of what was taken, and begin it; False: all of it waits for bounce frames."""
         began_s = self._clock()
         fault = NO_FAULT
         if self._injection:
-            fault = self._injection.fault(batch[0].move, self._arena.part)
+            fault = self._injection.fault(started[0].move, self._arena.part)
             self._queue.pause(fault.delay_s)
         if fault.fails or self._is_broken or self._queue.is_closing or not self._is_there():
-            self._end_all([started.move for started in batch])
+            self._end_all([each.move for each in started])
             return True
-        self._end_all([started.move for started in batch if not self._arena.has(started.move)])
-        ready = self._with_frames([started for started in batch if self._arena.has(started.move)])
-        if ready:
-            ready = self._checked(ready, began_s)
-            host_s = self._clock() - began_s
-            if ready and (marks := self._copy(ready)) is not None:
-                self._took_off(_Flight(ready, fault, *marks, host_s))
+        there = [self._arena.has(each.move) for each in started]
+        if not all(there):
+            self._end_all([each.move for each, has in zip(started, there, strict=True) if not has])
+            started = list(compress(started, there))
+        frames = self._frames(started)
+        if not frames:
+            return False
+        started = started[: len(frames)]
+        # The latest start: its mark is behind those of the others (I6).
+        after = max(started, key=lambda each: each.move.number).after
+        batch = _Batch([each.move for each in started], frames, after, fault)
+        statuses = self._checks.before(batch.moves)
+        if not self._keep(batch, statuses, began_s):
             return True
-        return False
+        if self.kind == "save":
+            batch.checks_s = self._clock() - began_s
+            self._copy(batch)
+        else:
+            self._begin_to_read(batch, began_s)
+        return True
 
     def _is_there(self) -> bool:
         try:
@@ -157,88 +188,126 @@ class CopyLane:
             logger.exception("the arena is of other pages", extra={"kind": self.kind})
             return False
 
-    def _with_frames(self, batch: list[Started]) -> list[_Ready]:
-        """Give bounce frames to moves whose slots are not pinned; have those wait for which there is none."""
-        ready: list[_Ready] = []
-        for place, started in enumerate(batch):
+    def _frames(self, started: list[Started]) -> list[int | None]:
+        """Return bounce frames for moves whose slots are not pinned, until there is none: the rest waits."""
+        pins, frames = self._pins(), []
+        for place, each in enumerate(started):
             frame = None
-            if self._pins().piece(started.move.slot) is None:
-                frame = self._bounce.take()
-                if frame is None:
-                    self._taken = batch[:place]
-                    self._queue.put_back(batch[place:])
-                    break
-            ready.append(_Ready(started, frame))
-        return ready
+            if pins.piece(each.move.slot) is None and (frame := self._bounce.take()) is None:
+                self._taken = started[:place]
+                self._queue.put_back(started[place:])
+                break
+            frames.append(frame)
+        return frames
 
-    def _checked(self, ready: list[_Ready], began_s: float) -> list[_Ready]:
-        """End moves that must not be copied; return the others."""
-        statuses = self._checks.before([each.move for each in ready])
-        kept: list[_Ready] = []
-        for each, status in zip(ready, statuses, strict=True):
-            if status is MoveStatus.ENQUEUED:
-                kept.append(each)
-            else:
-                self._free_frame(each)
-                self._queue.end(each.move, status, (self._clock() - began_s) / len(ready))
-        return kept
+    def _keep(self, batch: _Batch, statuses: list[MoveStatus], began_s: float) -> bool:
+        """End moves that must not be copied; tell whether any is left."""
+        if any(status is not MoveStatus.ENQUEUED for status in statuses):
+            share_s = (self._clock() - began_s) / len(batch)
+            found = list(zip(batch.moves, batch.frames, statuses, strict=True))
+            for move, frame, status in found:
+                if status is not MoveStatus.ENQUEUED:
+                    self._free_frames([frame])
+                    self._queue.end(move, status, share_s)
+            kept = [each for each in found if each[2] is MoveStatus.ENQUEUED]
+            batch.moves, batch.frames = [each[0] for each in kept], [each[1] for each in kept]
+        return len(batch) > 0
 
-    def _copy(self, ready: list[_Ready]) -> tuple[Mark, Mark] | None:
-        """Enqueue copies and return the marks around them; None: it could not be, and the moves are over."""
-        if self.kind == "load" and not self._mechanisms.enqueues_before_waits:
-            self._queue.enqueued([each.move for each in ready])
-        # The latest start: its mark is behind those of the others (I6).
-        after = max(ready, key=lambda each: each.move.number).started.after
-        try:
-            if self.kind == "load":
-                for each in ready:
-                    if each.frame is not None:
-                        numpy.copyto(self._bounce.frame(each.frame), self._arena.bundles[each.move.slot])
-            copies = self._copies(ready)
-            marks = self._streams.copy(self.kind, copies, after if self._mechanisms.fences_moves else None)
-        except RuntimeError:
-            logger.exception("copies could not be enqueued", extra={"kind": self.kind, "moves": len(ready)})
-            self._give_up(ready)
+    # What is read for its checksums.
+
+    def _begin_to_read(self, batch: _Batch, began_s: float) -> None:
+        batch.sums = self._checks.begin_checksums(batch.moves)
+        batch.read_since_s = self._clock()
+        batch.checks_s += batch.read_since_s - began_s
+        self._read.append(batch)
+
+    def _taken_sums(self, batch: _Batch) -> list[int] | None:
+        """Return the checksums of a batch that is read, None if it did not need to be; count the time."""
+        sums, batch.sums = batch.sums, None
+        if sums is None:
             return None
-        self._queue.stats.copied(self.kind, len(copies), sum(each.frame is not None for each in ready))
-        return marks
+        found, now_s = sums.take(), self._clock()
+        batch.checks_s += now_s - max(batch.read_since_s, self._checked_s)  # beside others it counts once
+        self._checked_s = now_s
+        return found
 
-    def _took_off(self, flight: _Flight) -> None:
-        """Note enqueued copies, then tell: whoever waits for them waits for their end mark (I5)."""
-        moves = [each.move for each in flight.ready]
+    def _copy_read(self) -> bool:
+        """Enqueue copies of LOADs whose bytes are read, as far as there is room."""
+        is_any = False
+        while self._read and self.num_in_flight + len(self._read[0]) <= self._max_in_flight:
+            batch = self._read[0]
+            if batch.sums is not None and not batch.sums.query():
+                break
+            if (checksums := self._taken_sums(batch)) is not None:
+                self._verify(batch, checksums)
+            if len(batch):
+                self._copy(batch)
+            self._read.popleft()
+            is_any = True
+        return is_any
+
+    def _verify(self, batch: _Batch, checksums: list[int]) -> None:
+        assert isinstance(self._checks, LoadChecks), "a LOAD's"
+        began_s = self._clock()
+        statuses = self._checks.verified(batch.moves, checksums)
+        bad = [status is not MoveStatus.ENQUEUED for status in statuses]
+        self._checks.let_go(list(compress(batch.moves, bad)))
+        self._keep(batch, statuses, began_s)
+        batch.checks_s += self._clock() - began_s
+
+    def _end_read(self) -> bool:
+        """End SAVEs whose bytes are read."""
+        is_any = False
+        while self._read and (sums := self._read[0].sums) is not None and sums.query():
+            self._finish(self._read[0])
+            self._read.popleft()
+            is_any = True
+        return is_any
+
+    # Copies.
+
+    def _copy(self, batch: _Batch) -> None:
+        """Enqueue copies, then tell: whoever waits for them waits for their end mark (I5)."""
+        is_load, moves = self.kind == "load", batch.moves
+        if is_load and not self._mechanisms.enqueues_before_waits:
+            self._queue.enqueued(moves)
+        try:
+            if is_load:
+                for frame, slot in self._bounced(batch):
+                    numpy.copyto(frame, slot)
+            copies = copy_runs(self._places(batch), self._bundle_bytes)
+            batch.marks = self._streams.copy(
+                self.kind, copies, batch.after if self._mechanisms.fences_moves else None
+            )
+        except RuntimeError:
+            logger.exception("copies could not be enqueued", extra={"kind": self.kind, "moves": len(moves)})
+            self._give_up(batch)
+            return
+        self._queue.stats.copied(self.kind, len(copies), sum(frame is not None for frame in batch.frames))
         self._num_flights += 1
-        self._num_in_flight += len(moves)
-        self._flights.append(flight)
-        if self.kind == "load" and self._mechanisms.enqueues_before_waits:
-            self._queue.enqueued(moves, flight.end, self._num_flights)
+        self._copied.append(batch)
+        if is_load and self._mechanisms.enqueues_before_waits:
+            self._queue.enqueued(moves, _end(batch), self._num_flights)
         if not self._mechanisms.leases_whole_copies:
-            self._checks.let_go(moves)
+            self._checks.let_go(batch.moves)
         if self._injection:
-            self._queue.pause(flight.fault.copy_delay_s)
+            self._queue.pause(batch.fault.copy_delay_s)
             if self._injection.during_copy is not None:
                 self._injection.during_copy(moves[0])
 
-    def _finish(self, flight: _Flight) -> None:
-        """End moves whose copies are over."""
-        began_s = self._clock()
-        moves = [each.move for each in flight.ready]
-        if self.kind == "save":
-            for each in flight.ready:
-                if each.frame is not None:
-                    numpy.copyto(self._arena.bundles[each.move.slot], self._bounce.frame(each.frame))
-        statuses = self._checks.after(moves)
-        if self._mechanisms.leases_whole_copies:
-            self._checks.let_go(moves)
-        copy_s = self._streams.seconds(flight.begin, flight.end)
-        seconds = flight.host_s + copy_s + self._clock() - began_s
-        self._num_in_flight -= len(moves)
-        for each, status in zip(flight.ready, statuses, strict=True):
-            self._free_frame(each)
-            if flight.fault.corrupts and status is MoveStatus.DONE:
-                self._arena.flip_bit(each.move.slot)
-        self._queue.end_all(list(zip(moves, statuses, strict=True)), seconds)
+    def _places(self, batch: _Batch) -> list[tuple[int, int, int | None]]:
+        """Return each move's page, address in host memory and, unless it is bounced, pinned piece."""
+        pins = self._pins()
+        return [
+            (move.page, address, pins.piece(move.slot))
+            if frame is None
+            else (move.page, self._bounce.frame(frame).ctypes.data, None)
+            for move, address, frame in zip(
+                batch.moves, self._arena.addresses(batch.moves), batch.frames, strict=True
+            )
+        ]
 
-    def _give_up(self, ready: Sequence[_Ready]) -> None:
+    def _give_up(self, batch: _Batch) -> None:
         """End moves whose copies could not be enqueued, once none of them can be under way."""
         try:
             self._streams.drain(self.kind)
@@ -246,40 +315,50 @@ class CopyLane:
             logger.exception("the device has failed", extra={"kind": self.kind})
             self._is_broken = True
         else:
-            self._checks.let_go([each.move for each in ready])
-            for each in ready:
-                self._free_frame(each)
-        self._end_all([each.move for each in ready])
+            self._checks.let_go(batch.moves)
+            self._free_frames(batch.frames)
+        self._end_all(batch.moves)
 
-    def _copies(self, ready: Sequence[_Ready]) -> list[Copy]:
-        """Return one copy for each run of neighbours in pool and arena; none spans two pinned pieces."""
-        copies: list[Copy] = []
-        last_piece: int | None = None
-        for page, address, piece in sorted(self._places(ready), key=lambda place: place[0]):
-            if copies and piece is not None and piece == last_piece:
-                first, num_pages, start = copies[-1]
-                offset = num_pages * self._bundle_bytes
-                if (page, address) == (first + num_pages, start + offset):
-                    copies[-1] = Copy(first, num_pages + 1, start)
-                    continue
-            copies.append(Copy(page, 1, address))
-            last_piece = piece
-        return copies
+    def _landed(self, batch: _Batch) -> None:
+        """Go on with moves whose copies are over."""
+        if self.kind == "load":
+            self._finish(batch)
+            return
+        began_s = self._clock()
+        for frame, slot in self._bounced(batch):
+            numpy.copyto(slot, frame)
+        self._begin_to_read(batch, began_s)
 
-    def _places(self, ready: Sequence[_Ready]) -> list[tuple[int, int, int | None]]:
-        """Return each move's page, address in host memory and, unless it is bounced, pinned piece."""
-        bundles = self._arena.bundles
-        base, stride = bundles.ctypes.data, bundles.strides[0]
+    def _finish(self, batch: _Batch) -> None:
+        """End moves of which nothing is left to do."""
+        checksums, began_s = self._taken_sums(batch), self._clock()
+        statuses = self._checks.after(batch.moves, checksums)
+        if self._mechanisms.leases_whole_copies:
+            self._checks.let_go(batch.moves)
+        self._free_frames(batch.frames)
+        if batch.fault.corrupts and statuses[0] is MoveStatus.DONE:
+            self._arena.flip_bit(batch.moves[0].slot)
+        assert batch.marks is not None, "its copies were enqueued"
+        seconds = batch.checks_s + self._streams.seconds(*batch.marks) + self._clock() - began_s
+        self._queue.end_all(batch.moves, statuses, seconds)
+
+    def _bounced(self, batch: _Batch) -> list[tuple[NDArray[numpy.uint8], NDArray[numpy.uint8]]]:
+        """Return frame and slot of each move that is bounced."""
         return [
-            (each.move.page, base + each.move.slot * stride, self._pins().piece(each.move.slot))
-            if each.frame is None
-            else (each.move.page, self._bounce.frame(each.frame).ctypes.data, None)
-            for each in ready
+            (self._bounce.frame(frame), self._arena.bundles[move.slot])
+            for frame, move in zip(batch.frames, batch.moves, strict=True)
+            if frame is not None
         ]
 
     def _end_all(self, moves: Sequence[Move]) -> None:
-        self._queue.end_all([(move, MoveStatus.FAILED_IO) for move in moves], 0.0)
+        self._queue.end_all(moves, [MoveStatus.FAILED_IO] * len(moves), 0.0)
 
-    def _free_frame(self, ready: _Ready) -> None:
-        if ready.frame is not None:
-            self._bounce.give_back(ready.frame)
+    def _free_frames(self, frames: Sequence[int | None]) -> None:
+        for frame in frames:
+            if frame is not None:
+                self._bounce.give_back(frame)
+
+
+def _end(batch: _Batch) -> Mark:
+    assert batch.marks is not None, "its copies are enqueued"
+    return batch.marks[1]

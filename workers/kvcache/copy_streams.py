@@ -3,7 +3,7 @@
 cuda_copies.py has CUDA's; tests bring fakes that run streams in any order. No torch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy
@@ -58,3 +58,21 @@ class HostPinning(Protocol):
     def pinned(self, num_bytes: int) -> NDArray[numpy.uint8]:
         """Return new memory that is pinned as long as it lives."""
         ...
+
+
+def copy_runs(places: Iterable[tuple[int, int, int | None]], bundle_bytes: int) -> list[Copy]:
+    """Return one copy for each run of neighbours in pool and host; none spans two pieces of the host.
+
+    `places` are page, address and piece of each; without a piece it is copied by itself.
+    """
+    copies: list[Copy] = []
+    next_page = next_address = 0
+    last_piece: int | None = None
+    for page, address, piece in sorted(places):
+        if page == next_page and address == next_address and piece is not None and piece == last_piece:
+            first, num_pages, start = copies[-1]
+            copies[-1] = Copy(first, num_pages + 1, start)
+        else:
+            copies.append(Copy(page, 1, address))
+        next_page, next_address, last_piece = page + 1, address + bundle_bytes, piece
+    return copies

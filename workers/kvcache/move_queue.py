@@ -175,25 +175,30 @@ class MoveQueue:
         if seconds:
             self._closing.wait(seconds)
 
-    def enqueued(self, moves: Iterable[Move], mark: Mark | None = None, mark_number: int = 0) -> None:
+    def enqueued(self, moves: Sequence[Move], mark: Mark | None = None, mark_number: int = 0) -> None:
         """Tell of LOADs that their slots are leased and verified, and that copies come before `mark`."""
         with self._lock:
             for move in moves:
                 self._loading[move.page] = Loading(move.number, mark, mark_number)
-                self._board.publish(move.number, MoveStatus.ENQUEUED)
+            self._board.publish_all([(move.number, MoveStatus.ENQUEUED) for move in moves])
             self._has_moved.notify_all()
 
     def end(self, move: Move, status: MoveStatus, seconds: float) -> None:
         """Tell that a move is over: it touches neither page nor slot again."""
-        self.end_all([(move, status)], seconds)
+        self.end_all([move], [status], seconds)
 
-    def end_all(self, moves: Sequence[tuple[Move, MoveStatus]], seconds: float) -> None:
-        """Tell that moves are over, which took so long together."""
+    def end_all(self, moves: Sequence[Move], statuses: Sequence[MoveStatus], seconds: float) -> None:
+        """Tell that moves of one kind are over, which took so long together."""
+        if not moves:
+            return
+        kind = moves[0].kind
         with self._lock:
-            for move, status in moves:
-                self.stats.finished(move, status, self._bundle_bytes, seconds / len(moves))
-                self._num_in_flight -= 1
-                self._board.publish(move.number, status)
-                if move.kind == "load":
+            self.stats.finished(kind, statuses, self._bundle_bytes, seconds)
+            self._num_in_flight -= len(moves)
+            self._board.publish_all(
+                [(move.number, status) for move, status in zip(moves, statuses, strict=True)]
+            )
+            if kind == "load":
+                for move in moves:
                     del self._loading[move.page]
             self._has_moved.notify_all()

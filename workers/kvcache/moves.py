@@ -4,7 +4,7 @@ Made by PageMover from a plan's SavePages and LoadPages. No torch.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Literal, NamedTuple
@@ -75,12 +75,17 @@ class MoveStats:
         self.num_copies[kind] += num_copies
         self.num_bounced[kind] += num_bounced
 
-    def finished(self, move: Move, status: MoveStatus, num_bytes: int, seconds: float) -> None:
-        """Count a move that is over."""
-        self.counts[move.kind, status] += 1
-        self.seconds[move.kind] += seconds
-        if status is MoveStatus.DONE:
-            self.num_bytes[move.kind] += num_bytes
+    def finished(
+        self, kind: MoveKind, statuses: Sequence[MoveStatus], bundle_bytes: int, seconds: float
+    ) -> None:
+        """Count moves that are over, which took so long together."""
+        failed = [status for status in statuses if status is not MoveStatus.DONE]
+        num_done = len(statuses) - len(failed)
+        self.counts[kind, MoveStatus.DONE] += num_done
+        self.num_bytes[kind] += num_done * bundle_bytes
+        for status in failed:
+            self.counts[kind, status] += 1
+        self.seconds[kind] += seconds
 
 
 class Fault(NamedTuple):
