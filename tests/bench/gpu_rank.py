@@ -5,6 +5,7 @@ What a client sees is timed where the service would send it: after a step's comm
 
 import contextlib
 import dataclasses
+import gc
 import json
 import tempfile
 import time
@@ -136,6 +137,9 @@ class BenchRank:
             self.engine = Engine(config, card, self._group, mechanisms)
             stack.callback(self.engine.close)
             self.start_s = time.perf_counter() - began_s
+            gc.collect()  # as a Worker does
+            gc.freeze()
+            stack.callback(gc.unfreeze)
             cache = self.cache = KVCacheManager(
                 self.engine.num_pages,
                 config.page_size,

@@ -6,6 +6,7 @@ pages of the same pool that no request owns; stretches with and without them tak
 
 import contextlib
 import dataclasses
+import gc
 import os
 import resource
 import tempfile
@@ -71,6 +72,9 @@ class Decode:
             folder = stack.enter_context(tempfile.TemporaryDirectory(dir=SHARED_MEMORY))
             group = TPGroup.single()
             self._engine = Engine(config, card, group)
+            gc.collect()  # as a Worker does
+            gc.freeze()
+            stack.callback(gc.unfreeze)
             cache = KVCacheManager(
                 setup.num_request_pages,
                 config.page_size,

@@ -367,7 +367,7 @@ def test_closing_ends_every_move(build) -> None:
 
 
 def test_threads_pin_the_arena_as_its_memory_comes(build) -> None:
-    tier, cuda = build(is_driven=False, num_slots=64)
+    tier, cuda = build(is_driven=False, num_slots=64, num_threads=2)
     eventually(lambda: tier.mover.stats.num_pinned_bytes() == 64 * BUNDLE)
     assert len(cuda.pinning.pinned_at) == 4, "16 slots share a page of memory"
     locations = tier.save([1, 2, 3], keys(3))

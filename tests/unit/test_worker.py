@@ -1,5 +1,6 @@
 """The worker without Ray: what a stop at an awkward time leaves behind."""
 
+import gc
 import secrets
 import time
 
@@ -21,6 +22,7 @@ def test_a_stop_while_it_loads_ends_the_rank_when_it_is_built(tmp_path):
     worker = Worker(config, ReplicaId("replica-0"), 0, 7, 1, "127.0.0.1", secret_file, "warning")
     host, port = worker.rendezvous()
     worker.stop(0.0)  # there is no rank yet
+    gc.unfreeze()
     with pytest.raises(WorkerStartError, match="stopped while it started"):
         worker.start(host, port, 60.0)
     deadline_s = time.monotonic() + 20
@@ -28,6 +30,8 @@ def test_a_stop_while_it_loads_ends_the_rank_when_it_is_built(tmp_path):
         time.sleep(0.02)
     assert not worker.ping()
     assert not is_listening(port)
+    assert gc.get_freeze_count() > 10_000, "a collection while it serves looks at every module's objects"
+    gc.unfreeze()
 
 
 def test_a_context_cut_by_the_pool_is_told_with_what_to_raise(caplog):
