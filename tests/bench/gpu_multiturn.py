@@ -149,7 +149,7 @@ def measure_multiturn(rank: BenchRank, workload: Workload, name: str) -> dict[st
     wall_s = chats.ended_s - chats.began_s
     found = {"wall_s": wall_s, "chat_wall_s": chats.chats_ended_s - chats.began_s}
     found |= {"gc_max_ms": 1000 * max(pauses.seconds), "gc_total_ms": 1000 * sum(pauses.seconds)}
-    found |= _chat_figures(chats) | _steady_figures(chats) | _step_figures(steps)
+    found |= chat_figures(chats) | steady_figures(chats) | _step_figures(steps)
     if stats is not None:
         for kind in ("load", "save"):
             moved = stats.num_bytes[kind] - before[0][kind]
@@ -182,7 +182,7 @@ class _CollectorPauses:
             self.seconds.append(time.perf_counter() - self._began_s)
 
 
-def _chat_figures(chats: Chats) -> dict[str, float]:
+def chat_figures(chats: Chats) -> dict[str, float]:
     workload = chats.workload
     ttfts = {place: answer.times_s[0] - answer.asked_s for place, answer in chats.turns.items()}
     found = {
@@ -206,7 +206,7 @@ def _chat_figures(chats: Chats) -> dict[str, float]:
     return found
 
 
-def _steady_figures(chats: Chats) -> dict[str, float]:
+def steady_figures(chats: Chats) -> dict[str, float]:
     gaps = [
         later - earlier
         for answer in chats.steady.values()

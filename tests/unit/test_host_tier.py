@@ -174,6 +174,38 @@ def test_loads_take_no_more_pages_than_there_are():
     bench.finish()
 
 
+def test_what_the_arena_has_can_be_loaded_once_pages_that_are_coming_are_there():
+    bench = Bench(num_pages=4)
+    bench.run(0, tokens(13))
+    bench.finish()
+    bench.forget_device()
+    prompt = bench.cache.keyed(tokens(13), b"")
+    assert bench.cache.can_load(prompt)
+    bench.open(1, [50])
+    assert bench.cache.reserve(1, 16)
+    bench.cache.planned(bench.num_steps + 1)
+    bench.cache.close(1)
+    assert bench.cache.num_lacking(prompt, 13, num_spare_pages=0) <= 0, "they are coming"
+    assert not bench.cache.can_load(prompt), "a step in flight may still touch them"
+    bench.cache.completed(bench.num_steps + 1)
+    assert bench.cache.can_load(prompt)
+    assert bench.open(0, tokens(13)) == 12
+    bench.finish()
+
+
+def test_making_room_for_a_prompt_spares_the_part_of_it_that_is_there():
+    bench = Bench(num_pages=4)
+    bench.run(0, tokens(13))
+    bench.finish()
+    bench.run(1, tokens(8, first=100))
+    bench.finish()
+    assert bench.cache.can_load(bench.cache.keyed(tokens(13), b""))
+    assert bench.open(0, tokens(13)) == 12
+    bench.ops()
+    assert [key for *_, key in bench.loads()] == [KEYS[2]]
+    bench.finish()
+
+
 def test_without_a_grant_nothing_is_saved_and_children_of_what_is_not_saved_neither():
     bench = Bench(num_slots=1)
     bench.run(0, tokens(13))

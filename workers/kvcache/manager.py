@@ -16,7 +16,7 @@ from workers.kvcache.host_tier import HostTier, WritePolicy
 from workers.kvcache.page_pool import PagePool, Safety
 from workers.kvcache.prefetcher import Prefetch, Prefetcher, PrefetchOptions
 from workers.kvcache.radix_cache import Node, RadixCache
-from workers.kvcache.rows import KeyedTokens, KVStats, Row, check_rows, kv_stats
+from workers.kvcache.rows import KeyedTokens, KVStats, Row, check_rows, kv_stats, num_released
 from workers.plan import (
     CloseSlot,
     CompletePages,
@@ -137,9 +137,20 @@ class KVCacheManager:
         """
         path = self._match(tokens)
         num_evictable = self._tree.num_unlocked - sum(not self._tree.is_locked(node) for node in path)
-        num_available = self._pool.num_free + self._pool.num_quiescing + num_evictable
-        num_available += self._num_released(closing, kept=path)
+        num_coming = num_released([self._rows[slot] for slot in closing], kept=path)
+        num_available = self._pool.num_free + self._pool.num_quiescing + num_evictable + num_coming
         return self.pages_for(num_tokens) - len(path) + num_spare_pages - num_available
+
+    def can_load(self, tokens: KeyedTokens) -> bool:
+        """Make room for all that the arena has of a prompt; False: evicted pages have to come free first."""
+        if self._tier is None:
+            return True
+        path = self._match(tokens)
+        self._tree.lock(path)
+        num_pages = len(self._tier.find(self._keys(tokens)[len(path) :])[0])
+        self._make_room(num_pages)
+        self._tree.unlock(path, last_step=0)
+        return self._pool.num_free >= num_pages
 
     def open(self, op: OpenSlot, tokens: KeyedTokens) -> int:
         """Open a slot on the longest cached prefix and return that prefix's length.
@@ -156,11 +167,10 @@ class KVCacheManager:
             loaded = self._load(self._tier, tokens, path)
             origins.update(self._tier.arrivals.take_origin(node.key) for node in loaded)
             path += loaded
-        pages = [node.page for node in path]
-        self._rows[op.slot] = Row(tokens, pages, path, len(path), origins=origins)
+        self._rows[op.slot] = Row(tokens, [node.page for node in path], path, len(path), origins=origins)
         self._ops.append(op)
         if path:
-            self._set_row(op.slot, 0, list(pages), [node.key for node in path])
+            self._set_row(op.slot, 0, [node.page for node in path], [node.key for node in path])
         return len(path) * self.page_size
 
     def origins(self, slot: int) -> Counter[Origin]:
@@ -228,11 +238,11 @@ class KVCacheManager:
 
     def is_coming(self, slot: int, num_tokens: int, closing: Sequence[int] = ()) -> bool:
         """Tell whether reserving will succeed once slots `closing` and quiescing pages are free."""
-        num_missing = self.pages_for(num_tokens) - len(self._rows[slot].pages)
         num_coming = self._pool.num_free + self._pool.num_quiescing
+        num_coming += num_released([self._rows[slot] for slot in closing])
         if self._tier is not None:
             num_coming += self._tree.num_unlocked  # those that a move still holds
-        return num_missing <= num_coming + self._num_released(closing, kept=())
+        return self.pages_for(num_tokens) - len(self._rows[slot].pages) <= num_coming
 
     def commit(self, slot: int, num_tokens: int) -> None:
         """Note that the slot's first `num_tokens` tokens are computed. Whole pages enter the tree at once.
@@ -336,16 +346,6 @@ class KVCacheManager:
     def _num_findable(self, tokens: KeyedTokens) -> int:
         """Return how many pages a request may find: not one that holds its last token."""
         return (len(tokens.token_ids) - 1) // self.page_size
-
-    def _num_released(self, closing: Sequence[int], kept: Sequence[Node]) -> int:
-        """Return how many pages nobody holds once the slots are closed, beside those `kept`."""
-        rows = [self._rows[slot] for slot in closing]
-        num_private = sum(len(row.pages) - len(row.path) for row in rows)
-        num_locks = Counter(node for row in rows for node in row.path)
-        for node in kept:
-            del num_locks[node]
-        num_unlocked = sum(locks == node.num_locks for node, locks in num_locks.items())
-        return num_private + num_unlocked
 
     def _make_room(self, num_pages: int) -> None:
         while self._pool.num_free < num_pages:

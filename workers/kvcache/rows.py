@@ -1,7 +1,7 @@
 """What the KVCacheManager keeps of one slot: its tokens with their keys, and its pages. No torch."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cache_service.keys import NamespaceDigest, PageKey, page_keys
@@ -88,6 +88,15 @@ def kv_stats(pool: PagePool, tree: RadixCache) -> KVStats:
         num_evictable_pages=tree.num_unlocked,
         num_evictions=tree.num_evictions,
     )
+
+
+def num_released(rows: Sequence[Row], kept: Sequence[Node] = ()) -> int:
+    """Return how many pages nobody holds once the slots of these rows are closed, beside those `kept`."""
+    num_private = sum(len(row.pages) - len(row.path) for row in rows)
+    num_locks = Counter(node for row in rows for node in row.path)
+    for node in kept:
+        del num_locks[node]
+    return num_private + sum(locks == node.num_locks for node, locks in num_locks.items())
 
 
 def check_rows(

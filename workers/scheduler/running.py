@@ -119,7 +119,7 @@ class Running:
                 break
             if self._longest is not None and self._cache.num_missing(request.tokens) > self._budget:
                 return False  # it finds more of its prefix once its turn comes
-            if not self._make_way(request):
+            if not self._make_way(request) or not self._cache.can_load(request.tokens):
                 return False
             self._open(request, now_s)
             if not self._reserve(request):
