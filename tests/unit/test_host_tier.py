@@ -211,9 +211,10 @@ def test_without_a_grant_nothing_is_saved_and_children_of_what_is_not_saved_neit
     bench.run(0, tokens(13))
     bench.ops()
     assert [key for *_, key in bench.saves()] == KEYS[:1]
-    assert bench.tier.stats.skipped_saves == {"no_grant": 1, "no_parent": 1}
     bench.finish()
+    assert not bench.tier.stats.skipped_saves, "they wait"
     bench.forget_device()
+    assert bench.tier.stats.skipped_saves == {"no_grant": 2}
     assert bench.tier.stats.num_lost_pages == 2
 
 
@@ -328,7 +329,7 @@ def test_moves_in_flight_are_bounded_by_the_board():
     bench.run(0, tokens(13))
     bench.ops()
     assert len(bench.saves()) == 2
-    assert bench.tier.stats.skipped_saves == {"busy": 1}
+    bench.host.free.clear()
     bench.finish()
     bench.forget_device()
     assert bench.open(0, tokens(13)) == 8

@@ -2,8 +2,10 @@
 
 import pytest
 
-from tests.unit.tier_fakes import KEYS, PAGE_SIZE, Bench, tokens
-from workers.kvcache.host_tier import DISTRUST_STEPS
+from cache_service.keys import page_keys
+from cache_service.page_records import Location
+from tests.unit.tier_fakes import KEYS, NAMESPACE, PAGE_SIZE, Bench, tokens
+from workers.kvcache.host_tier import DISTRUST_STEPS, GRANT_STEPS
 from workers.move_board import MoveStatus
 
 
@@ -18,14 +20,103 @@ def test_pages_whose_saves_fail_go_all_the_same_and_count_as_lost():
     assert len(bench.saves()) == bench.tier.stats.num_lost_pages == 3
 
 
-def test_a_page_for_which_there_is_no_grant_does_not_wait_for_those_above_it():
+def test_a_page_for_which_no_grant_comes_does_not_wait_for_ever():
     bench = Bench(num_pages=3, policy="write_back", num_slots=2)
     bench.run(0, tokens(12))
     bench.open(1, [50])
+    for _ in range(GRANT_STEPS):
+        assert not bench.cache.reserve(1, PAGE_SIZE)
+        assert bench.cache.is_coming(1, PAGE_SIZE)
+        bench.finish()
     assert bench.cache.reserve(1, PAGE_SIZE), "the leaf cannot be saved: it goes"
     bench.ops()
     assert [key for *_, key in bench.saves()] == KEYS[:2]
-    assert bench.tier.stats.num_lost_pages == 1
+    assert bench.tier.stats.num_lost_pages == bench.tier.stats.skipped_saves["no_grant"] == 1
+    bench.cache.close(1)
+    bench.run(0, tokens(12))
+    bench.open(1, [50])
+    assert bench.cache.reserve(1, PAGE_SIZE), "nothing has come since: it does not wait again"
+    assert bench.tier.stats.num_lost_pages == 2
+
+
+def test_write_back_waits_for_grants_that_come_and_loses_nothing():
+    bench = Bench(num_pages=12, policy="write_back", num_slots=0)
+    bench.run(0, tokens(48))
+    bench.open(1, [50])
+    for slot in range(12):
+        assert not bench.cache.reserve(1, 12 * PAGE_SIZE)
+        bench.host.grant(slot)
+        for _ in range(3):
+            bench.finish()
+    while not bench.cache.reserve(1, 12 * PAGE_SIZE):
+        bench.finish()
+    assert len(bench.host.stored) == 12
+    assert bench.tier.stats.num_lost_pages == bench.tier.stats.skipped_saves.total() == 0
+
+
+def test_an_eviction_prefers_a_page_that_is_saved_to_one_that_waits_for_a_grant():
+    bench = Bench(num_pages=2, policy="write_back", num_slots=0)
+    bench.run(0, tokens(4))
+    bench.run(0, tokens(4, first=20))
+    other = page_keys(NAMESPACE, tokens(4, first=20), PAGE_SIZE)[0]
+    bench.host.stored[other] = Location(7, 1)
+    bench.open(1, [50])
+    assert bench.cache.reserve(1, PAGE_SIZE)
+    assert bench.cache.snapshot()[1] == [KEYS[0]]
+    assert bench.tier.stats.num_lost_pages == 0
+
+
+@pytest.mark.parametrize("policy", ["write_through", "write_through_selective"])
+def test_pages_without_a_grant_wait_on_the_device_and_are_saved_as_grants_come(policy):
+    bench = Bench(num_pages=32, policy=policy, num_slots=2)
+    bench.run(0, tokens(81))
+    bench.run(0, tokens(81))
+    bench.finish()
+    assert len(bench.host.stored) == 2
+    assert bench.cache.has_moves, "the loop looks again before long"
+    for slot in range(2, 20):
+        bench.host.grant(slot)
+        bench.finish()
+        bench.finish()
+    bench.finish()
+    assert list(bench.host.stored) == page_keys(NAMESPACE, tokens(80), PAGE_SIZE)
+    assert not bench.tier.stats.skipped_saves and not bench.cache.has_moves
+    bench.forget_device()
+    assert bench.tier.stats.num_lost_pages == 0
+
+
+def test_a_page_that_goes_before_a_grant_came_is_skipped_and_lost_and_its_slot_goes_to_nobody():
+    bench = Bench(num_slots=0)
+    bench.run(0, tokens(12))
+    bench.forget_device()
+    bench.host.grant(0)
+    bench.finish()
+    assert bench.tier.stats.skipped_saves == {"no_grant": 3} and bench.tier.stats.num_lost_pages == 3
+    assert bench.saves() == [] and not bench.cache.has_moves
+
+
+def test_a_page_computed_anew_waits_at_its_own_place_behind_its_parent():
+    bench = Bench(num_pages=3, num_slots=0)
+    bench.run(0, tokens(12))
+    bench.forget_device()
+    bench.run(0, tokens(12))
+    for slot in range(3):
+        bench.host.grant(slot)
+    for _ in range(3):
+        bench.finish()
+    assert list(bench.host.stored) == KEYS
+
+
+def test_a_replica_at_rest_does_not_look_for_ever_for_grants_that_do_not_come():
+    bench = Bench(num_slots=0)
+    bench.run(0, tokens(12))
+    for _ in range(GRANT_STEPS):
+        assert bench.cache.has_moves
+        bench.finish()
+    assert not bench.cache.has_moves
+    bench.host.grant(0)
+    bench.finish()
+    assert [key for *_, key in bench.saves()] == [] and bench.ops() and len(bench.saves()) == 1
 
 
 def test_a_page_that_the_arena_loses_at_once_is_not_saved_for_ever():

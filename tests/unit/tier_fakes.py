@@ -46,6 +46,11 @@ class FakeHost:
         self.epochs[slot] += 1
         return Grant(slot, self.epochs[slot])
 
+    def grant(self, slot):
+        """A slot more may be written."""
+        self.free.append(slot)
+        self.epochs += [0] * (slot + 1 - len(self.epochs))
+
     def commit(self, entries):
         for entry in entries:
             assert entry.parent is None or entry.parent in self.stored, (

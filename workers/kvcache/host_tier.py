@@ -5,9 +5,8 @@ group's log (I1); the ranks' PageMovers carry them out; what came of them is rea
 waited for (I2). No torch, no sockets, no clock.
 """
 
-from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
 from cache_service.keys import PageKey
@@ -17,6 +16,9 @@ from workers.kvcache.host_cache import HostCache, MoveStatuses
 from workers.kvcache.page_pool import PagePool, Safety
 from workers.kvcache.prefetcher import Reach
 from workers.kvcache.radix_cache import Node, RadixCache
+from workers.kvcache.tier_moves import Load, Save, Settled
+from workers.kvcache.tier_stats import TierStats
+from workers.kvcache.waiting_saves import WaitingSaves, unsaved_chain
 from workers.move_board import MoveStatus
 from workers.plan import LoadPages, PlanOp, SavePages
 
@@ -28,51 +30,8 @@ DISTRUST_STEPS = 1_000
 """A place whose load failed is not tried again for so many steps; by then the arena has dropped the page, if
 that was why."""
 
-
-@dataclass(slots=True, eq=False)
-class _Save:
-    """A page on its way into a granted slot. Its page is leased until every rank is done with it."""
-
-    move: int
-    node: Node
-    grant: Grant
-    is_leaving: bool = False
-    """The page is to be evicted once it is saved."""
-
-
-@dataclass(slots=True, eq=False)
-class _Load:
-    """A page on its way out of a leased slot. Page and slot are leased until every rank is done with them."""
-
-    move: int
-    node: Node
-    location: Location
-    outcome: Literal["unknown", "readable", "failed"] = "unknown"
-    """What was told of its node."""
-
-
-@dataclass(frozen=True, slots=True)
-class Settled:
-    """What has come of loads since the last call."""
-
-    readable: list[Node] = field(default_factory=list)
-    """Verified on every rank; whatever reads them from now on comes after their copies (I5)."""
-    failed: list[Node] = field(default_factory=list)
-    """Not loaded: whoever is on them has to compute them."""
-
-
-@dataclass(slots=True)
-class TierStats:
-    """Counters since the start; each reason is a word."""
-
-    num_saved_pages: int = 0
-    num_loaded_pages: int = 0
-    failed_saves: Counter[str] = field(default_factory=Counter)
-    failed_loads: Counter[str] = field(default_factory=Counter)
-    skipped_saves: Counter[str] = field(default_factory=Counter)
-    """Pages that were not saved though the policy wanted it: `no_grant`, `no_parent`, `busy`."""
-    num_lost_pages: int = 0
-    """Evicted from the device without a copy anywhere (I11)."""
+GRANT_STEPS = 128
+"""So many steps evictions under `write_back`, and a replica at rest, wait for grants that do not come."""
 
 
 class HostTier:
@@ -99,8 +58,11 @@ class HostTier:
         self._safety = safety or Safety()
         self._num_moves = 0
         self._num_leaving = 0
-        self._saves: deque[_Save] = deque()  # by move: committed in this order, parents before children
-        self._loads: deque[_Load] = deque()
+        self._waiting = WaitingSaves()
+        self._patience = GRANT_STEPS
+        """Steps left in which something waits for grants; a page that got one renews it."""
+        self._saves: deque[Save] = deque()  # by move: committed in this order, parents before children
+        self._loads: deque[Load] = deque()
         self._num_settled = 0
         self._distrusted: OrderedDict[Location, int] = OrderedDict()  # until `_num_settled` is so many
         self._unproven: set[PageKey] = set()  # left the device while nobody knew that the arena has them
@@ -117,6 +79,11 @@ class HostTier:
     def num_loads_in_flight(self) -> int:
         """LOADs that some rank may still be at."""
         return len(self._loads)
+
+    @property
+    def has_moves(self) -> bool:
+        """Tell whether the outcome of some move, or a grant for a page, is to be expected soon."""
+        return bool(self._saves or self._loads or (self._waiting and self._patience))
 
     @property
     def busy_pages(self) -> list[int]:
@@ -159,7 +126,7 @@ class HostTier:
             if self._safety.load_leases:
                 self._pool.lease(node.page)
             node.is_busy = node.is_saved = True
-            self._loads.append(_Load(self._num_moves, node, location))
+            self._loads.append(Load(self._num_moves, node, location))
         self._log(
             LoadPages(
                 first,
@@ -188,20 +155,28 @@ class HostTier:
     def may_go(self, node: Node, num_short: int) -> bool:
         """Tell whether the device may evict an idle leaf now, while it is so many pages short.
 
-        Under `write_back` its page is saved first, unless enough others are on their way already.
+        Under `write_back` its page is saved first, unless enough others are on their way already. Where the
+        arena grants nothing for too long, it goes unsaved.
         """
         if self._is_there(node):
+            self._waiting.remove(node)
             if self._locate(node.key) is None:
                 self._unproven.add(node.key)
             return True
         if self._policy == "write_back":
-            if self._num_leaving >= num_short:
+            num_waiting = self._waiting.num_leaving if self._patience else 0
+            if node not in self._waiting:
+                if self._num_leaving + num_waiting >= num_short:
+                    return False
+                last = self._save(unsaved_chain(node))
+                if last is not None and last.node is node:
+                    last.is_leaving = True
+                    self._num_leaving += 1
+                    return False
+            if node in self._waiting and self._patience:
+                self._waiting.leave(node)
                 return False
-            last = self._save(_chain(node))
-            if last is not None and last.node is node:  # waiting for those above it alone might never end
-                last.is_leaving = True
-                self._num_leaving += 1
-                return False
+        self._skip(node)
         self._count_loss()
         return True
 
@@ -212,7 +187,11 @@ class HostTier:
             self._distrusted.popitem(last=False)
         self._settle_lost()
         self._settle_saves()
-        return self._settle_loads()
+        settled = self._settle_loads()
+        if self._waiting:
+            self._patience = max(0, self._patience - 1)
+            self._save(self._grantable())
+        return settled
 
     def _room(self) -> int:
         """Return how many more moves may begin: the board holds the words of the last `capacity`."""
@@ -222,7 +201,7 @@ class HostTier:
         )
         return self._moves.capacity - (self._num_moves + 1 - oldest)
 
-    def _save(self, nodes: Iterable[Node]) -> _Save | None:
+    def _save(self, nodes: Iterable[Node]) -> Save | None:
         """Begin to save pages, parents first, unless they are saved, on their way, or cannot be.
 
         Return the last that began.
@@ -241,29 +220,55 @@ class HostTier:
             )
         return begun[-1] if begun else None
 
-    def _begin_save(self, node: Node) -> _Save | None:
+    def _grantable(self) -> Iterator[Node]:
+        """Yield pages that wait, each once at most, until one has to wait on."""
+        if len(self._waiting) > self._tree.num_pages:
+            for node in self._waiting.nodes():
+                if self._tree.find(node.key) is not node:
+                    self._skip(node)
+        for _ in range(len(self._waiting)):
+            node = self._waiting.first
+            if self._tree.find(node.key) is not node:  # dropped: what it continued was not good
+                self._skip(node)
+                continue
+            yield node
+            if self._waiting and self._waiting.first is node:
+                return
+
+    def _begin_save(self, node: Node) -> Save | None:
         if node.is_saved or node.is_busy or node.was_tried:
             return None
         if self._is_there(node):
             node.is_saved = True  # another replica saved it, or this one before it was evicted
+            self._waiting.remove(node)
             return None
-        if node.parent is not None and not (node.parent.is_busy or self._is_there(node.parent)):
+        parent = node.parent
+        if parent is not None and not (parent.is_busy or self._is_there(parent)):
+            if parent in self._waiting:
+                self._waiting.add_behind(node, parent)
+                return None
+            self._waiting.remove(node)
             self.stats.skipped_saves["no_parent"] += 1
             return None
-        if self._room() <= 0:
-            self.stats.skipped_saves["busy"] += 1
-            return None
-        grant = self._host.take_grant()
+        grant = self._host.take_grant() if self._room() > 0 else None
         if grant is None:
-            self.stats.skipped_saves["no_grant"] += 1
+            self._waiting.add(node, "no_grant" if self._room() > 0 else "busy")
             return None
+        is_leaving = self._waiting.remove(node)
+        self._num_leaving += is_leaving
         self._num_moves += 1
         if self._safety.save_leases:
             self._pool.lease(node.page)
         node.is_busy = node.was_tried = True
-        save = _Save(self._num_moves, node, grant)
+        save = Save(self._num_moves, node, grant, is_leaving)
         self._saves.append(save)
         return save
+
+    def _skip(self, node: Node) -> None:
+        """Count a page that leaves the device and waited in vain, if it waited."""
+        if node in self._waiting:
+            self.stats.skipped_saves[self._waiting.reason(node)] += 1
+            self._waiting.remove(node)
 
     def _is_there(self, node: Node) -> bool:
         """Tell whether, as far as is known, the arena has a node's page. It takes none without its parent."""
@@ -316,6 +321,8 @@ class HostTier:
                 continue
             node.is_saved = True
             self.stats.num_saved_pages += 1
+            if save.is_leaving or self._policy != "write_back":
+                self._patience = GRANT_STEPS
             parent_key = None if parent is None else parent.key
             entries.append(
                 Entry(save.grant.slot, save.grant.epoch, node.key, parent_key, self._page_size, node.tenant)
@@ -327,8 +334,8 @@ class HostTier:
 
     def _settle_loads(self) -> Settled:
         settled = Settled()
-        still: deque[_Load] = deque()
-        over: list[_Load] = []
+        still: deque[Load] = deque()
+        over: list[Load] = []
         for load in self._loads:
             is_over = self._moves.is_over(load.move)  # first: what it has come to by then is final
             status = self._moves.status(load.move)
@@ -350,7 +357,7 @@ class HostTier:
             self._host.release([load.location.slot for load in over])
         return settled
 
-    def _fail(self, load: _Load, status: MoveStatus) -> None:
+    def _fail(self, load: Load, status: MoveStatus) -> None:
         load.outcome = "failed"
         load.node.is_saved = False
         self.stats.failed_loads[reason_of(status)] += 1
@@ -362,14 +369,6 @@ class HostTier:
         node.is_busy = False
         if is_leased:
             self._pool.release(node.page)  # forward passes that read it are fenced by their own leases
-
-
-def _chain(node: Node) -> list[Node]:
-    """Return a node with all above it that the arena has not, parents first: it takes no orphans."""
-    chain = [node]
-    while (parent := chain[-1].parent) is not None and not (parent.is_saved or parent.is_busy):
-        chain.append(parent)
-    return chain[::-1]
 
 
 def reason_of(status: MoveStatus) -> str:

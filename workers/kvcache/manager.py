@@ -104,7 +104,7 @@ class KVCacheManager:
     @property
     def has_moves(self) -> bool:
         """Tell whether the outcome of some move is still to be taken in."""
-        return self._tier is not None and bool(self._tier.busy_pages)
+        return self._tier is not None and self._tier.has_moves
 
     def keyed(self, token_ids: list[int], tenant_salt: bytes) -> KeyedTokens:
         """Wrap a request's tokens for `open`. The list stays the caller's, who may append to it."""
