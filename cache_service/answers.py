@@ -150,6 +150,7 @@ class Answers:
             relocations=self._arena.log.version.counter,
             put_breaker=source.put_breaker if source is not None else None,
             get_breaker=source.get_breaker if source is not None else None,
+            why_no_store=self._remote.why_not,
         )
 
     def _answer(self, identity: bytes, request: Request, now_s: float) -> Answer:

@@ -141,7 +141,8 @@ class OwnedArena:
 def settle_orphan(path: Path, *, keep: bool, patience_s: float = ORPHAN_PATIENCE_S) -> bool:
     """Do what a killed server could not: remove its arena, or with `keep` mark it as left on purpose.
 
-    Return whether there was one. `patience_s` is how long its owner may take to be gone.
+    Return whether there was one; what a server that ended well has kept is none. `patience_s` is how long its
+    owner may take to be gone.
     """
     end_s = time.monotonic() + patience_s
     try:
@@ -157,6 +158,8 @@ def settle_orphan(path: Path, *, keep: bool, patience_s: float = ORPHAN_PATIENCE
         if not _is_at(path, descriptor):  # a new server has replaced it
             return False
         if keep:
+            if header_word(os.pread(descriptor, arena_format.HEADER_BYTES, 0), arena_format.KEPT_WORD):
+                return False
             os.pwrite(descriptor, (1).to_bytes(_WORD_BYTES, "little"), arena_format.KEPT_WORD * _WORD_BYTES)
         else:
             path.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 Used by the CacheServer's thread but for `get`. A store that fails is left alone for a while.
 """
 
+import logging
 import threading
 import time
 from collections import Counter
@@ -18,6 +19,8 @@ from cache_service.remote_keys import RemoteKeys
 from cache_service.remote_worker import Batch
 from cache_service.task_threads import TaskThreads
 
+logger = logging.getLogger(__name__)
+
 PUT_TIMEOUT_S = 10.0
 QUIET_LOOK_S = 1.0
 MAX_FAILURES, RETRY_S, MAX_RETRY_S = 3, 1.0, 30.0
@@ -25,6 +28,11 @@ MAX_FAILURES, RETRY_S, MAX_RETRY_S = 3, 1.0, 30.0
 MAX_LISTED_PER_TURN = 4_096
 MAX_OLD_PER_TURN = 256
 _IS_VAIN = (GetStatus.FAILED, GetStatus.TIMED_OUT)
+_WHY_NOT_PUT = {
+    PutStatus.FULL: "it is full",
+    PutStatus.TIMED_OUT: f"no answer within {PUT_TIMEOUT_S:g} s",
+    PutStatus.FAILED: "puts fail",
+}
 _IS_NOT_THERE = (GetStatus.MISSING, GetStatus.FOREIGN, GetStatus.CORRUPT)
 
 
@@ -171,7 +179,7 @@ class AttachedStore:
         self._inbox.put(lambda: self._rested(pages))
 
     def _ended(self, pages: list[PutPage], statuses: list[PutStatus | None], seconds: float) -> None:
-        self._count_failures()
+        found = self._count_failures()
         num_stored = statuses.count(PutStatus.STORED)
         self._counts["put_batches", ""] += 1
         self._counts["put_us", ""] += int(seconds * 1e6)
@@ -180,19 +188,32 @@ class AttachedStore:
             self._counts["puts", "detached"] += len(pages)
             return
         self._queue.ended(pages, statuses)
+        was_closed = self._put_breaker.state == "closed"
         if any(status in (PutStatus.STORED, PutStatus.PRESENT, None) for status in statuses):
             self._put_breaker.succeeded()
-        else:
-            self._put_breaker.failed(self._clock())
+            if not was_closed:
+                logger.info("the remote store takes pages again")
+            return
+        self._put_breaker.failed(self._clock())
+        if was_closed and self._put_breaker.state == "open":
+            words = {_WHY_NOT_PUT[status] for status in statuses if status in _WHY_NOT_PUT}
+            words |= {reason.removeprefix("put: ") for reason in found if reason.startswith("put: ")}
+            why = ", ".join(sorted(words))
+            logger.warning(
+                "the remote store takes no pages: it is left alone, but for a try now and then",
+                extra={"why": why},
+            )
 
     def _rested(self, pages: list[PutPage]) -> None:
         self._queue.release(pages)
         self._is_putting = False
         self._put_next()
 
-    def _count_failures(self) -> None:
-        """Add what the store has counted since the last look."""
+    def _count_failures(self) -> Counter[str]:
+        """Add what the store has counted since the last look, and return it."""
         failures = Counter(self.store.stats.failures)
-        for reason, count in (failures - self._num_failures).items():
+        new = failures - self._num_failures
+        for reason, count in new.items():
             self._counts["store_failures", reason] += count
         self._num_failures = failures
+        return new

@@ -13,7 +13,7 @@ from cache_service.arena_format import ArenaSizeError
 
 _MAX_SHARE_OF_FREE = 0.9
 """The part of free memory that an arena may take: processes go on growing after it is made."""
-_GB = 1e9
+_GIB = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class HostMemory:
         for who, free, share, what in limits:
             if free is not None and num_bytes > free * share:
                 raise ArenaSizeError(
-                    f"the host cache needs {num_bytes / _GB:.3f} GB, but {who} {free / _GB:.3f} GB {what},"
-                    f" of which it may take {free * share / _GB:.3f}; lower --host-cache-gb or"
+                    f"the host cache needs {num_bytes / _GIB:.3f} GiB, but {who} {free / _GIB:.3f} GiB"
+                    f" {what}, of which it may take {free * share / _GIB:.3f}; lower --host-cache-gb or"
                     f" {'enlarge the folder' if share == 1.0 else 'free memory'}"
                 )
 

@@ -306,6 +306,8 @@ class StatsReply(msgspec.Struct, frozen=True, array_like=True, tag="stats_reply"
     put_breaker: BreakerState | None = None
     """Of the store in use, as is the next."""
     get_breaker: BreakerState | None = None
+    why_no_store: str = ""
+    """Why the store that was wanted is not in use."""
 
 
 class Done(msgspec.Struct, frozen=True, array_like=True, tag="done"):

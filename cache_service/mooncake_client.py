@@ -42,6 +42,11 @@ _PROBE_S = 2.0
 # Mooncake's answers (its ErrorCode); of a get, anything above 0 is a length.
 _OK, _NO_SPACE, _BUFFER_TOO_SMALL, _NOT_READY, _NOT_FOUND, _EXISTS = 0, -200, -600, -703, -704, -705
 _RPC_FAILED, _RPC_TIMED_OUT = -900, -901
+_WORDS = {
+    _NO_SPACE: "no room in the pool",
+    _RPC_FAILED: "no connection to the master or to an owner",
+    _RPC_TIMED_OUT: "no answer from the master or from an owner",
+}
 _NOTHING_SENT = (_BUFFER_TOO_SMALL, _NOT_READY, _NOT_FOUND, _RPC_FAILED, _RPC_TIMED_OUT)
 """Of a get: the buffers were never touched."""
 
@@ -144,7 +149,7 @@ class MooncakeClient:
             return PutStatus.STORED
         if code == _EXISTS:
             return PutStatus.PRESENT
-        self._stats.count_failure(f"put: {code}")
+        self._stats.count_failure(f"put: {_words(code)}")
         return PutStatus.FULL if code == _NO_SPACE else PutStatus.FAILED
 
     def _get_result(self, row: int, page: PageBuffer, name: str, code: int) -> GetResult:
@@ -158,7 +163,7 @@ class MooncakeClient:
         # A record that is too short fails like a broken wire, before anything is sent; its size alone tells.
         if code >= 0 or 0 < self._store.get_size(name) < record_bytes:
             return GetResult(GetStatus.CORRUPT)
-        self._stats.count_failure(f"get: {code}")
+        self._stats.count_failure(f"get: {_words(code)}")
         return GetResult(GetStatus.FAILED)
 
     def _names(self, keys: Sequence[PageKey]) -> list[str]:
@@ -169,3 +174,7 @@ class MooncakeClient:
         end = self._first_address + self._memory.nbytes
         assert self._first_address <= address <= end - data.nbytes, "a page outside the registered memory"
         return [int(self._headers.ctypes.data) + row * RECORD_HEADER_BYTES, address]
+
+
+def _words(code: int) -> str:
+    return f"{_WORDS[code]} ({code})" if code in _WORDS else f"Mooncake's error {code}"

@@ -38,6 +38,8 @@ MAX_KNOWN = 65_536
 OPEN_TIMEOUT_S = 25.0
 CLOSE_TIMEOUT_S = 5.0
 RETRY_S = 10.0
+MAX_SILENCE_S = 300.0
+"""The same failure is told again after `RETRY_S`, then after twice as long, and so on up to this."""
 END_S = 2.0
 """How long the end of an arena waits for its store."""
 
@@ -107,6 +109,8 @@ class RemoteTier:
         self._keys = RemoteKeys(0, changes)
         self._opening: _Opening | None = None
         self._retry_s: float | None = None
+        self._why_not = ""
+        self._silence_s, self._silent_until_s = RETRY_S, 0.0
         self._attached: AttachedStore | None = None
         self._former: list[AttachedStore] = []
         self._closings: list[_Closing] = []
@@ -115,6 +119,11 @@ class RemoteTier:
     def address(self) -> str:
         """Of the store in use; empty: there is none."""
         return self._address or "" if self._attached is not None else ""
+
+    @property
+    def why_not(self) -> str:
+        """Why the store that was wanted is not in use; empty: it is, or none is wanted."""
+        return self._why_not if self._attached is None else ""
 
     @property
     def source(self) -> AttachedStore | None:
@@ -185,7 +194,7 @@ class RemoteTier:
     def detach(self, told: Told) -> None:
         """Use no store any more; `told` hears once it is closed, or was given the time for it."""
         self._give_up("the store was detached")
-        self._address = None
+        self._address, self._why_not = None, ""
         self._detach(told)
 
     def tick(self, now_s: float) -> bool:
@@ -227,7 +236,7 @@ class RemoteTier:
         if self._opening is not opening:  # since a moment
             self._threads.run(lambda: self._close(store, CLOSE_TIMEOUT_S))
             return
-        self._opening, self._address = None, opening.text
+        self._opening, self._address, self._why_not = None, opening.text, ""
         max_keys = min(MAX_KNOWN_RATIO * opening.access.arena.spec.num_slots, MAX_KNOWN)
         self._keys = RemoteKeys(max_keys, self._changes)
         self._attached = AttachedStore(
@@ -250,13 +259,24 @@ class RemoteTier:
             return
         self._opening = None
         self._counts["stores", "failed"] += 1
-        logger.warning("a remote store cannot be used", extra={"store": opening.text, "why": why})
+        self._tell_failure(opening, why)
         if opening.told is None:
             self._retry_s = self._clock() + RETRY_S
             return
         if self._address is not None:
             self._open(self._address, opening.access, None)
+            why = f"{why}; the node goes back to its store {self._address}"
         opening.told(why)
+
+    def _tell_failure(self, opening: _Opening, why: str) -> None:
+        """Log why a store could not be opened, the same not at every try."""
+        now_s = self._clock()
+        is_news = opening.told is not None or why != self._why_not
+        if is_news or now_s >= self._silent_until_s:
+            self._silence_s = RETRY_S if is_news else min(2 * self._silence_s, MAX_SILENCE_S)
+            self._silent_until_s = now_s + self._silence_s
+            logger.warning("a remote store cannot be used", extra={"store": opening.text, "why": why})
+        self._why_not = why
 
     def _give_up(self, why: str) -> None:
         """Wait for no store any more: what is opened yet is closed at once."""

@@ -39,7 +39,9 @@ def dump(
         console = Console(markup=False, highlight=False, width=_MIN_WIDTH)
     try:
         found = read_dump(file)
-    except (DumpError, OSError) as error:
+    except OSError as error:
+        _fail(f"cannot read {file}: {error.strerror}")
+    except DumpError as error:
         _fail(str(error))
     if step is None:
         _show(console, found)

@@ -273,7 +273,7 @@ class Replica:
         self._why_not = why
         self._is_open.clear()
         streams, self._streams = self._streams, {}
-        error = f"the replica serving this request was lost ({why}); send the request again"
+        error = f"the replica serving this request was lost ({why})"
         for stream in streams.values():
             stream.push(
                 RequestOutput(stream.request_id, [], [], "error", error=error, error_code=REPLICA_LOST)

@@ -17,15 +17,17 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from cache_service.arena_files import arena_path, settle_orphan
+from cache_service.arena_files import SHARED_MEMORY, arena_path, settle_orphan
+from cache_service.arena_format import FINGERPRINT_BYTES, MAX_RANKS, ArenaSizeError, ArenaSpec
 from cache_service.curve import SecretFileError, read_cluster_secret
+from cache_service.host_memory import HostMemory
 from cache_service.identity import cluster_id_of
 from cache_service.log_format import set_up_logging
 from cluster.api_keys import ApiKeysError, check_api_keys, read_api_keys
 from cluster.config import API_KEYS_VARIABLE, ClusterConfig, describe, take_environment_keys
 from cluster.local_ray import OwnRay, join_ray, leave_ray, start_local_ray, tell_plainly
 from cluster.run_folder import RunFolder
-from workers.card import ModelError, load_card
+from workers.card import ModelError, load_card, page_layout
 
 if TYPE_CHECKING:
     from cluster.launcher import Launcher
@@ -157,10 +159,30 @@ def _check(config: ClusterConfig) -> tuple[str, ...]:
             read_cluster_secret(config.secret_file)
         if config.ray_address is None:
             _check_port(config.host, config.port)
-        load_card(config.worker.model)
-    except (ApiKeysError, ModelError, SecretFileError) as error:
+        card = load_card(config.worker.model)
+        if config.ray_address is None and config.cache.is_on:
+            check_host_cache(config, page_layout(card, config.worker).bundle_bytes)
+    except (ApiKeysError, ArenaSizeError, ModelError, SecretFileError) as error:
         raise ServeError(str(error)) from None
     return keys
+
+
+def check_host_cache(
+    config: ClusterConfig, bundle_bytes: int, read_memory: Callable[[Path], HostMemory] = HostMemory.read
+) -> None:
+    """Spare the user a start that must fail: the CacheServer is asked after the model is loaded.
+
+    Raises ArenaSizeError. An arena that was kept has its memory already: its server looks at that.
+    """
+    memory = read_memory(SHARED_MEMORY)
+    size = config.cache.arena_bytes(memory)
+    num_ranks = min(config.worker.tp_size, MAX_RANKS)
+    ArenaSpec.of_size("any", bytes(FINGERPRINT_BYTES), bundle_bytes, num_ranks, size)
+    if config.secret_file is not None:
+        cluster_id = cluster_id_of(read_cluster_secret(config.secret_file))
+        if arena_path(cluster_id, LOOPBACK).exists():
+            return
+    memory.require(size, SHARED_MEMORY)
 
 
 def _check_port(host: str, port: int) -> None:

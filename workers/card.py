@@ -18,9 +18,12 @@ import msgspec
 from workers.card_directory import read_directory_config, read_directory_text
 from workers.card_gguf import read_gguf_config, read_gguf_text
 from workers.card_tokenizer import TextCard
+from workers.config import WorkerConfig
+from workers.kvcache.layout import BundleLayout, target_only
 from workers.models.config import ModelConfig
 from workers.models.config import ModelError as ModelError  # cluster knows it by this name
 from workers.models.gguf_file import read_gguf
+from workers.models.sharding import kv_shape
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,13 @@ def load_card(model: str) -> ModelCard:
     if _HUB_ID.fullmatch(model):
         return _hub_card(model)
     raise ModelError(f"model {model!r} is no existing path; allowed: {_allowed()}")
+
+
+def page_layout(card: ModelCard, options: WorkerConfig) -> BundleLayout:
+    """Return where the parts of a rank's KV pages lie, and how large such a page is."""
+    dtype = card.config.dtype if options.dtype == "auto" else options.dtype
+    num_layers, num_kv_heads, head_dim = kv_shape(card.config, options.tp_size)
+    return target_only(num_layers, options.page_size, num_kv_heads, head_dim, dtype)
 
 
 def fetch_weights(hub: HubSource, folder: Path) -> None:

@@ -233,9 +233,7 @@ class StepLoop:
                 self._collect()
         except Exception as error:  # the loop's top: every client hears of it, then the process dies
             logger.exception("step failed", extra={"step": self._step})
-            self._end_all(
-                "error", f"the replica failed in a step ({type(error).__name__}); send the request again"
-            )
+            self._end_all("error", f"the replica failed in a step ({type(error).__name__})")
             raise
         self._end_all("shutdown", None)
         if self._group.size > 1:

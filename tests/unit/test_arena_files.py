@@ -265,6 +265,14 @@ def test_an_orphan_that_is_to_be_kept_is_left_by_others(tmp_path):
     again.close()
 
 
+def test_a_kept_arena_of_a_server_that_ended_well_is_no_orphan_to_settle(tmp_path):
+    open_arena(tmp_path, spec(cluster_id="kept")).close(keep=True)
+    path = arena_path("kept", "127.0.0.1", tmp_path)
+    assert not settle_orphan(path, keep=True) and path.exists()
+    kill(open_arena(tmp_path, spec(cluster_id="kept")))
+    assert settle_orphan(path, keep=True), "this one was killed"
+
+
 def test_a_kept_arena_is_adopted_and_then_no_longer_kept(tmp_path):
     open_arena(tmp_path, spec(cluster_id="kept")).close(keep=True)
     again = open_arena(tmp_path, spec(cluster_id="kept"))
@@ -276,9 +284,9 @@ def test_a_kept_arena_is_adopted_and_then_no_longer_kept(tmp_path):
 @pytest.mark.parametrize(
     ("memory", "words"),
     [
-        (HostMemory(10_000, None, 1 << 40), r"this machine has 0\.000 GB free memory"),
+        (HostMemory(10_000, None, 1 << 40), r"this machine has 0\.000 GiB free memory"),
         (HostMemory(1 << 40, 10_000, 1 << 40), r"this container has .* left of its memory limit"),
-        (HostMemory(1 << 40, None, 10_000), r"has 0\.000 GB free space.*enlarge the folder"),
+        (HostMemory(1 << 40, None, 10_000), r"has 0\.000 GiB free space.*enlarge the folder"),
     ],
 )
 def test_an_arena_larger_than_memory_is_refused_and_leaves_no_file(tmp_path, memory, words):

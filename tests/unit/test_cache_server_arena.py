@@ -183,8 +183,10 @@ def test_a_cache_larger_than_the_memory_is_refused_at_once(tmp_path):
             config, SECRET, Place("127.0.0.1", folder=tmp_path), 1, read_memory=lambda folder: memory
         )
 
-    with pytest.raises(ArenaSizeError, match=r"needs 5\.369 GB, but this machine has 4\.000 GB free memory"):
-        core(CacheConfig(host_cache_gb=5), HostMemory(4 * 10**9, None, 10**12))
+    with pytest.raises(
+        ArenaSizeError, match=r"needs 5\.000 GiB, but this machine has 4\.000 GiB free memory"
+    ):
+        core(CacheConfig(host_cache_gb=5), HostMemory(4 << 30, None, 10**12))
     with pytest.raises(ArenaSizeError, match="left of its memory limit"):
         core(CacheConfig(host_cache_gb=5), HostMemory(10**12, 10**9, 10**12))
     with pytest.raises(ArenaSizeError, match="give --host-cache-gb or --host-cache-ratio"):

@@ -131,6 +131,7 @@ def test_what_is_no_dump_is_told_in_a_line(tmp_path, content, said) -> None:
             read_dump(file)
     code, text = show(file)
     assert code == 1 and said in text and len(text.splitlines()) == 1
+    assert str(file) in text and "[Errno" not in text
 
 
 def test_a_step_that_it_has_not_is_told_with_those_it_has(crashed) -> None:

@@ -66,6 +66,25 @@ def test_a_store_that_cannot_be_opened_at_the_start_is_tried_again(tmp_path):
     node.close()
 
 
+def test_a_store_that_stays_away_says_why_and_is_logged_ever_more_rarely(tmp_path, caplog):
+    node = Node(tmp_path, begins=False)
+    node.opener.error = "nobody listens"
+    node.begin()
+    for num_tries in range(1, 61):  # ten minutes
+        node.until(lambda num_tries=num_tries: node.counts["stores", "failed"] == num_tries)
+        assert node.tier.why_not == "nobody listens"
+        node.now_s += remote_tier.RETRY_S
+    assert 4 <= len(caplog.records) <= 7
+    node.opener.error = "no room"
+    node.until(lambda: node.counts["stores", "failed"] == 61)
+    assert caplog.records[-1].why == node.tier.why_not == "no room"
+    node.opener.error = None
+    node.now_s += remote_tier.RETRY_S
+    node.attached()
+    assert node.tier.why_not == ""
+    node.close()
+
+
 def test_what_a_store_has_from_the_start_is_told_the_last_used_of_it_and_a_part_each_turn(tmp_path):
     node = Node(tmp_path, begins=False)
     num_known = MAX_KNOWN_RATIO * 32
@@ -155,6 +174,28 @@ def test_a_store_that_refuses_puts_is_left_alone_for_a_while(tmp_path):
     last = node.commit(1)
     node.until(lambda: node.tier.num_waiting == 0 and store.put_keys[-1:] == last)
     assert node.counts["puts", "full"] == MAX_FAILURES
+    node.close()
+
+
+def test_the_log_says_once_that_a_store_takes_no_pages_and_once_that_it_does_again(tmp_path, caplog):
+    caplog.set_level("INFO", "cache_service.attached_store")
+    node = Node(tmp_path, limits=PutLimits(max_batch_pages=1))
+    store = node.attached()
+    store.status = PutStatus.FULL
+    node.commit(8)
+    node.until(lambda: node.counts["puts", "full"] == MAX_FAILURES)
+    node.until(lambda: node.leases.num_leased == 0)
+    node.now_s += RETRY_S
+    node.commit(1)
+    node.until(lambda: node.counts["puts", "full"] == MAX_FAILURES + 1)
+    node.until(lambda: node.leases.num_leased == 0)
+    (warning,) = caplog.records
+    assert warning.levelname == "WARNING" and warning.why == "as the test wants, it is full"
+    store.status = None
+    node.now_s += 2 * RETRY_S
+    node.commit(2)
+    node.until(lambda: node.tier.num_waiting == 0 and node.tier.num_known)
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
     node.close()
 
 

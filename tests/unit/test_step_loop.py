@@ -189,6 +189,7 @@ def test_a_failed_step_ends_every_request_with_a_documented_error(depth, fails_l
         end = inbox.ends()[name]
         assert (end.finish_reason, end.error_code) == ("error", "replica_failed")
         assert "RuntimeError" in end.error
+        assert "again" not in end.error  # the API says that, once
         assert "fell over" not in end.error  # the cause is for the log, not for clients
 
 

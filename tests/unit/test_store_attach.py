@@ -74,7 +74,8 @@ def test_a_store_that_cannot_be_opened_leaves_the_former_in_use(node):
     keys = node.commit(2)
     node.until(lambda: node.tier.num_known == 2)
     node.opener.error = "nobody listens at 10.0.0.9:50051"
-    assert node.answer(node.ask(node.tier.attach, OTHER_ADDRESS)) == node.opener.error
+    why = node.answer(node.ask(node.tier.attach, OTHER_ADDRESS))
+    assert why == f"{node.opener.error}; the node goes back to its store {ADDRESS}"
     node.until(lambda: node.counts["stores", "failed"] == 2)  # nor could that be opened again
     node.opener.error = None
     node.now_s += remote_tier.RETRY_S

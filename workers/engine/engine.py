@@ -14,7 +14,7 @@ import torch
 
 from cache_service.keys import KVNamespace
 from workers.attention.choice import choose_kernels
-from workers.card import ModelCard
+from workers.card import ModelCard, page_layout
 from workers.config import WorkerConfig
 from workers.engine.copies import copies_to
 from workers.engine.device_memory import log_memory, measured_pool_size
@@ -29,13 +29,13 @@ from workers.engine.sampled import Sampled
 from workers.engine.sampler import Sampler
 from workers.engine.staging import Stager
 from workers.kvcache.kv_pool import KVPool, allocate_pool
-from workers.kvcache.layout import BundleLayout, target_only
+from workers.kvcache.layout import BundleLayout
 from workers.kvcache.mover import Mover
 from workers.kvcache.page_table import PageTable
 from workers.kvcache.pool_size import PoolSize, available_host_bytes, is_measured, pool_size
 from workers.kvcache.sanitizer import KVSanitizer
 from workers.models.config import Dtype
-from workers.models.sharding import head_layout, kv_shape
+from workers.models.sharding import head_layout
 from workers.models.weights import load_model
 from workers.parallel import TPGroup
 from workers.plan import (
@@ -84,8 +84,7 @@ class Engine:
     ) -> None:
         device = self._device = torch.device(config.device)
         dtype = card.config.dtype if config.dtype == "auto" else config.dtype
-        num_layers, num_kv_heads, head_dim = kv_shape(card.config, config.tp_size)
-        self.layout: BundleLayout = target_only(num_layers, config.page_size, num_kv_heads, head_dim, dtype)
+        self.layout = page_layout(card, config)
         size = None if is_measured(config) else self._asked_pool_size(config, card.context_len)
         loaded = load_model(
             card,
