@@ -54,6 +54,7 @@ class AttachedStore:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.store = store
+        self._access = access
         self._listed = list(reversed(listed))
         self._old = [entry.key for entry in access.store.stored()][::-1]
         """Pages that were in the arena before, the first last: they are put when there is room."""
@@ -67,6 +68,8 @@ class AttachedStore:
         self._at_rest = threading.Event()
         self._at_rest.set()
         self._is_over = False
+        self._may_have_lost = False
+        """It stopped taking pages, and not for lack of room: a master that is started again knows none."""
         self._put_breaker = Breaker(MAX_FAILURES, RETRY_S, MAX_RETRY_S)
         self._get_breaker = Breaker(MAX_FAILURES, RETRY_S, MAX_RETRY_S)
         self._lock = threading.Lock()  # of `_get_breaker`
@@ -193,16 +196,26 @@ class AttachedStore:
             self._put_breaker.succeeded()
             if not was_closed:
                 logger.info("the remote store takes pages again")
+                if self._may_have_lost:
+                    self._learn_anew()
             return
         self._put_breaker.failed(self._clock())
         if was_closed and self._put_breaker.state == "open":
             words = {_WHY_NOT_PUT[status] for status in statuses if status in _WHY_NOT_PUT}
             words |= {reason.removeprefix("put: ") for reason in found if reason.startswith("put: ")}
             why = ", ".join(sorted(words))
+            self._may_have_lost = PutStatus.FULL not in statuses
             logger.warning(
                 "the remote store takes no pages: it is left alone, but for a try now and then",
                 extra={"why": why},
             )
+
+    def _learn_anew(self) -> None:
+        """Forget what the store had, but for what it lists, and put again what the arena has."""
+        self._may_have_lost = False
+        self._keys.lose_all()
+        self._listed = list(reversed(self.store.known_keys()))
+        self._old = [entry.key for entry in self._access.store.stored()][::-1]
 
     def _rested(self, pages: list[PutPage]) -> None:
         self._queue.release(pages)

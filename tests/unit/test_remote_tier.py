@@ -199,6 +199,27 @@ def test_the_log_says_once_that_a_store_takes_no_pages_and_once_that_it_does_aga
     node.close()
 
 
+def test_what_a_store_had_is_forgotten_after_it_was_away_and_put_again(tmp_path):
+    node = Node(tmp_path, limits=PutLimits(max_batch_pages=1))
+    store = node.attached()
+    keys = node.commit(4)
+    node.until(lambda: node.tier.num_known == 4)
+    gone = keys[-1]
+    node.store.drop(node.store.lookup([gone])[0], "test")
+    store.status = PutStatus.FAILED
+    node.commit(MAX_FAILURES)
+    node.until(lambda: node.counts["puts", "failed"] == MAX_FAILURES)
+    node.until(lambda: node.leases.num_leased == 0)
+    assert node.tier.num_known == 4
+    store.records.clear()  # a master that was started again
+    store.status = None
+    node.now_s += RETRY_S
+    node.commit(1)
+    node.until(lambda: node.tier.num_known == 3 + MAX_FAILURES + 1)
+    assert not node.heard().is_remote(gone) and all(node.heard().is_remote(key) for key in keys[:-1])
+    node.close()
+
+
 def test_a_breaker_whose_probe_finds_nothing_to_put_stays_ready(tmp_path):
     node = Node(tmp_path, limits=PutLimits(max_batch_pages=1))
     store = node.attached()
