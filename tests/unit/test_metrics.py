@@ -14,7 +14,7 @@ from tests.unit.replica_threads import NAMESPACE
 from tests.unit.tier_fakes import Bench, tokens
 from workers.engine.graph_guard import CaptureStats
 from workers.kvcache.manager import KVCacheManager
-from workers.kvcache.moves import Move, MoveStats
+from workers.kvcache.moves import MoveStats
 from workers.metrics import LeaderMetrics, LeaderSources, RankLabels, TierSources, count_steps, count_tier
 from workers.move_board import MoveStatus
 from workers.plan import BatchPlan, RelocationVersion
@@ -63,8 +63,8 @@ def api():
 
 def tier_sources():
     moves = MoveStats()
-    moves.finished(Move(1, "load", 3, 4, 2, b"k"), MoveStatus.DONE, 1000, 0.25)
-    moves.finished(Move(2, "save", 3, 4, 2, b"k"), MoveStatus.FAILED_STALE, 1000, 0.5)
+    moves.finished("load", [MoveStatus.DONE], 1000, 0.25)
+    moves.finished("save", [MoveStatus.FAILED_STALE], 1000, 0.5)
     moves.copied("save", 7, 2)
     moves.num_waits["stream"] = 6
     moves.num_pinned_bytes = lambda: 1 << 26
