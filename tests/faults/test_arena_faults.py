@@ -128,3 +128,21 @@ def test_a_full_arena_with_everything_leased_costs_saves_only(model, expected):
         host.leases.release([location.slot for location in locations])
         third, tokens = answers(model, host, 3)
         assert tokens == expected and third.tier.stats.num_saved_pages > 0
+
+
+@pytest.mark.parametrize("policy", ["write_through", "write_back"])
+def test_a_prompt_longer_than_the_grants_held_in_advance_is_saved_whole(tmp_path, model, policy):
+    prompt = [40 + number % 60 for number in range(120)]
+    config = tiny_config(model, num_pages=48, max_tokens_per_step=128)
+    with (
+        NodeHost(tmp_path / "node", arena_gb=0.0004) as host,
+        Harness(config, host=host, incarnation=1, write_policy=policy) as harness,
+    ):
+        for name, tokens in (("0", prompt), ("1", prompt[::-1])):
+            harness.submit(name, tokens, max_tokens=6, ignore_eos=True)
+            harness.run()
+            harness.idle_pages()
+        stats = harness.tier.stats
+        assert host.stats().num_slots // 8 < 30, "the grants in advance are fewer than the prompt's pages"
+        assert stats.num_saved_pages >= (60 if policy == "write_through" else 12)
+        assert stats.num_lost_pages == stats.skipped_saves.total() == 0

@@ -95,6 +95,33 @@ def test_a_page_that_goes_before_a_grant_came_is_skipped_and_lost_and_its_slot_g
     assert bench.saves() == [] and not bench.cache.has_moves
 
 
+def test_a_page_that_is_dropped_while_it_waits_is_not_saved():
+    bench = Bench()
+    bench.run(0, tokens(5))
+    bench.finish()
+    bench.forget_device()
+    bench.run(1, tokens(5, first=80))
+    bench.finish()
+    bench.host.free.clear()
+    bench.run(1, tokens(5, first=50))  # the first in line
+    other = page_keys(NAMESPACE, tokens(4, first=50), PAGE_SIZE)
+    assert bench.open(0, tokens(9)) == PAGE_SIZE
+    bench.finish(MoveStatus.ENQUEUED)
+    assert bench.cache.reserve(0, 8)
+    bench.cache.planned(10)
+    bench.cache.commit(0, 8)
+    bench.cache.completed(10)
+    bench.moves.at[bench.loads()[0][0]] = MoveStatus.FAILED_TORN
+    assert bench.finish() == [0]
+    bench.host.stored[KEYS[0]] = Location(40, 9)  # another replica's
+    bench.host.grant(0)
+    bench.host.grant(1)
+    bench.finish()
+    bench.ops()
+    assert [key for *_, key in bench.saves()][2:] == other
+    assert bench.tier.stats.skipped_saves == {"no_grant": 1}
+
+
 def test_a_page_computed_anew_waits_at_its_own_place_behind_its_parent():
     bench = Bench(num_pages=3, num_slots=0)
     bench.run(0, tokens(12))
