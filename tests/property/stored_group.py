@@ -22,13 +22,15 @@ def stored_group(num_pages: int, safety: Safety, make_rank: RankMaker, num_ranks
         safety=safety,
         runs_checks=False,
         make_rank=make_rank,
-        tier=TierOptions(num_slots=16, speeds=(0.0, 0.0), news_ratio=0.0),
+        tier=TierOptions(num_slots=32, speeds=(0.0, 0.0), news_ratio=0.0),
     )
     deliver(group)
     group.submit(TEXT[: num_pages * PAGE_SIZE], SamplingParams(max_tokens=1))
     save_all(group)
     group.submit([9] * 23, SamplingParams(max_tokens=1, ignore_eos=True))
     save_all(group)
+    while group.scheduler.has_moves:  # pages that wait for grants
+        save_all(group)
     assert [key for key in KEYS if key in group.tier.client.view] == KEYS[:num_pages]
     assert group.indexed.isdisjoint(KEYS)
     return group
