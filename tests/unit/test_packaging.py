@@ -20,7 +20,11 @@ for package in sys.argv[2:]:
     assert Path(module.__file__).is_relative_to(folder), f"{package} came from {module.__file__}"
     for found in pkgutil.walk_packages(module.__path__, f"{package}."):
         if not found.name.endswith("__main__"):
-            importlib.import_module(found.name)
+            try:
+                importlib.import_module(found.name)
+            except ModuleNotFoundError as error:
+                # Torch brings Triton where it is built for CUDA; only the kernels need it.
+                assert error.name == "triton" and found.name.startswith("workers.triton_kernels."), error
         count += 1
 print(count)
 """
