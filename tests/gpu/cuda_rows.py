@@ -79,6 +79,8 @@ class CudaRows:
             token_ids=torch.zeros(num_tokens, dtype=torch.int64, device=CUDA),
             positions=torch.from_numpy(np.concatenate(positions)).to(CUDA),
             page_rows=torch.from_numpy(rows).to(CUDA),
+            num_columns=torch.tensor(rows.shape[1:], dtype=torch.int32, device=CUDA),
+            max_columns=rows.shape[1],
             query_starts=torch.from_numpy(starts).to(CUDA),
             context_lens=torch.from_numpy(lens).to(CUDA),
             out_locations=torch.tensor(locations, device=CUDA),

@@ -289,10 +289,17 @@ def test_rows_pages_lie_where_the_host_says(page_size: int) -> None:
         context_lens=torch.from_numpy(context_lens),
         page_rows=torch.from_numpy(page_rows),
     )
-    pages = RowPages.like(batch.page_rows)
+    pages = RowPages.room(6, 5, CPU)
     for _ in range(2):  # whatever it held before
         TorchPoolKernels().line_up_pages(
-            batch.page_rows, batch.context_lens, page_size, pages.starts, pages.pages, pages.last_page_lens
+            batch.page_rows,
+            batch.num_columns,
+            batch.max_columns,
+            batch.context_lens,
+            page_size,
+            pages.starts,
+            pages.pages,
+            pages.last_page_lens,
         )
     starts = host_page_starts(batch, page_size)
     assert pages.starts.tolist() == starts.tolist()

@@ -82,8 +82,7 @@ def read_while_delayed(mechanisms: Mechanisms, num_steps: int) -> list[tuple[lis
 
 def test_a_pass_reads_what_was_staged_for_it_though_the_host_runs_ahead() -> None:
     assert read_while_delayed(ALL_ON, 10) == [
-        ([step + 1, 0], [[page if page <= step // 4 + 1 else 0 for page in range(1, 5)], [0] * 4])
-        for step in range(10)
+        ([step + 1, 0], [list(range(1, step // 4 + 2)), [0] * (step // 4 + 1)]) for step in range(10)
     ]
 
 
@@ -189,7 +188,7 @@ def test_a_mixed_bucket_s_pads_are_one_row_on_the_dummy_page_whatever_was_staged
     table = PageTable(3, PAGES_PER_ROW, PAGE_SIZE, NUM_PAGES, checked=True)
     stager = Stager(table, 32, CPU, InlineCopies())
     bucket = BucketInputs(Bucket("mixed", 20), 3, PAGE_SIZE, PAGES_PER_ROW, CPU)
-    assert bucket.static.page_rows.shape == (4, 5)  # columns for 20 pad tokens
+    assert bucket.static.max_columns == 5  # columns for 20 pad tokens
     for slot in range(3):
         log.open(slot, list(range(1, 15)))
     for _ in range(NUM_STAGING_SETS):
@@ -198,9 +197,47 @@ def test_a_mixed_bucket_s_pads_are_one_row_on_the_dummy_page_whatever_was_staged
     assert slots.tolist() == [1, 3, 3, 3]
     assert batch.query_starts.tolist() == [0, 3, 20, 20, 20]
     assert batch.context_lens.tolist() == [6, 17, 0, 0]
+    assert batch.page_rows.shape == (4, 5) and batch.num_columns.tolist() == [5]
     assert not batch.token_ids[3:].any() and not batch.positions[3:].any()
     assert not batch.out_locations[3:].any() and not batch.page_rows[1:].any()
     assert batch.num_samples == 0 and not batch.sample_indices.any()
+
+
+class CountingCopies(InlineCopies):
+    def __init__(self) -> None:
+        self.num_bytes: list[int] = []
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        self.num_bytes.append(source.nbytes)
+        super().copy(target, source)
+
+
+@pytest.mark.parametrize("mode", ["decode", "mixed"])
+def test_of_page_rows_a_step_copies_no_more_than_its_longest_takes(mode: str) -> None:
+    pages_per_row, num_pages = 500, 1000
+    table = PageTable(2, pages_per_row, PAGE_SIZE, num_pages, checked=True)
+    copies = CountingCopies()
+    stager = Stager(table, 16, CPU, copies)
+    bucket = BucketInputs(Bucket(mode, 8), 2, PAGE_SIZE, pages_per_row, CPU)  # type: ignore[arg-type]
+    log = PlanLog(PAGE_SIZE, num_pages)
+    log.open(0, [1] * 9)
+    log.open(1, [2] * 30)
+    lens = {"s0": 1} if mode == "decode" else {"s0": 5}
+    small, _ = stager.stage_bucket(staged(log, log.plan(**lens), table), bucket)
+    assert small.page_rows.shape[1] == small.num_columns.item() == (1 if mode == "decode" else 2)
+    assert small.page_rows[0].tolist() == [1, 2][: small.page_rows.shape[1]]
+    log.num_computed[1] = 27  # as if its first pages had been computed
+    log.plan(s1=1)
+    plan = log.plan(s1=1) if mode == "decode" else log.plan(s1=2)
+    table.set_row(SetRow(1, 0, log.pages[1], [], []))
+    large, _ = stager.stage_bucket(plan, bucket)
+    assert large.page_rows.shape[1] == large.num_columns.item() == 8
+    assert large.page_rows[0].tolist() == log.pages[1]
+    assert not large.page_rows[1:].any()
+    num_rows = large.num_rows
+    assert copies.num_bytes[1] - copies.num_bytes[0] == 4 * num_rows * (8 - small.page_rows.shape[1])
+    assert large.max_columns == pages_per_row
+    assert large.page_rows.data_ptr() == small.page_rows.data_ptr()
 
 
 def test_an_eager_batch_is_its_step_s_own() -> None:

@@ -49,6 +49,8 @@ class PagedRows:
             token_ids=torch.zeros(sum(query_lens), dtype=torch.int64),
             positions=torch.cat(positions),
             page_rows=torch.from_numpy(rows),
+            num_columns=torch.tensor(rows.shape[1:], dtype=torch.int32),
+            max_columns=rows.shape[1],
             query_starts=torch.from_numpy(starts),
             context_lens=torch.from_numpy(lens),
             out_locations=torch.tensor(locations),

@@ -180,7 +180,7 @@ def test_dummy_page_zero(rank: Rank) -> None:
 def test_pad_rows(rank: Rank, place: str) -> None:
     def corrupt(rows: torch.Tensor, locations: torch.Tensor) -> None:
         if place == "row":
-            rows[2, 7] = 3
+            rows[2, -1] = 3
         elif place == "location":
             locations[2] = 3 * PAGE_SIZE
         else:

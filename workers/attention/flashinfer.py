@@ -163,7 +163,7 @@ class FlashInferAttention:
         self._batch = batch
         page_starts = host_page_starts(batch, self._pool.page_size)
         if batch.bucket is None:
-            self._pages, self._out = RowPages.like(batch.page_rows), None
+            self._pages, self._out = _room_for_pages(batch), None
             short, long = self._eager_rows(batch, page_starts)
             planners = self._eager
         else:
@@ -183,6 +183,8 @@ class FlashInferAttention:
         assert batch is not None and pages is not None, "no batch is planned"
         self._pool_kernels.line_up_pages(
             batch.page_rows,
+            batch.num_columns,
+            batch.max_columns,
             batch.context_lens,
             self._pool.page_size,
             pages.starts,
@@ -253,7 +255,7 @@ class FlashInferAttention:
         long = None if is_decode else PlanLimits(_max_long_rows(batch), size, is_captured=True)
         dtype, device = self._pool.layer(0)[0].dtype, batch.page_rows.device
         return _BucketState(
-            pages=RowPages.like(batch.page_rows),
+            pages=_room_for_pages(batch),
             planners=self._make_planners(short, long, always_has_rows=is_decode),
             out=None if is_decode else torch.zeros((size, *self._out_shape), dtype=dtype, device=device),
         )
@@ -289,6 +291,10 @@ class FlashInferAttention:
         kernels = [*self._short.values(), *(found for found in self._long.values() if found is not None)]
         num_bytes = max(each.float_bytes(limit) for each in kernels for limit in limits)
         return torch.empty(max(num_bytes, 1), dtype=torch.uint8, device=self._pool.layer(0)[0].device)
+
+
+def _room_for_pages(batch: ForwardBatch) -> RowPages:
+    return RowPages.room(batch.num_rows, batch.max_columns, batch.page_rows.device)
 
 
 def _rows(batch: ForwardBatch, page_starts: IntArray, first: int, stop: int) -> HostRows:

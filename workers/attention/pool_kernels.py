@@ -17,14 +17,19 @@ class PoolKernels(Protocol):
     def line_up_pages(
         self,
         page_rows: torch.Tensor,
+        num_columns: torch.Tensor,
+        max_columns: int,
         context_lens: torch.Tensor,
         page_size: int,
         starts: torch.Tensor,
         pages: torch.Tensor,
         last_page_lens: torch.Tensor,
     ) -> None:
-        """Write to the last three, which are a RowPages', the pages that hold context_lens [B] int32 tokens
-        of page_rows [B, P] int32."""
+        """Write to the last three, which are a RowPages', the pages that hold context_lens [B] tokens of
+        page_rows [B, C]. All int32.
+
+        In a captured graph C is what num_columns [1] holds when it is replayed, max_columns at most.
+        """
 
     def write_kv(
         self,
@@ -56,13 +61,15 @@ class TorchPoolKernels:
     def line_up_pages(
         self,
         page_rows: torch.Tensor,
+        num_columns: torch.Tensor,
+        max_columns: int,
         context_lens: torch.Tensor,
         page_size: int,
         starts: torch.Tensor,
         pages: torch.Tensor,
         last_page_lens: torch.Tensor,
     ) -> None:
-        """See PoolKernels."""
+        """See PoolKernels; C is the shape's, captured or not."""
         num_pages = (context_lens + (page_size - 1)) // page_size
         starts[1:] = num_pages.cumsum(0)
         last_page_lens.copy_(context_lens - (num_pages - 1) * page_size)

@@ -28,13 +28,11 @@ class RowPages:
     """[B] int32: tokens in each row's last page; of rows without pages undefined"""
 
     @classmethod
-    def like(cls, page_rows: torch.Tensor) -> Self:
-        """Return room for what lies in page_rows [B, P]."""
-        num_rows, num_columns = page_rows.shape
-        device = page_rows.device
+    def room(cls, num_rows: int, max_columns: int, device: torch.device) -> Self:
+        """Return room for so many rows of so many pages."""
         return cls(
             starts=torch.zeros(num_rows + 1, dtype=torch.int32, device=device),
-            pages=torch.zeros(num_rows * num_columns + 1, dtype=torch.int32, device=device),
+            pages=torch.zeros(num_rows * max_columns + 1, dtype=torch.int32, device=device),
             last_page_lens=torch.zeros(num_rows, dtype=torch.int32, device=device),
         )
 

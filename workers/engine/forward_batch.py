@@ -33,7 +33,11 @@ class ForwardBatch:
     positions: torch.Tensor
     """[T] int64"""
     page_rows: torch.Tensor
-    """[B, P] int32; beyond a row's own pages: 0, the dummy page"""
+    """[B, C] int32, C what the longest row takes; beyond a row's own pages: 0, the dummy page"""
+    num_columns: torch.Tensor
+    """[1] int32: C, on the device: of a bucket's steps each has its own"""
+    max_columns: int
+    """The most that C is at this address"""
     query_starts: torch.Tensor
     """[B + 1] int32"""
     context_lens: torch.Tensor

@@ -31,14 +31,14 @@ _ALIGNMENT = 64
 class StepInputs:
     """One set of inputs, packed into one run of bytes so that a step's copy is one copy.
 
-    The page rows come last:  | token_ids | positions | ... | slots | context_lens | page_rows |
+    The page rows come last, as wide as the step's longest:  | token_ids | ... | num_columns | page rows |
     """
 
     def __init__(
         self,
         num_tokens: int,
         num_rows: int,
-        pages_per_row: int,
+        max_columns: int,
         device: torch.device,
         pinned: bool = False,
     ) -> None:
@@ -50,7 +50,8 @@ class StepInputs:
             (torch.int64, num_rows),
             (torch.int32, num_rows + 1),
             (torch.int32, num_rows),
-            (torch.int32, num_rows * pages_per_row),
+            (torch.int32, 1),
+            (torch.int32, num_rows * max_columns),
         ]
         offsets = [0]
         for dtype, count in parts:
@@ -62,17 +63,20 @@ class StepInputs:
             for start, (dtype, count) in zip(offsets, parts, strict=False)
         ]
         self.token_ids, self.positions, self.out_locations, self.sample_indices = views[:4]
-        self.slots, self.query_starts, self.context_lens = views[4:7]
-        self.page_rows = views[7].view(num_rows, pages_per_row)
-        self.rows_offset = offsets[7]
-        self.num_rows = num_rows
+        self.slots, self.query_starts, self.context_lens, self.num_columns, self._pages = views[4:]
+        self.max_columns = max_columns
+        self.rows_offset = offsets[8]
+
+    def page_rows(self, num_rows: int, num_columns: int) -> torch.Tensor:
+        """Return the page rows of a step in which the longest has `num_columns` pages, [rows, columns]."""
+        return self._pages[: num_rows * num_columns].view(num_rows, num_columns)
 
 
 class HostInputs(StepInputs):
     """A staging set: StepInputs in host memory, with numpy views, and the fence of its last copy."""
 
-    def __init__(self, num_tokens: int, num_rows: int, pages_per_row: int, pinned: bool) -> None:
-        super().__init__(num_tokens, num_rows, pages_per_row, torch.device("cpu"), pinned)
+    def __init__(self, num_tokens: int, num_rows: int, max_columns: int, pinned: bool) -> None:
+        super().__init__(num_tokens, num_rows, max_columns, torch.device("cpu"), pinned)
         self.fence: Fence | None = None
         self.token_id_array: npt.NDArray[np.int64] = self.token_ids.numpy()
         self.position_array: npt.NDArray[np.int64] = self.positions.numpy()
@@ -81,7 +85,7 @@ class HostInputs(StepInputs):
         self.slot_array: npt.NDArray[np.int64] = self.slots.numpy()
         self.start_array: npt.NDArray[np.int32] = self.query_starts.numpy()
         self.len_array: npt.NDArray[np.int32] = self.context_lens.numpy()
-        self.row_array: npt.NDArray[np.int32] = self.page_rows.numpy()
+        self.num_columns_array: npt.NDArray[np.int32] = self.num_columns.numpy()
 
 
 class StagingSet(Protocol):
@@ -130,10 +134,10 @@ class BucketInputs:
         size = bucket.size
         is_decode = bucket.mode == "decode"
         num_rows = size if is_decode else min(max_slots, size) + 1
-        num_columns = pages_per_row if is_decode else max(pages_per_row, -(-size // page_size))
+        max_columns = pages_per_row if is_decode else max(pages_per_row, -(-size // page_size))
 
         def make() -> HostInputs:
-            host = HostInputs(size, num_rows, num_columns, pinned=device.type == "cuda")
+            host = HostInputs(size, num_rows, max_columns, pinned=device.type == "cuda")
             if is_decode:  # one token a row, on every step
                 host.start_array[:] = np.arange(size + 1)
                 host.sample_array[:] = np.arange(size)
@@ -141,7 +145,7 @@ class BucketInputs:
 
         self.bucket = bucket
         self.num_rows = num_rows
-        self.static = StepInputs(size, num_rows, num_columns, device)
+        self.static = StepInputs(size, num_rows, max_columns, device)
         self.ring = StagingRing(make, mechanisms.rings_staging)
         self.has_rows = False
 
@@ -181,8 +185,9 @@ class Stager:
         num_rows, num_tokens, num_sampled = len(plan.slots), plan.num_tokens, len(plan.sampled)
         lens = host.len_array[:num_rows]
         num_columns = -(-int(lens.max()) // self._table.page_size)
-        rows = host.page_rows.view(-1)[: num_rows * num_columns].view(num_rows, num_columns)
+        rows = host.page_rows(num_rows, num_columns)
         self._table.stage_rows(slots, rows.numpy())
+        host.num_columns_array[0] = num_columns
         batch = ForwardBatch(
             mode=mode,
             bucket=None,
@@ -195,6 +200,8 @@ class Stager:
             context_lens=self._send(host.context_lens[:num_rows]),
             out_locations=self._send(host.out_locations[:num_tokens]),
             sample_indices=self._send(host.sample_indices[:num_sampled]),
+            num_columns=self._send(host.num_columns),
+            max_columns=num_columns,
             host_query_starts=host.start_array[: num_rows + 1],
             host_context_lens=lens,
         )
@@ -217,8 +224,6 @@ class Stager:
             self._fill_decode(host, plan, slots[:num_real])
         else:
             slots[:num_real] = self._fill(host, plan)
-        num_columns = self._table.pages_per_row
-        self._table.stage_rows(slots[:num_real], host.row_array[:num_real, :num_columns])
         num_tokens, num_samples = plan.num_tokens, num_real if is_decode else len(plan.sampled)
         if not is_decode:
             #   query_starts  | ..., num_tokens | size, size, ... |: the first pad row has all pad tokens
@@ -229,18 +234,29 @@ class Stager:
             host.position_array[num_tokens:] = 0
             host.location_array[num_tokens:] = DUMMY_PAGE * self._table.page_size
             host.len_array[num_real:] = host.start_array[num_real + 1 :] - host.start_array[num_real:-1]
-            host.row_array[num_real:] = DUMMY_PAGE
+        longest = max(
+            int(host.len_array[:num_real].max()), 0 if is_decode else bucket.bucket.size - num_tokens
+        )
+        num_columns = host.num_columns_array[0] = -(-longest // self._table.page_size)
+        self._fill_rows(host.page_rows(num_rows, num_columns).numpy(), slots[:num_real])
         static = bucket.static
+        copied = slice(static.rows_offset)
         if self._mechanisms.copies_rows or not bucket.has_rows:
-            self._copies.copy(static.data, host.data)
+            copied = slice(static.rows_offset + num_rows * num_columns * static.num_columns.itemsize)
             bucket.has_rows = True
-        else:
-            before_rows = slice(static.rows_offset)
-            self._copies.copy(static.data[before_rows], host.data[before_rows])
+        self._copies.copy(static.data[copied], host.data[copied])
         if plan.num_awaited:
             self._take_awaited(plan, static.token_ids, static.slots[: plan.num_awaited])
         host.fence = self._copies.fence()
         return static_batch(bucket, plan.mode, num_real, num_samples, host), slots
+
+    def _fill_rows(self, rows: npt.NDArray[np.int32], slots: SlotArray) -> None:
+        """Write the pages of the slots to `rows`, and dummy pages to those of pads and behind the table's."""
+        num_real, num_columns = len(slots), min(rows.shape[1], self._table.pages_per_row)
+        self._table.stage_rows(slots, rows[:num_real, :num_columns])
+        rows[:num_real, num_columns:] = DUMMY_PAGE
+        if self._mechanisms.pads_rows:
+            rows[num_real:] = DUMMY_PAGE
 
     def _fill_decode(self, host: HostInputs, plan: BatchPlan, slots: SlotArray) -> None:
         """Write tokens, positions, places and lengths of rows of one token each."""
@@ -309,11 +325,13 @@ def static_batch(
         num_samples=num_samples,
         token_ids=static.token_ids,
         positions=static.positions,
-        page_rows=static.page_rows,
+        page_rows=static.page_rows(bucket.num_rows, int(host.num_columns_array[0])),
         query_starts=static.query_starts,
         context_lens=static.context_lens,
         out_locations=static.out_locations,
         sample_indices=static.sample_indices,
+        num_columns=static.num_columns,
+        max_columns=static.max_columns,
         host_query_starts=host.start_array,
         host_context_lens=host.len_array,
     )

@@ -116,6 +116,8 @@ class TritonKernels:
     def line_up_pages(
         self,
         page_rows: torch.Tensor,
+        num_columns: torch.Tensor,
+        max_columns: int,
         context_lens: torch.Tensor,
         page_size: int,
         starts: torch.Tensor,
@@ -123,7 +125,9 @@ class TritonKernels:
         last_page_lens: torch.Tensor,
     ) -> None:
         """See page_lines.line_up_pages; for attention backends."""
-        page_lines.line_up_pages(page_rows, context_lens, page_size, starts, pages, last_page_lens)
+        page_lines.line_up_pages(
+            page_rows, num_columns, max_columns, context_lens, page_size, starts, pages, last_page_lens
+        )
 
     def greedy_tokens(self, logits: torch.Tensor) -> torch.Tensor:
         """See argmax.greedy_tokens; for the sampler."""
