@@ -113,6 +113,7 @@ class Scenario:
             max_waiting_requests=10_000,
             tp_size=combination["tp_size"],
             graphs=combination["graphs"],
+            graph_token_sizes=self._token_sizes(),
             attention_backend=combination["attention_backend"],
             overlap_depth=combination["overlap_depth"],
             kv_sanitizer=True,
@@ -249,6 +250,11 @@ class Scenario:
                 del self._to_abort[name]
                 harness.abort(name)
 
+    def _token_sizes(self) -> tuple[int, ...] | None:
+        """Return buckets for every step that prefills, where chunks are of middling length."""
+        chunk_len = self.combination["chunk_len"]
+        return (chunk_len // 3, chunk_len) if self.combination["graphs"] and chunk_len == 24 else None
+
     def _num_pages(self) -> int:
         """Return pages for all; when evicting, for what runs at once and a neighbour."""
         page_size = self.combination["page_size"]
@@ -266,6 +272,8 @@ class Scenario:
         num_cached = sum(answer.num_cached_tokens for answer in harness.answers.values())
         assert harness.engine.num_sanitized_steps > 0
         assert (num_replays > 0) == wanted["graphs"], f"{self.name}: steps ran as {steps}"
+        if self._token_sizes() is not None:
+            assert not harness.engine.eager_steps, f"{self.name}: eager were {harness.engine.eager_steps}"
         assert (num_evictions > 0) == wanted["is_evicting"], f"{self.name}: {num_evictions} evictions"
         assert (num_aborted > 0) == wanted["is_aborting"], f"{self.name}: {num_aborted} aborted"
         assert (num_cached > 0) == wanted["is_hitting"], f"{self.name}: {num_cached} cached tokens"
