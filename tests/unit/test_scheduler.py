@@ -3,7 +3,14 @@ from random import Random
 import pytest
 
 from tests.property.fake_group import END_TOKEN_IDS, VOCAB_SIZE, FakeGroup
-from workers.plan import OpenSlot, OwnPages, RelocationVersion, RelocationVersionError, StepOutput
+from workers.plan import (
+    CompletePages,
+    OpenSlot,
+    OwnPages,
+    RelocationVersion,
+    RelocationVersionError,
+    StepOutput,
+)
 from workers.protocol import RequestId, SamplingParams, SubmitRequest
 
 
@@ -212,6 +219,24 @@ def test_a_request_that_ends_with_the_step_in_flight_is_not_planned_again():
         plans.append(group.step())
     assert [len(plan.slots) for plan in plans if plan] == [2, 2, 1, 1, 1]
     assert group.reasons[longer] == "length"
+
+
+def test_ops_wait_for_the_step_in_flight_rather_than_go_without_rows():
+    group = FakeGroup(page_size=4, depth=1)
+    group.submit([1] * 4, greedy(2))
+    plans = [group.step() for _ in range(5)]
+    assert [plan and len(plan.slots) for plan in plans] == [1, 1, None, 0, None]
+    assert any(isinstance(op, CompletePages) for op in plans[3].ops)
+
+
+def test_nobody_gives_way_for_pages_that_a_request_at_its_end_still_has():
+    group = FakeGroup(num_pages=11, page_size=1, prefix_caching=False, depth=1)
+    group.submit([1] * 3, greedy(2))
+    for number in (2, 3):
+        group.submit([number] * 3, greedy(3))
+    group.run()
+    assert group.scheduler.stats.num_preemptions == 0
+    group.settle()
 
 
 def test_what_a_step_brings_for_a_request_that_has_ended_is_void():

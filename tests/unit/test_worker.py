@@ -34,6 +34,24 @@ def test_a_stop_while_it_loads_ends_the_rank_when_it_is_built(tmp_path):
     gc.unfreeze()
 
 
+def test_what_a_worker_has_loaded_is_not_looked_at_by_collections_while_it_serves(tmp_path):
+    model = tiny_model(tmp_path / "tiny")
+    secret_file = tmp_path / "cluster.secret"
+    write_cluster_secret(secret_file, secrets.token_bytes(32))
+    config = WorkerConfig(model=str(model), load_format="dummy", kv_gb=0.02)
+    worker = Worker(config, ReplicaId("replica-0"), 0, 7, 1, "127.0.0.1", secret_file, "warning")
+    gc.unfreeze()
+    try:
+        worker.start(*worker.rendezvous(), 60.0)
+        deadline_s = time.monotonic() + 20
+        while not gc.get_freeze_count() and time.monotonic() < deadline_s:
+            time.sleep(0.02)
+        assert gc.get_freeze_count() > 50_000
+    finally:
+        assert worker.stop(20.0)
+        gc.unfreeze()
+
+
 def test_a_context_cut_by_the_pool_is_told_with_what_to_raise(caplog):
     warn_of_short_context(2048, 2048)
     assert not caplog.records
