@@ -162,6 +162,7 @@ class Harness:
                 max_context_len=self.engine.max_context_len,
                 vocab_size=card.vocab_size,
                 seeds=Random(seed),
+                step_sizes=self.engine.step_sizes,
                 safety=safety,
             )
             self._resources = stack.pop_all()

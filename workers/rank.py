@@ -170,6 +170,7 @@ class Rank:
             max_context_len=engine.max_context_len,
             vocab_size=card.vocab_size,
             seeds=Random(f"{config.seed}/{spec.replica_id}/{spec.incarnation}"),
+            step_sizes=engine.step_sizes,
         )
 
         def welcome() -> Welcome:

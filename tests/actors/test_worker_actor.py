@@ -71,8 +71,11 @@ class Deaf:
 
 
 @pytest.mark.timeout(240)
-async def test_a_group_of_two_serves_through_its_inbox_and_stops(cluster, model):
-    config = WorkerConfig(model=model, load_format="dummy", tp_size=2, kv_gb=0.02, kv_sanitizer=True)
+@pytest.mark.parametrize("depth", [0, 1])
+async def test_a_group_of_two_serves_through_its_inbox_and_stops(cluster, model, depth):
+    config = WorkerConfig(
+        model=model, load_format="dummy", tp_size=2, kv_gb=0.02, kv_sanitizer=True, overlap_depth=depth
+    )
     workers = make_workers(config, cluster, 2)
     host, port = ray.get(workers[0].rendezvous.remote(), timeout=60)
     leader, follower = ray.get([w.start.remote(host, port, 120.0) for w in workers], timeout=150)

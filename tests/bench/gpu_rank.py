@@ -156,6 +156,7 @@ class BenchRank:
                 max_context_len=self.engine.max_context_len,
                 vocab_size=card.vocab_size,
                 seeds=Random(0),
+                step_sizes=self.engine.step_sizes,
             )
             self._resources = stack.pop_all()
 

@@ -54,6 +54,14 @@ def test_steps_that_prefill_replay_in_the_smallest_token_bucket_that_holds_them(
     assert guard.decide("decode", 1, 1) == Decision(Bucket("decode", 1), None)
 
 
+def test_token_sizes_are_those_that_are_replayed() -> None:
+    guard = GraphGuard([1, 8], enabled=True, supported=True, token_sizes=[64, 16, 32])
+    guard.mark_failed(Bucket("mixed", 32))
+    guard.mark_failed(Bucket("decode", 8))
+    assert guard.token_sizes == [16, 64]
+    assert GraphGuard([1], enabled=False, supported=True, token_sizes=[16]).token_sizes == []
+
+
 def test_there_are_no_buckets_to_prepare_where_none_is_replayed() -> None:
     sizes = {"batch_sizes": [4, 2], "token_sizes": [16]}
     assert GraphGuard(enabled=True, supported=True, **sizes).buckets == [

@@ -91,6 +91,29 @@ def test_one_step_that_was_held_up_changes_little():
     assert budget.num_tokens(8) == pytest.approx(700, rel=0.1)
 
 
+SIZES = (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
+
+
+def staircase(num_tokens):
+    """What a padded step takes: 20 ms for 700 tokens, if there were such steps."""
+    padded = next((size for size in SIZES if size >= num_tokens), num_tokens)
+    return 0.006 + 20e-6 * padded
+
+
+def test_a_step_has_the_tokens_of_one_that_is_prepared():
+    """Else it would be padded, and take longer for nothing."""
+    found = serve(StepBudget(1024, 0.02, SIZES), staircase, 100)
+    assert {num_tokens for num_tokens, _ in found[20:]} == {640}
+    without = serve(StepBudget(1024, 0.02), staircase, 100)
+    assert max(seconds for _, seconds in without[20:]) > 0.021
+
+
+def test_a_least_part_fills_the_step_that_it_is_padded_to():
+    found = serve(StepBudget(1024, 0.001, SIZES), staircase, 40, num_decoding=100)
+    assert {num_tokens for num_tokens, _ in found[10:]} == {160}
+    assert 160 >= 100 + MIN_PREFILL_TOKENS > 128
+
+
 def test_a_target_out_of_reach_leaves_prompts_their_least_part():
     found = serve(StepBudget(4096, 0.001), lambda num_tokens: 0.05 + 20e-6 * num_tokens, 40, num_decoding=100)
     assert {num_tokens for num_tokens, _ in found[10:]} == {100 + MIN_PREFILL_TOKENS}

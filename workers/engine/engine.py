@@ -163,6 +163,11 @@ class Engine:
         return self._guard.steps
 
     @property
+    def step_sizes(self) -> list[int]:
+        """Tokens of steps that prefill and were prepared; others are padded to the next."""
+        return self._guard.token_sizes
+
+    @property
     def eager_steps(self) -> Counter[tuple[Mode, EagerReason]]:
         """Eager steps by why."""
         return self._guard.eager_steps

@@ -74,6 +74,11 @@ class GraphGuard:
         decode = [Bucket("decode", size) for size in self._batch_sizes]
         return decode + [Bucket("mixed", size) for size in self._token_sizes]
 
+    @property
+    def token_sizes(self) -> list[int]:
+        """Return the tokens of steps that prefill and are replayed: one in between is padded to the next."""
+        return [b.size for b in self.buckets if b.mode == "mixed" and b not in self._failed]
+
     def mark_failed(self, bucket: Bucket) -> None:
         """Run `bucket`'s steps eager from now on: its capture failed."""
         self._failed.add(bucket)

@@ -5,6 +5,7 @@ Plain ints and lists; no torch, no clock and no randomness of its own.
 """
 
 from collections import Counter, deque
+from collections.abc import Sequence
 from random import Random
 
 from workers.config import WorkerConfig
@@ -49,9 +50,10 @@ class Scheduler:
         max_context_len: int,
         vocab_size: int,
         seeds: Random,
+        step_sizes: Sequence[int] = (),
         safety: Safety | None = None,
     ) -> None:
-        """`seeds` gives seeds to requests that bring none."""
+        """`seeds` gives seeds to requests that bring none. `step_sizes`: Engine's."""
         self.max_context_len = min(max_context_len, cache.num_pages * cache.page_size)
         """What one request may hold: the model's context, as far as the pool can hold it."""
         self.stats = SchedulerStats()
@@ -74,7 +76,8 @@ class Scheduler:
             max_running, cache, self._waiting, self.stats, self._safety, config.itl_target_ms is not None
         )
         target_ms = config.itl_target_ms
-        self._budget = StepBudget(config.max_tokens_per_step, None if target_ms is None else target_ms / 1e3)
+        target_s = None if target_ms is None else target_ms / 1e3
+        self._budget = StepBudget(config.max_tokens_per_step, target_s, step_sizes)
         self._num_steps = 0
         self._in_flight: deque[Step] = deque()
 

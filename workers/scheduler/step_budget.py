@@ -4,6 +4,9 @@ The Scheduler asks before it plans a step and tells how long each took: what a r
 enters (I1).
 """
 
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+
 from workers.plan import BatchPlan
 
 MIN_PREFILL_TOKENS = 32
@@ -71,11 +74,15 @@ class StepLine:
 
 
 class StepBudget:
-    """At most `max_tokens`; `target_s` is what a step may take while answers run, None: any time."""
+    """At most `max_tokens`; `target_s` is what a step may take while answers run, None: any time.
 
-    def __init__(self, max_tokens: int, target_s: float | None) -> None:
+    `sizes` are the tokens of steps that graphs were prepared for: one in between takes as long as the next.
+    """
+
+    def __init__(self, max_tokens: int, target_s: float | None, sizes: Sequence[int] = ()) -> None:
         self._max_tokens = max_tokens
         self._target_s = target_s
+        self._sizes = sorted(sizes)
         self._mixed = StepLine()
 
     def num_tokens(self, num_decoding: int) -> int:
@@ -86,9 +93,20 @@ class StepBudget:
             num_tokens = self._mixed.num_tokens(self._target_s)
         else:
             num_tokens = num_decoding + FIRST_PREFILL_TOKENS
-        return min(max(num_tokens, num_decoding + MIN_PREFILL_TOKENS), self._max_tokens)
+        least = self._padded(num_decoding + MIN_PREFILL_TOKENS)
+        return min(max(self._whole(num_tokens), least), self._max_tokens)
 
     def stepped(self, plan: BatchPlan, seconds: float) -> None:
         """Take in how long a step took. Those that only decode, or only prefill, hold up no answer."""
         if self._target_s is not None and plan.mode == "mixed" and seconds > 0:
-            self._mixed.measured(plan.num_tokens, seconds)
+            self._mixed.measured(self._padded(plan.num_tokens), seconds)
+
+    def _padded(self, num_tokens: int) -> int:
+        """Return the tokens that a step really computes."""
+        place = bisect_left(self._sizes, num_tokens)
+        return self._sizes[place] if place < len(self._sizes) else num_tokens
+
+    def _whole(self, num_tokens: int) -> int:
+        """Return the most tokens up to so many that leave no pads."""
+        place = bisect_right(self._sizes, num_tokens)
+        return self._sizes[place - 1] if 0 < place < len(self._sizes) else num_tokens
