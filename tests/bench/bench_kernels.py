@@ -13,7 +13,8 @@ kernels     by model, batch and kernel: microseconds of each arm (`ours`, `torch
             Outputs hold NaN before. What is wrong is not timed, named in `failed`, and ends with exit code 1
 steps       by model, batch and arm: milliseconds of a decode step without attention, with everything on,
             with one switch off, and by the layers' torch code
-tune        (only by --parts) by model, product and rows: ways to divide it, the best first, and the chosen
+tune        (only by --parts) by model, product and batch up to 64: ways to divide it, the best first, the
+            chosen, and torch by both of its libraries
 """
 
 import argparse
@@ -31,7 +32,7 @@ from tests.bench.kernel_timing import num_sets, read_bytes_per_s, seconds_per_ca
 from tests.bench.measuring import say  # noqa: E402
 from tests.bench.timed_cases import CUDA, DTYPE, MODELS, timed_cases  # noqa: E402
 from workers.triton_kernels.choice import cuda_kernels  # noqa: E402
-from workers.triton_kernels.layer_kernels import MAX_SKINNY_ROWS  # noqa: E402
+from workers.triton_kernels.skinny_matmul import MAX_FAST_ROWS  # noqa: E402
 
 PARTS = ("kernels", "steps", "tune")
 MAX_ERROR = 2**-7
@@ -107,7 +108,7 @@ def main():
         "torch": torch.__version__,
         "triton": triton.__version__,
         "read_gb_s": read_rate / 1e9,
-        "max_skinny_rows": MAX_SKINNY_ROWS,
+        "max_skinny_rows": MAX_FAST_ROWS,
         "failed": failed,
     }
     say(json.dumps(rounded(result)))
@@ -137,7 +138,7 @@ def main():
                 else:
                     from tests.bench.kernel_tuning import tune
 
-                    of_models[model] = tune(config)
+                    of_models[model] = tune(config, batches)
                 save()
     if not arguments.json:
         print(json.dumps(rounded(result), indent=1))

@@ -15,6 +15,7 @@ ARMS = {
     "without_dependent_launch": Switches(dependent_launch=False),
     "without_skinny_matmul": Switches(skinny_matmul=False, gated_matmul=False),
     "without_gated_matmul": Switches(gated_matmul=False),
+    "without_late_launch": Switches(late_launch=False),
     "without_rotate_and_write": Switches(),
 }
 """By name; None: the layers' own torch code."""

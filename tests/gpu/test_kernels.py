@@ -86,6 +86,7 @@ class Readers:
         "silu_mul",
         "rotate",
         "matmul",
+        "deep_matmul",
         "gated_matmul",
         "write_kv",
         "rotate_and_write_kv",
@@ -96,6 +97,7 @@ class Readers:
         self.kernels = cuda_kernels(CUDA, torch.bfloat16)
         self.norm, self.delta = randn(1024, seed=1), randn(4, 1024, seed=2)
         self.matmul = self.kernels.matmul(randn(1024, 1024, seed=3), None)
+        self.deep = self.kernels.matmul(randn(64, 4096, seed=6), None)
         self.gated_matmul = self.kernels.gated_matmul(randn(192, 1024, seed=4) / 32, None)
         self.cos, self.sin = randn(4, 64, seed=5).unsqueeze(1).chunk(2, dim=-1)
         self.locations = torch.tensor([40, 3, 17, 31], device=CUDA)
@@ -112,6 +114,10 @@ class Readers:
 
     def rotate(self, x):
         return [self.kernels.rotate_(x.view(4, 16, 64), self.cos, self.sin)]
+
+    def deep_matmul(self, x):
+        """In several tiles, which lets the next kernel begin at its end."""
+        return [self.deep(x.view(1, 4096))]
 
     def write_kv(self, x):
         heads = x.view(4, 16, 64)
@@ -162,7 +168,7 @@ def test_a_kernel_reads_what_the_one_before_it_writes_late(name):
 
 @needs_dependent_launch
 def test_greedy_tokens_wait_for_the_logits():
-    logits = randn(2, 50_000, dtype=torch.float32)
+    logits = randn(2, 50_000)
     expected = greedy_tokens(logits, pdl=True)
     buffer = torch.zeros_like(logits)
     copy_late(logits, buffer)

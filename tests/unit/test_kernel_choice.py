@@ -11,6 +11,7 @@ from workers.attention.choice import BackendError, choose_kernels
 from workers.attention.flashinfer import FlashInferAttention
 from workers.attention.flashinfer_kernels import FlashInferError, HeadShape, PlanLimits
 from workers.attention.native import NativeAttention
+from workers.attention.pool_kernels import TorchPoolKernels
 from workers.attention.reference import ReferenceAttention
 from workers.config import WorkerConfig
 from workers.engine.copies import InlineCopies
@@ -52,6 +53,22 @@ def decoder(head_dim: int = 64, sliding_window: int | None = None) -> Decoder:
     return Decoder(config, dtype=torch.float32, device=CPU, group=TPGroup.single())
 
 
+class FakeOwn(TorchPoolKernels):
+    """Triton kernels that the decoder's layers have no use for, told apart by their tokens."""
+
+    def __init__(self):
+        self.greedy: list[torch.Tensor] = []
+
+    def matmul(self, weight, bias):
+        return None
+
+    gated_matmul = matmul
+
+    def greedy_tokens(self, logits):
+        self.greedy.append(logits)
+        return torch.full((len(logits),), 7)
+
+
 def choose(
     backend, dtype="bfloat16", *, on_cuda=True, head_dim=64, window=None, load=None, load_own=None, **options
 ):
@@ -91,6 +108,16 @@ def test_a_card_computes_by_flashinfer(backend, dtype):
     assert library.windows == [None, 8]
     eager = PlanLimits(num_rows=9, num_tokens=99, is_captured=False)
     assert all(made.limits == [eager] for made in library.made)
+
+
+def test_a_card_s_sampler_takes_its_kernel_for_greedy_tokens_which_is_compiled_by_then():
+    own = FakeOwn()
+    chosen, _ = choose("flashinfer", load_own=lambda device, dtype: own)
+    kinds = [(logits.dtype, logits.shape) for logits in own.greedy]
+    assert kinds == [(torch.bfloat16, (1, 11)), (torch.float32, (1, 11))]
+    assert chosen.greedy_tokens(torch.zeros(3, 50)).tolist() == [7, 7, 7]
+    without, _ = choose("flashinfer")
+    assert without.greedy_tokens(torch.eye(3, dtype=torch.bfloat16)).tolist() == [0, 1, 2]
 
 
 def not_there(*_):

@@ -34,8 +34,8 @@ def open_slot(slot, prompt=(1, 2, 3), generated=(), seed=0, end_token_ids=(), **
     )
 
 
-def make_sampler(*ops, vocab_size=VOCAB_SIZE, max_slots=8, may_wait=True):
-    sampler = Sampler(vocab_size, max_slots, "cpu", InlineCopies(), may_wait)
+def make_sampler(*ops, vocab_size=VOCAB_SIZE, max_slots=8, may_wait=True, **options):
+    sampler = Sampler(vocab_size, max_slots, "cpu", InlineCopies(), may_wait, **options)
     for op in ops:
         sampler.open(op)
     return sampler
@@ -316,6 +316,30 @@ def test_equal_logits_rank_by_token_id():
         assert greedy == 0
         assert logprobs.top_ids == [0, 1, 2, 3]
     assert drawn == {0, 1, 2}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_logits_give_the_tokens_and_logprobs_of_the_same_wide(dtype):
+    logits, ops = make_logits(8).to(dtype), [open_slot(slot, **VARIED[slot]) for slot in range(8)]
+    logits[0, 20:30] = 9.0
+    for slots in (list(range(8)), [0]):
+        given, at = logits[slots], [3] * len(slots)
+        found, wide = (sample(make_sampler(*ops), x, slots, at) for x in (given, given.float()))
+        assert found == wide and found[0][0] == 20
+
+
+def test_greedy_rows_are_chosen_by_the_given_kernel_and_alone_from_logits_as_they_come():
+    seen = []
+
+    def last_token(logits):
+        seen.append(logits.dtype)
+        return torch.full((len(logits),), VOCAB_SIZE - 1)
+
+    ops = [*(open_slot(slot, temperature=0.0) for slot in (0, 1)), open_slot(2, logit_bias=[(5, 99.0)])]
+    sampler, logits = make_sampler(*ops, greedy=last_token), make_logits(3).bfloat16()
+    assert sample(sampler, logits[:2], [0, 1], [3, 3])[0] == [49, 49]
+    assert sample(sampler, logits, [0, 1, 2], [4, 4, 4])[0] == [49, 49, 5]
+    assert seen == [torch.bfloat16, torch.float32]
 
 
 def test_a_nucleus_wider_than_the_first_candidates_is_drawn_whole():

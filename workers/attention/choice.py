@@ -26,6 +26,7 @@ from workers.config import WorkerConfig
 from workers.engine.copies import CopyStream
 from workers.engine.mechanisms import ALL_ON, Mechanisms
 from workers.engine.recording import RecordingKernels
+from workers.engine.sampler import GreedyTokens, greedy_tokens
 from workers.kvcache.kv_pool import KVPool
 from workers.models.decoder import Decoder
 from workers.native.build import NativeBuildError
@@ -50,6 +51,7 @@ class ChosenKernels:
 
     attention: AttentionBackend
     kernels: RecordingKernels | None = None
+    greedy_tokens: GreedyTokens = greedy_tokens
 
 
 def choose_kernels(
@@ -85,6 +87,8 @@ def choose_kernels(
         return ChosenKernels(ReferenceAttention(pool))
     if own is not None:
         decoder.adopt(own)
+        for dtype in (pool.layer(0)[0].dtype, torch.float32):  # of greedy steps, and of mixed ones
+            own.greedy_tokens(decoder.norm.weight.new_zeros(1, decoder.config.vocab_size, dtype=dtype))
     attention = FlashInferAttention(
         pool,
         decoder.attention_layers,
@@ -95,7 +99,7 @@ def choose_kernels(
         mechanisms=mechanisms,
         pool_kernels=own,
     )
-    return ChosenKernels(attention)
+    return ChosenKernels(attention, greedy_tokens=greedy_tokens if own is None else own.greedy_tokens)
 
 
 def _native_kernels(pool: KVPool) -> RecordingKernels:

@@ -112,7 +112,6 @@ class Engine:
         self._pool = allocate_pool(config, self.layout, size.num_pages, device)
         self._table = PageTable(max_slots, pages_per_row, config.page_size, size.num_pages, self._is_checked)
         copies = self._copies = copies_to(device)
-        self._sampler = Sampler(card.vocab_size, max_slots, device, copies) if tp_group.rank == 0 else None
         self._launched: deque[LaunchedStep] = deque()
         self.plans: deque[BatchPlan] = deque(maxlen=NUM_LOGGED_PLANS)
         """The log's end, for crash dumps."""
@@ -123,6 +122,10 @@ class Engine:
         chosen = choose_kernels(
             config, self._pool, loaded.decoder, copies, max_tokens=max_tokens, mechanisms=mechanisms
         )
+        self._sampler: Sampler | None = None
+        if tp_group.rank == 0:
+            greedy = chosen.greedy_tokens
+            self._sampler = Sampler(card.vocab_size, max_slots, device, copies, greedy=greedy)
         self._runner = ModelRunner(loaded.decoder, chosen.attention, self._pool)
         self._guard = guard_for(config, device, chosen.attention.captured_modes, max_tokens)
         self._graphs = GraphRunner(

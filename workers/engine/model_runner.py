@@ -36,9 +36,10 @@ class ModelRunner:
         self._attention.plan(batch)
 
     def compute(self, batch: ForwardBatch, out: torch.Tensor | None = None) -> torch.Tensor | None:
-        """Run the planned batch; return the logits [samples, vocab] float32 of its sample_indices, in order.
+        """Run the planned batch; return the logits [samples, vocab] of its sample_indices, in order.
 
-        They are written to `out`, if it is given. None on ranks other than 0, and where nothing is sampled.
+        They have the model's dtype and are written to `out`, if it is given. None on ranks other than 0, and
+        where nothing is sampled.
         """
         self._attention.begin()
         hidden = self._model.forward(batch.token_ids, batch.positions, self._attention)
@@ -49,6 +50,4 @@ class ModelRunner:
         if not takes_all:
             hidden = hidden[batch.sample_indices]
         logits = self._model.logits(hidden)
-        if logits is None:
-            return None
-        return logits.float() if out is None else out.copy_(logits)
+        return logits if logits is None or out is None else out.copy_(logits)

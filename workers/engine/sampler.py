@@ -6,7 +6,7 @@ for the device.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,14 @@ _FIRST_NUM_CANDIDATES = 256
 
 IntArray = npt.NDArray[np.int64]
 
+GreedyTokens = Callable[[Tensor], Tensor]
+"""Of logits [rows, vocab] in any dtype each row's largest, of equal ones the lower id: [rows] int64."""
+
+
+def greedy_tokens(logits: Tensor) -> Tensor:
+    """GreedyTokens by torch, which is far slower over narrow floats on CPU than to widen them first."""
+    return logits.float().argmax(dim=-1)
+
 
 class Sampler:
     """Chooses the next token of each row; holds the sampling state of the open slots.
@@ -40,6 +48,7 @@ class Sampler:
         device: torch.device | str,
         copies: CopyStream,
         may_wait: bool | None = None,
+        greedy: GreedyTokens = greedy_tokens,
     ) -> None:
         """`may_wait`: whether a nucleus is sought among more and more tokens, which takes a look at the
         device's results, or in one sort. None: on CPU only."""
@@ -48,6 +57,7 @@ class Sampler:
         self._device = torch.device(device)
         self._copies = copies
         self._may_wait = self._device.type == "cpu" if may_wait is None else may_wait
+        self._greedy_tokens = greedy
         self._table = SamplingTable(vocab_size, max_slots)
         self._ids = torch.arange(vocab_size, dtype=torch.int32, device=self._device)[None]  # [1, vocab]
         # Grown with the number of open slots that have penalties, of which there are few.
@@ -77,14 +87,14 @@ class Sampler:
     def sample(self, logits: Tensor, slots: Sequence[int], positions: Sequence[int]) -> Sampled:
         """Choose one token a row and count it to the row's history.
 
-        logits [rows, vocab] float32 are left as they are. `positions[i]` is the absolute position that row
-        i's new token takes.
+        logits [rows, vocab], in the model's dtype, are left as they are. `positions[i]` is the absolute
+        position that row i's new token takes.
         """
         rows = np.array(slots, dtype=np.int64)
         if self._table.is_plain[rows].all():
-            return Sampled(logits.argmax(dim=-1), None)
+            return Sampled(self._greedy_tokens(logits), None)
         places = np.array(positions, dtype=np.int64)
-        scores = self._adjust(logits, rows, places)
+        scores = self._adjust(logits.float(), rows, places)
         chosen = self._choose(scores, rows, places)
         self._count(chosen, rows)
         return Sampled(chosen, self._logprobs(scores, chosen, rows))
@@ -184,7 +194,7 @@ class Sampler:
         return which, values.index_select(0, self._copies.upload(which))
 
     def _greedy(self, scores: Tensor, rows: IntArray, places: IntArray) -> Tensor:
-        return scores.argmax(dim=-1)
+        return self._greedy_tokens(scores)
 
     def _draw_whole(self, scores: Tensor, rows: IntArray, places: IntArray) -> Tensor:
         """Draw from the whole vocabulary, min_p aside, which needs no ranking."""

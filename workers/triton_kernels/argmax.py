@@ -6,6 +6,7 @@ import triton.language as tl
 
 from workers.triton_kernels.launching import await_inputs, launch_options, let_next_begin
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _BLOCK = 1024
 _NUM_PROGRAMS = 528
 """To keep every multiprocessor busy: four for each of an H100's."""
@@ -25,16 +26,14 @@ def _key(value, token_id):
     return (order.to(tl.int64) << 32) | (0xFFFFFFFF - token_id.to(tl.int64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_parts"])
 def _scan_kernel(
     logits,
     keys,
-    tokens,
     vocab_size,
     row_stride,
     part_size,
     num_parts,
-    IS_WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -47,17 +46,13 @@ def _scan_kernel(
     start = part * part_size
     while start < stop:
         token_id = start + tl.arange(0, BLOCK)
-        value = tl.load(logits + row * row_stride + token_id, mask=token_id < stop, other=0.0)
+        value = tl.load(logits + row * row_stride + token_id, mask=token_id < stop, other=0.0).to(tl.float32)
         best = tl.maximum(best, tl.where(token_id < stop, _key(value, token_id), _SMALLEST))
         start += BLOCK
-    key = tl.max(best, axis=0)
-    if IS_WHOLE:
-        tl.store(tokens + row, 0xFFFFFFFF - (key & 0xFFFFFFFF))
-    else:
-        tl.store(keys + row * num_parts + part, key)
+    tl.store(keys + row * num_parts + part, tl.max(best, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_parts"])
 def _merge_kernel(keys, tokens, num_parts, BLOCK: tl.constexpr, PDL: tl.constexpr):
     let_next_begin(PDL)
     row = tl.program_id(0).to(tl.int64)
@@ -68,35 +63,31 @@ def _merge_kernel(keys, tokens, num_parts, BLOCK: tl.constexpr, PDL: tl.constexp
 
 
 def greedy_tokens(logits: torch.Tensor, *, pdl: bool) -> torch.Tensor:
-    """Return argmax [rows] int64 of logits [rows, vocab] float32, equal values by the lower id.
+    """Return argmax [rows] int64 of logits [rows, vocab], float32 or narrower, equal values by the lower id.
 
-    It stays on the device; rows may lie apart.
+    It stays on the device; rows may lie apart. Compiled once for a dtype and vocabulary, not by rows.
     """
-    assert logits.dtype == torch.float32 and logits.stride(1) == 1, (logits.dtype, logits.stride())
+    assert logits.dtype in _DTYPES and logits.stride(1) == 1, (logits.dtype, logits.stride())
     rows, vocab_size = logits.shape
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
     if rows == 0:
         return tokens
-    num_parts = min(triton.cdiv(_NUM_PROGRAMS, rows), triton.cdiv(vocab_size, _BLOCK))
+    num_blocks = triton.cdiv(vocab_size, _BLOCK)
+    num_parts = min(triton.cdiv(_NUM_PROGRAMS, rows), num_blocks)
     part_size = triton.cdiv(triton.cdiv(vocab_size, num_parts), _BLOCK) * _BLOCK
     num_parts = triton.cdiv(vocab_size, part_size)
-    is_whole = num_parts == 1
-    keys = None if is_whole else torch.empty(rows, num_parts, dtype=torch.int64, device=logits.device)
+    keys = torch.empty(rows, num_parts, dtype=torch.int64, device=logits.device)
     _scan_kernel[(rows, num_parts)](
         logits,
         keys,
-        tokens,
         vocab_size,
         logits.stride(0),
         part_size,
         num_parts,
-        IS_WHOLE=is_whole,
         BLOCK=_BLOCK,
         PDL=pdl,
         **launch_options(pdl),
     )
-    if not is_whole:
-        _merge_kernel[(rows,)](
-            keys, tokens, num_parts, BLOCK=triton.next_power_of_2(num_parts), PDL=pdl, **launch_options(pdl)
-        )
+    max_parts = triton.next_power_of_2(min(_NUM_PROGRAMS, num_blocks))
+    _merge_kernel[(rows,)](keys, tokens, num_parts, BLOCK=max_parts, PDL=pdl, **launch_options(pdl))
     return tokens

@@ -4,18 +4,16 @@ Which kernel computes a product is a function of its shape and number of rows al
 runs compute alike.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn import functional
 
 from workers.layers.kernels import Matmul
 from workers.triton_kernels import argmax, elementwise, kv_write, page_lines
-from workers.triton_kernels.skinny_matmul import skinny_config, skinny_matmul
+from workers.triton_kernels.skinny_matmul import SkinnyConfig, skinny_config, skinny_matmul
 
 SKINNY_DTYPES = (torch.bfloat16, torch.float16)
-MAX_SKINNY_ROWS = 16
-"""Products of more rows are torch's."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +26,8 @@ class Switches:
     """Products of few rows by our kernel; else all by torch."""
     gated_matmul: bool = True
     """Gate, up and activation in one kernel for few rows."""
+    late_launch: bool = True
+    """Deep products let the next kernel begin at their end, not at once."""
 
 
 ALL_ON = Switches()
@@ -42,30 +42,28 @@ class TritonKernels:
 
     def matmul(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Matmul | None:
         """Return x W^T + b over `weight` itself; None where torch computes all numbers of rows as well."""
-        if not self._switches.skinny_matmul or not _takes(weight):
-            return None
         width, depth = weight.shape
+        if not self._switches.skinny_matmul or not self._takes(weight, width, is_gated=False):
+            return None
 
         def by_rows(x: torch.Tensor) -> torch.Tensor:
-            rows = x.shape[0]
-            if rows > MAX_SKINNY_ROWS:
+            config = self._config(width, depth, x.shape[0], is_gated=False)
+            if config is None:
                 return functional.linear(x, weight, bias)
-            config = skinny_config(width, depth, rows, is_gated=False)
             return skinny_matmul(x, weight, bias, config, is_gated=False, pdl=self._pdl)
 
         return by_rows
 
     def gated_matmul(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Matmul | None:
         """Return silu(gate) * up of x W^T + b = [ gate | up ], in one kernel for few rows."""
-        if not self._switches.gated_matmul or not _takes(weight):
-            return None
         width, depth = weight.shape[0] // 2, weight.shape[1]
+        if not self._switches.gated_matmul or not self._takes(weight, width, is_gated=True):
+            return None
 
         def by_rows(x: torch.Tensor) -> torch.Tensor:
-            rows = x.shape[0]
-            if rows > MAX_SKINNY_ROWS:
+            config = self._config(width, depth, x.shape[0], is_gated=True)
+            if config is None:
                 return self.silu_mul(functional.linear(x, weight, bias))
-            config = skinny_config(width, depth, rows, is_gated=True)
             return skinny_matmul(x, weight, bias, config, is_gated=True, pdl=self._pdl)
 
         return by_rows
@@ -133,12 +131,18 @@ class TritonKernels:
         """See argmax.greedy_tokens; for the sampler."""
         return argmax.greedy_tokens(logits, pdl=self._pdl)
 
+    def _config(self, width: int, depth: int, rows: int, *, is_gated: bool) -> SkinnyConfig | None:
+        config = skinny_config(width, depth, rows, is_gated=is_gated)
+        if config is None or self._switches.late_launch:
+            return config
+        return replace(config, lets_go_late=False)
 
-def _takes(weight: torch.Tensor) -> bool:
-    if weight.dtype not in SKINNY_DTYPES or weight.numel() == 0:
-        return False
-    if (
-        weight.is_cuda
-    ):  # it will be read ahead of the kernels in front of a product: what writes it must be done
-        torch.cuda.synchronize(weight.device)
-    return True
+    def _takes(self, weight: torch.Tensor, width: int, *, is_gated: bool) -> bool:
+        if weight.dtype not in SKINNY_DTYPES or weight.numel() == 0:
+            return False
+        if self._config(width, weight.shape[1], 1, is_gated=is_gated) is None:
+            return False
+        # It will be read ahead of the kernels in front of a product: what writes it must be done.
+        if weight.is_cuda:
+            torch.cuda.synchronize(weight.device)
+        return True
