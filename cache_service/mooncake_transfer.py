@@ -3,13 +3,16 @@
 A read that Mooncake gives up may write its buffers long after (0.3.13, seen over TCP). Only the end of an
 engine ends that, so reads have an engine of their own: after a failure it is replaced, and the failed reads'
 buffers are quiet once it is destroyed. That holds the interpreter for 0.1 to 0.8 s: for failures only.
+Its wait for a read spins, so a thread first sleeps for most of the time that the read is likely to take: that
+leaves the core to others, on few cores to the read itself.
 """
 
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from cache_service.mooncake_library import (
     PEER_TO_PEER,
@@ -25,6 +28,12 @@ logger = logging.getLogger(__name__)
 
 MAX_PART_BYTES = 64 << 20
 """In one request: a slow link still brings it within Mooncake's own timeout."""
+_LEAST_PACED_BYTES = 4 << 20
+"""Smaller reads take their time for other reasons than their size, and little."""
+_REST_RATIO = 0.8
+_MAX_REST_S = 1.0
+_NO_BATCH = (0, -1, (1 << 64) - 1)
+"""What Mooncake calls a batch that it could not begin."""
 
 
 class MooncakeTransfer:
@@ -38,7 +47,7 @@ class MooncakeTransfer:
         self._lock = threading.Lock()
         self._reader: _ReadingEngine | None = None
         self._retired: list[_ReadingEngine] = []
-        self._workers: dict[str, RemoteWorker] = {}
+        self._peers: dict[str, _Peer] = {}
         self._is_closed = False
 
     def register(self, memory: memoryview) -> int:
@@ -52,8 +61,9 @@ class MooncakeTransfer:
 
     def read(self, segment: str, runs: Sequence[RemoteRun], timeout_s: float) -> Batch[ReadStatus]:
         """See Transfer."""
-        return self._worker(segment).run(
-            lambda batch: self._read(batch, segment, runs),
+        worker, pace = self._peer(segment)
+        return worker.run(
+            lambda batch: self._read(batch, segment, runs, pace),
             len(runs),
             timeout_s,
             timed_out=ReadStatus.TIMED_OUT,
@@ -63,15 +73,15 @@ class MooncakeTransfer:
     def forget(self, segment: str) -> None:
         """See Transfer; its thread ends once its read has."""
         with self._lock:
-            worker = self._workers.pop(segment, None)
-        if worker is not None:
-            worker.close(0.0)
+            peer = self._peers.pop(segment, None)
+        if peer is not None:
+            peer.worker.close(0.0)
 
     def close(self, timeout_s: float) -> bool:
         """See Transfer."""
         with self._lock:
             self._is_closed = True
-            workers = list(self._workers.values())
+            workers = [peer.worker for peer in self._peers.values()]
         # All are told before any is waited for.
         ended = [worker.close(0.0) for worker in workers]
         ended = [worker.close(timeout_s / len(workers)) for worker in workers]
@@ -86,19 +96,12 @@ class MooncakeTransfer:
 
     # In a peer's thread.
 
-    def _read(self, batch: Batch[ReadStatus], segment: str, runs: Sequence[RemoteRun]) -> None:
+    def _read(self, batch: Batch[ReadStatus], segment: str, runs: Sequence[RemoteRun], pace: "_Pace") -> None:
         with self._reading() as reader:
             for start, end in _parts(runs):
                 if batch.is_cancelled:
                     return
-                part = runs[start:end]
-                code = reader.engine.batch_transfer_sync_read(
-                    segment,
-                    [address_of(run.into) for run in part],
-                    [run.address for run in part],
-                    [run.into.nbytes for run in part],
-                )
-                if code != 0:
+                if not reader.read(segment, runs[start:end], pace):
                     reader.hold(batch)
                     self._retire(reader)
                     return  # the rest would wait for the same peer
@@ -125,14 +128,40 @@ class MooncakeTransfer:
                 self._retired.append(reader)
         reader.retire()
 
-    def _worker(self, segment: str) -> RemoteWorker:
+    def _peer(self, segment: str) -> "_Peer":
         with self._lock:
-            worker = self._workers.get(segment)
-            if worker is None:
-                worker = self._workers[segment] = RemoteWorker(f"mooncake-read-{segment}")
+            peer = self._peers.get(segment)
+            if peer is None:
+                peer = self._peers[segment] = _Peer(RemoteWorker(f"mooncake-read-{segment}"), _Pace())
                 if self._is_closed:
-                    worker.close(0.0)
-            return worker
+                    peer.worker.close(0.0)
+            return peer
+
+
+class _Pace:
+    """How fast a peer's bytes come. Quick to rise, slow to fall: too long a sleep costs more than a spin."""
+
+    def __init__(self) -> None:
+        self._bytes_per_s = 0.0
+
+    def rest_s(self, num_bytes: int) -> float:
+        """Return how long a read of so many bytes is not over for sure."""
+        if num_bytes < _LEAST_PACED_BYTES or not self._bytes_per_s:
+            return 0.0
+        return min(_REST_RATIO * num_bytes / self._bytes_per_s, _MAX_REST_S)
+
+    def note(self, num_bytes: int, seconds: float) -> None:
+        """Learn from a read."""
+        if num_bytes >= _LEAST_PACED_BYTES:
+            found = num_bytes / seconds
+            self._bytes_per_s = max(found, (self._bytes_per_s + found) / 2)
+
+
+class _Peer(NamedTuple):
+    """Whose memory is read."""
+
+    worker: RemoteWorker
+    pace: _Pace
 
 
 class _ReadingEngine:
@@ -162,6 +191,20 @@ class _ReadingEngine:
         with self._lock:
             self._num_calls -= 1
         self._destroy_if_over()
+
+    def read(self, segment: str, runs: Sequence[RemoteRun], pace: _Pace) -> bool:
+        """Read what one request may hold; tell whether all is here. During a call."""
+        lens = [run.into.nbytes for run in runs]
+        begun_s = time.monotonic()
+        into, addresses = [address_of(run.into) for run in runs], [run.address for run in runs]
+        request = self.engine.batch_transfer_async_read(segment, into, addresses, lens)
+        if request in _NO_BATCH:
+            return False
+        time.sleep(pace.rest_s(sum(lens)))
+        if self.engine.get_batch_transfer_status([request]) != 0:
+            return False
+        pace.note(sum(lens), time.monotonic() - begun_s)
+        return True
 
     def hold(self, batch: Batch[ReadStatus]) -> None:
         """Keep a failed batch's buffers busy until the engine is gone. During its call."""

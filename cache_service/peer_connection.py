@@ -1,4 +1,4 @@
-"""PeerConnection: one thread's calls to a peer's CacheServer, one at a time, each with a deadline.
+"""PeerConnection: one thread's calls to a peer's CacheServer, each with a deadline.
 
 A call without an answer ends the connection, and with it whatever the peer has leased to it: an answer that
 was lost leases nothing. Each connection has an incarnation of its own, as the peer fences those it has lost.
@@ -33,7 +33,7 @@ class PeerLostError(Exception):
 
 
 class PeerConnection:
-    """Connects when first asked, and again after a loss. For one thread."""
+    """Connects when first asked, and again after a loss. Several calls may be under way. For one thread."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class PeerConnection:
     ) -> None:
         self.injected = InjectedSocket(injection, clock) if injection is not None else None
         """For tests only: of calls and their answers."""
-        self._endpoint = endpoint
+        self.endpoint = endpoint
         self._cluster_secret = cluster_secret
         self._clock = clock
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -53,58 +53,83 @@ class PeerConnection:
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(Reply)
         self._call_id = UNANSWERED
+        self._awaited: set[int] = set()
+        self._answers: dict[int, Answer] = {}
         self._incarnation = time.time_ns()
 
     def connect(self) -> int:
-        """Have a connection; return its incarnation. Raise PeerLostError where there can be none."""
+        """Have a connection; return its incarnation. Raise PeerLostError where there can be none.
+
+        Calls of before, if any, have no answers any more.
+        """
         if self._monitor is not None and _lost(self._monitor) is not None:
             self.drop()
+        self._awaited.clear()  # of calls that nobody waits for any more
+        self._answers.clear()
         if self._socket is None:
             socket = open_client_socket(self._context, zmq.DEALER, self._cluster_secret)
             socket.reconnect_ivl = _NO_RECONNECT_MS
             socket.sndtimeo = 0
             self._socket, self._monitor = socket, socket.get_monitor_socket(zmq.Event.ALL)
             try:
-                socket.connect(self._endpoint)
+                socket.connect(self.endpoint)
             except zmq.ZMQError as error:
                 self.drop()
-                raise PeerLostError(f"cannot connect to {self._endpoint}: {error.strerror}") from None
+                raise PeerLostError(f"cannot connect to {self.endpoint}: {error.strerror}") from None
             if self.injected is not None:
                 self.injected.use(socket)
         return self._incarnation
 
-    def ask(self, request: Request, end_s: float, is_over: Callable[[], bool]) -> Answer:
-        """Send a call and return its answer; raise PeerLostError where none comes by `end_s`.
+    def send(self, request: Request) -> int:
+        """Send a call on the connection that `connect` gave, if that still stands; return its number.
 
-        It goes out on the connection that `connect` gave, if that still stands. Once `is_over` the answer is
-        of no use to anybody.
+        Raises PeerLostError.
         """
+        if self._socket is None:
+            raise PeerLostError(f"there is no connection to {self.endpoint}")
+        self._call_id += 1
+        self._awaited.add(self._call_id)
+        wire: MessageSocket = self.injected or self._socket
+        try:
+            wire.send(self._encoder.encode(Call(self._call_id, request)))
+        except zmq.ZMQError as error:
+            self.drop()
+            raise PeerLostError(f"{self.endpoint} cannot be asked: {error.strerror}") from None
+        return self._call_id
+
+    def answer(self, call_id: int, end_s: float, is_over: Callable[[], bool]) -> Answer:
+        """Return the answer to a call, once; raise PeerLostError where none comes by `end_s`.
+
+        One that came before its connection ended is still there. Once `is_over` it is of no use to anybody.
+        """
+        if call_id in self._answers:
+            return self._answers.pop(call_id)
         socket, monitor = self._socket, self._monitor
-        if socket is None or monitor is None:
-            raise PeerLostError(f"there is no connection to {self._endpoint}")
+        if socket is None or monitor is None or call_id not in self._awaited:
+            raise PeerLostError(f"{self.endpoint} was lost before it answered")
         poller = zmq.Poller()
         poller.register(socket, zmq.POLLIN)
         poller.register(monitor, zmq.POLLIN)
         wire: MessageSocket = self.injected or socket
-        self._call_id += 1
         try:
-            wire.send(self._encoder.encode(Call(self._call_id, request)))
-            while (left_s := end_s - self._clock()) > 0 and not is_over():
-                due_s = self.injected.wait_s if self.injected is not None else math.inf
-                ready = dict(poller.poll(max(1, int(min(left_s, due_s, _SLICE_S) * 1000))))
-                answer = self._receive(wire)
-                if answer is not None:
-                    return answer
-                why = _lost(monitor) if monitor in ready else None
+            while True:
+                self._receive(wire)
+                if call_id in self._answers:
+                    return self._answers.pop(call_id)
+                why = _lost(monitor)
                 if why is not None:
-                    raise PeerLostError(f"no answer from {self._endpoint}: {why}")
-            raise PeerLostError(f"{self._endpoint} did not answer in time")
+                    raise PeerLostError(f"no answer from {self.endpoint}: {why}")
+                left_s = end_s - self._clock()
+                if left_s <= 0 or is_over():
+                    raise PeerLostError(f"{self.endpoint} did not answer in time")
+                due_s = self.injected.wait_s if self.injected is not None else math.inf
+                poller.poll(max(1, int(min(left_s, due_s, _SLICE_S) * 1000)))
         except msgspec.MsgspecError as error:
             self.drop()
-            raise PeerLostError(f"{self._endpoint} speaks another protocol: {error}") from None
+            raise PeerLostError(f"{self.endpoint} speaks another protocol: {error}") from None
         except zmq.ZMQError as error:
             self.drop()
-            raise PeerLostError(f"no answer from {self._endpoint}: {error.strerror}") from None
+            raise PeerLostError(f"no answer from {self.endpoint}: {error.strerror}") from None
         except PeerLostError:
             self.drop()
             raise
@@ -125,21 +150,23 @@ class PeerConnection:
             self._socket.close(linger=0)
             self._socket = self._monitor = None
             self._incarnation = max(time.time_ns(), self._incarnation + 1)
+            self._awaited.clear()
 
     def close(self) -> None:
         """Give everything back."""
         self.drop()
         self._context.term()
 
-    def _receive(self, wire: MessageSocket) -> Answer | None:
-        """Return the answer to the last call, if it is here; what else has come is a sign of life."""
+    def _receive(self, wire: MessageSocket) -> None:
+        """Take all that has come; what was not asked for is a sign of life."""
         while True:
             try:
                 reply = self._decoder.decode(wire.recv(zmq.NOBLOCK))
             except zmq.Again:
-                return None
-            if reply.call_id == self._call_id:
-                return reply.answer
+                return
+            if reply.call_id in self._awaited:
+                self._awaited.remove(reply.call_id)
+                self._answers[reply.call_id] = reply.answer
 
 
 def _lost(monitor: zmq.Socket[bytes]) -> str | None:

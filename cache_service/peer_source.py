@@ -1,6 +1,6 @@
-"""PeerSource: pages out of a peer's arena: leased there, read one-sided, given back, verified (FETCH, I7).
+"""PeerSource: pages out of a peer's arena, and when a peer that fails is left alone.
 
-Asked by the Fetcher's threads; a thread of its own does the work, batch after batch.
+Asked by the Fetcher's threads; a thread of its own does the work, one PeerFetch after another.
 """
 
 import logging
@@ -12,30 +12,13 @@ from dataclasses import dataclass
 from cache_service.arena_safety import ArenaSafety
 from cache_service.breaker import Breaker
 from cache_service.injection import MessageInjection
-from cache_service.messages import (
-    PROTOCOL_VERSION,
-    Done,
-    Leased,
-    LeasedPage,
-    LeasePages,
-    Refused,
-    ReleasePages,
-    ReportCorrupt,
-)
-from cache_service.page_records import Location
 from cache_service.peer_connection import PeerConnection, PeerLostError
-from cache_service.remote import GetResult, GetStatus, PageBuffer, RecordLayout, verify
+from cache_service.peer_fetch import PeerFetch, Reading
+from cache_service.remote import GetResult, GetStatus, PageBuffer, RecordLayout
 from cache_service.remote_worker import Batch, RemoteWorker
-from cache_service.transfer import ReadStatus, RemoteRun, Transfer
+from cache_service.transfer import Transfer
 
 logger = logging.getLogger(__name__)
-
-MAX_PART_PAGES = 256
-MAX_PART_BYTES = 64 << 20
-"""Leased and read at once: what has come is kept, whatever becomes of the next part."""
-_QUIET_SLICE_S = 1.0
-_FOREIGN = ("layout", "protocol_version")
-"""Refusals of a peer that has no page for us, and never will."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +53,6 @@ class PeerSource:
         """When it was last asked, or answered."""
         self._reader = reader
         self._layout = layout
-        self._transfer = transfer
         self._safety = safety
         self._clock = clock
         self._lock = threading.Lock()  # of the breaker and what follows
@@ -78,8 +60,8 @@ class PeerSource:
         self._late: Batch[GetResult] | None = None
         """One that its caller has left at the deadline: until it ends, the thread does nothing else."""
         self._has_ended = threading.Event()
-        self._segment = ""
         self._connection = PeerConnection(endpoint, cluster_secret, clock, injection)
+        self._reading = Reading(transfer)
         self._worker = RemoteWorker("peer-source", at_end=self._leave)
 
     @property
@@ -141,111 +123,30 @@ class PeerSource:
     # In the worker's thread.
 
     def _work(self, batch: Batch[GetResult], pages: Sequence[PageBuffer], end_s: float) -> None:
-        """Read part after part; what is left when one fails has failed."""
+        fetch = PeerFetch(
+            self._connection,
+            self._reading,
+            self._reader,
+            self._layout,
+            self._safety,
+            self._clock,
+            batch,
+            pages,
+            end_s,
+        )
         is_over = False
         try:
-            self._read(batch, pages, end_s)
+            fetch.run()
             is_over = True
+        except PeerLostError as error:
+            logger.warning("a peer is lost", extra={"peer": self.endpoint, "reason": str(error)})
+            if self._clock() >= end_s:  # the caller may not have noticed yet
+                fetch.fill_rest(GetStatus.TIMED_OUT, fetch.num_settled)
         finally:
-            if not is_over:  # a bug, of ours or of the peer: what is leased ends with the connection
+            if not is_over:  # what is leased ends with the connection
                 self._connection.drop()
-
-    def _read(self, batch: Batch[GetResult], pages: Sequence[PageBuffer], end_s: float) -> None:
-        num_pages = max(1, min(MAX_PART_PAGES, MAX_PART_BYTES // self._layout.slot_bytes))
-        start = 0
-        while start < len(pages):
-            try:
-                num_found = self._read_part(batch, start, pages[start : start + num_pages], end_s)
-            except PeerLostError as error:
-                self._connection.drop()  # what it has leased to us ends with it
-                logger.warning("a peer is lost", extra={"peer": self.endpoint, "reason": str(error)})
-                if self._clock() >= end_s:  # the caller may not have noticed yet
-                    _fill_rest(batch, start, len(pages), GetStatus.TIMED_OUT)
-                return
-            if num_found is None:
-                return
-            if not num_found:
-                _fill_rest(batch, start, len(pages), GetStatus.MISSING)
-                return
-            start += num_found
-
-    def _read_part(
-        self, batch: Batch[GetResult], start: int, pages: Sequence[PageBuffer], end_s: float
-    ) -> int | None:
-        """Fetch pages that one lease covers; return how many the peer has, None where it broke off."""
-        answer = self._connection.ask(
-            LeasePages(
-                PROTOCOL_VERSION,
-                self._reader,
-                self._connection.connect(),
-                self._layout.fingerprint,
-                self._layout.bundle_bytes,
-                self._layout.num_ranks,
-                [page.key for page in pages],
-            ),
-            end_s,
-            lambda: batch.is_cancelled,
-        )
-        if isinstance(answer, Refused):
-            logger.warning("a peer lends nothing", extra={"peer": self.endpoint, "reason": answer.reason})
-            if answer.code in _FOREIGN:
-                return 0
-            if answer.code == "fenced":
-                self._connection.drop()
-            return None
-        if not isinstance(answer, Leased):
-            raise PeerLostError(f"{self.endpoint} answered {type(answer).__name__} to LeasePages")
-        if not answer.pages:
-            return 0
-        if len(answer.pages) > len(pages) or any(
-            len(leased.checksums) != self._layout.num_ranks for leased in answer.pages
-        ):
-            raise PeerLostError(f"{self.endpoint} lent other pages than it was asked for")
-        self._meet(answer.segment)
-        runs = [
-            RemoteRun(leased.address, page.data) for leased, page in zip(answer.pages, pages, strict=False)
-        ]
-        read = self._transfer.read(answer.segment, runs, max(0.0, end_s - self._clock()))
-        while not read.quiet.wait(_QUIET_SLICE_S):
-            pass  # the slots are written still: neither they nor the lease may go
-        is_held = self._release(answer.lease_id, batch, end_s)
-        if not is_held and self._safety.fencing:
-            return None  # the peer may have given the slots to other pages while we read
-        for place, (leased, status) in enumerate(zip(answer.pages, read.results, strict=True)):
-            if status is ReadStatus.READ:
-                batch.fill(start + place, self._verified(leased, pages[place]))
-            elif status is ReadStatus.TIMED_OUT:
-                batch.fill(start + place, GetResult(GetStatus.TIMED_OUT))
-        return len(runs) if all(status is ReadStatus.READ for status in read.results) else None
-
-    def _release(self, lease_id: int, batch: Batch[GetResult], end_s: float) -> bool:
-        """Give a lease back; tell whether it was held until now."""
-        if batch.is_cancelled:  # nobody waits for the pages; the peer does for its slots
-            self._connection.tell(ReleasePages([lease_id]))
-            return False
-        answer = self._connection.ask(ReleasePages([lease_id]), end_s, lambda: batch.is_cancelled)
-        return isinstance(answer, Done) and answer.count == 1
-
-    def _verified(self, leased: LeasedPage, page: PageBuffer) -> GetResult:
-        found = GetResult(GetStatus.FOUND, checksums=tuple(leased.checksums))
-        result = verify(found, self._layout, page) if self._safety.verification else found
-        if result.status is GetStatus.CORRUPT:
-            self._connection.tell(ReportCorrupt(Location(leased.slot, leased.epoch), "fetch"))
-        return result
-
-    def _meet(self, segment: str) -> None:
-        """Note where the peer's memory is; a peer that has restarted has another."""
-        if self._segment and self._segment != segment:
-            self._transfer.forget(self._segment)
-        self._segment = segment
 
     def _leave(self) -> None:
-        if self._segment:
-            self._transfer.forget(self._segment)
+        self._reading.close()
         self._connection.close()
         self._has_ended.set()
-
-
-def _fill_rest(batch: Batch[GetResult], start: int, end: int, status: GetStatus) -> None:
-    for place in range(start, end):
-        batch.fill(place, GetResult(status))

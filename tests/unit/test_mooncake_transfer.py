@@ -19,7 +19,7 @@ if not has_mooncake():
     pytest.skip("Mooncake cannot be imported: no wheel or no libibverbs1", allow_module_level=True)
 
 from cache_service.mooncake_library import MooncakeOptions
-from cache_service.mooncake_transfer import MAX_PART_BYTES, MooncakeTransfer, _parts
+from cache_service.mooncake_transfer import MAX_PART_BYTES, MooncakeTransfer, _Pace, _parts
 
 pytestmark = pytest.mark.slow  # a master, hung peers and own deadlines: mostly waiting
 
@@ -63,6 +63,24 @@ def test_requests_are_split_by_descriptors_and_by_bytes():
     assert list(_parts([small] * 600)) == [(0, 256), (256, 512), (512, 600)]
     assert [end - start for start, end in _parts([large] * 130)] == [64, 64, 2]
     assert 64 * page.nbytes == MAX_PART_BYTES
+
+
+def test_a_read_sleeps_for_most_of_its_time_once_that_is_known():
+    pace, size = _Pace(), 32 << 20
+    assert pace.rest_s(size) == 0.0
+    pace.note(size, 0.02)
+    assert pace.rest_s(size) == pytest.approx(0.016)
+    assert pace.rest_s(2 * size) == pytest.approx(0.032)
+    assert pace.rest_s(1 << 20) == 0.0, "it ends before a sleep pays"
+    pace.note(1 << 20, 1.0)
+    assert pace.rest_s(size) == pytest.approx(0.016), "of which nothing is learnt either"
+    pace.note(size, 0.016)
+    assert pace.rest_s(size) == pytest.approx(0.0128), "at once"
+    pace.note(size, 1.0)
+    assert pace.rest_s(size) < 0.026, "by and by"
+    for _ in range(20):
+        pace.note(size, 100.0)
+    assert pace.rest_s(size) == 1.0
 
 
 def test_buffers_of_a_read_from_a_hanging_peer_are_written_no_more_once_quiet(harness):

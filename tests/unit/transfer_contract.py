@@ -104,6 +104,15 @@ class TransferContract:
             ReadStatus.READ
         ]
 
+    def test_a_segment_that_nobody_has_is_a_failure(self, reader, owner):
+        (transfer, memory), (other, _, address) = reader, owner
+        batch = transfer.read("127.0.0.1:9", [self.run_of(memory, 0, address)], TIMEOUT_S)
+        assert batch.results == [ReadStatus.FAILED]
+        assert batch.quiet.wait(TIMEOUT_S)
+        assert transfer.read(other.segment, [self.run_of(memory, 0, address)], TIMEOUT_S).results == [
+            ReadStatus.READ
+        ]
+
     def test_an_owner_that_has_gone_is_a_failure_in_time(self, harness, owner, reader):
         (transfer, memory), (other, _, address) = reader, owner
         run = self.run_of(memory, 0, address)
