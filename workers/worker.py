@@ -155,9 +155,6 @@ class Worker:
             )
         else:
             self._started.set_result(started)
-        # What was loaded stays: a full collection that looked at it would hold answers up for 0.1 s.
-        gc.collect()
-        gc.freeze()
         try:
             rank.run()
         except Exception:  # the thread's top: clients have been told; the process must not outlive its loop
