@@ -158,14 +158,13 @@ class KernelCases:
                     found = kernels.gated_matmul(weight, given)(x)
                     assert_close(found, functional.silu(gate) * up, dtype, num_roundings=4)
 
-    @pytest.mark.parametrize("rows", [20, 32, 33, 64])
+    @pytest.mark.parametrize("rows", [20, 64])
     @pytest.mark.parametrize("shape", [(256, 100), (200, 64), (64, 130)])
-    @pytest.mark.parametrize("num_parts", [1, 4])
-    def test_matmul_divides_tiles_for_more_rows_as_well(self, num_parts, shape, rows):
+    def test_matmul_takes_more_rows_where_warps_share_a_tile(self, shape, rows):
         from workers.triton_kernels.skinny_matmul import SkinnyConfig, skinny_matmul
 
         (depth, width), dtype = shape, self.matmul_dtypes[0]
-        config = SkinnyConfig(64, 128, num_parts, num_stages=3, prefetch_lines=0)
+        config = SkinnyConfig(64, 128, num_parts=1, num_stages=3, prefetch_lines=0)
         x = self.randn(rows, depth, dtype=dtype)
         weight = self.randn(2 * width, depth, dtype=dtype, seed=1) / 8
         bias = self.randn(2 * width, dtype=dtype, seed=2)

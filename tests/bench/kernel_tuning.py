@@ -37,7 +37,7 @@ def candidates(depth, rows, is_gated):
                     tile = (block_n * (2 if is_gated else 1) + block_rows) * block_k * 2
                     if tile * num_stages <= SHARED_BYTES and block_k < depth:
                         found.append(SkinnyConfig(block_n, block_k, 1, num_stages, 8))
-        return [*found, *(SkinnyConfig(32, 256, 4, num_stages, 8) for num_stages in (3, 4))]
+        return found if is_gated else [*found, *(SkinnyConfig(32, 256, 4, stages, 8) for stages in (3, 4))]
     for block_n in (16, 32, 64):
         for block_k in sorted(block_ks):
             for num_parts in (4, 8):
