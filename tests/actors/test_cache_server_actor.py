@@ -85,7 +85,9 @@ def test_pages_outlive_a_killed_actor_and_go_with_a_stopped_one(secret_file):
 
 
 def test_a_start_that_cannot_be_is_told(secret_file, tmp_path):
-    with pytest.raises(RayTaskError, match=r"cannot start: the host cache needs [\d.]+ GB, but this machine"):
+    with pytest.raises(
+        RayTaskError, match=r"cannot start: the host cache needs [\d.]+ GiB, but this machine"
+    ):
         ray.get(make(CacheConfig(host_cache_gb=1e6), secret_file).start.remote(), timeout=WAIT_S)
     with pytest.raises(RayTaskError, match=r"cannot start: secret file .*none: No such file"):
         ray.get(make(CacheConfig(host_cache_gb=1), tmp_path / "none").start.remote(), timeout=WAIT_S)

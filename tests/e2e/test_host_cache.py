@@ -128,7 +128,7 @@ def told_at_the_start(model, *flags, **environment):
 @pytest.mark.timeout(120)
 def test_a_host_cache_larger_than_the_memory_ends_the_start(model):
     told = told_at_the_start(model, "--host-cache-gb", "10000")
-    assert "the host cache needs 10737" in told and "lower --host-cache-gb" in told
+    assert "the host cache needs 10000.000 GiB" in told and "lower --host-cache-gb" in told
 
 
 @pytest.mark.slow

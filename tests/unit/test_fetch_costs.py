@@ -4,7 +4,7 @@ import pytest
 
 from tests.unit.fetch_fakes import GUESSES, PAGE_BYTES, PAGE_SIZE
 from workers.kvcache.fetch_costs import FORGET_S, MIN_PREFILL_TOKENS, FetchCosts, Pace, PageTimes
-from workers.kvcache.moves import Move, MoveStats
+from workers.kvcache.moves import MoveStats
 from workers.move_board import MoveStatus
 
 COMPUTE_PAGE_S = PAGE_SIZE / GUESSES.prefill_tokens_per_s
@@ -67,7 +67,7 @@ def test_a_fetched_page_is_loaded_too():
     moves = MoveStats()
     costs = new_costs(moves=moves)
     before_s = costs.fetch_s("peer", 10, 5, 0.0)
-    for number in range(1, 5):
-        moves.finished(Move(number, "load", 3, 4, 2, b"k"), MoveStatus.DONE, PAGE_BYTES, 0.05)
+    for _ in range(4):
+        moves.finished("load", [MoveStatus.DONE], PAGE_BYTES, 0.05)
     assert costs.page_times(0.0).load_s == pytest.approx(0.05)
     assert costs.fetch_s("peer", 10, 5, 0.0) == pytest.approx(before_s + 0.5)
