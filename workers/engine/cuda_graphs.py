@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -14,6 +14,7 @@ class CudaGraphs:
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
+        self._failed: list[torch.cuda.CUDAGraph] = []
 
     def capture(self, compute: Callable[[], object]) -> Callable[[], None]:
         """Run `compute` once, then capture it; return what replays it on the current stream.
@@ -31,9 +32,22 @@ class CudaGraphs:
             try:
                 compute()
             finally:
-                graph.capture_end()
+                self._end(graph)
         before.wait_stream(self._stream)
         return graph.replay
+
+    def _end(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End a capture; after one that failed the next begins with memory of its own."""
+        try:
+            graph.capture_end()
+        except RuntimeError:
+            # torch's allocator stays in a capture that fails, and may go on to ask the graph about it.
+            self._failed.append(graph)
+            with suppress(RuntimeError):
+                end: Callable[..., None] = getattr(torch._C, "_cuda_endAllocateToPool", lambda *_: None)
+                end(torch.cuda.current_device(), self._pool)
+            self._pool = torch.cuda.graph_pool_handle()
+            raise
 
     @contextmanager
     def capturing(self) -> Iterator[None]:
