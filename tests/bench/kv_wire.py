@@ -1,7 +1,8 @@
 """FETCH from a peer's arena beside Mooncake's TransferEngine by itself, reading the same pages over loopback.
 
 Either way the bytes go from one process's shared memory into another's. FETCH leases the pages, reads them,
-verifies them and commits them, which the reader's client hears.
+verifies them and commits them, which the reader's client hears. The engine's own call, the arm beside it,
+spins while it waits; FETCH sleeps, which on few cores leaves one to the reading.
 """
 
 import mmap

@@ -90,6 +90,18 @@ def test_a_page_of_several_pieces_comes_back_whole(tmp_path) -> None:
         assert copies([large], 1, 2)
 
 
+def test_one_bad_page_of_many_that_are_moved_together_takes_no_other_with_it(tmp_path, make) -> None:
+    pools = [pool(0)]
+    with Tier(tmp_path, pools, make=make) as tier:
+        locations = tier.save([1, 2, 3, 4, 5], keys(5))
+        tier.arena.bundle(locations[2].slot, 0)[77] ^= 4
+        locations[3] = Location(locations[3].slot, locations[3].epoch - 2)
+        statuses = tier.run(tier.load_op([6, 7, 8, 9, 10], locations, keys(5)))
+        assert statuses == [DONE, DONE, CORRUPT, STALE, DONE]
+        assert all(copies(pools, source, source + 5) for source in (1, 2, 5))
+        assert not any(copies(pools, source, source + 5) for source in (3, 4))
+
+
 def test_ranks_parts_are_told_apart(tmp_path, make) -> None:
     """Rank 1's bytes in rank 0's place are wrong bytes."""
     pools = [pool(seed) for seed in range(2)]

@@ -135,25 +135,21 @@ class MoveQueue:
 
     # The mover's threads.
 
-    def next(self, kinds: Sequence[MoveKind], timeout_s: float | None = None) -> Started | None:
-        """Return the first move of the first of `kinds` that has one.
-
-        Without a timeout it waits for one; None: the queue is closing and empty.
-        """
+    def next_run(self, max_moves: int) -> list[Started]:
+        """Wait for moves; return the first LOADs, else SAVEs, at most so many. Empty: it is closing."""
         with self._lock:
             while True:
-                for kind in kinds:
-                    if self._waiting[kind]:
-                        return heapq.heappop(self._waiting[kind])
-                if self._closing.is_set() or timeout_s is not None:
-                    return None
+                for waiting in self._waiting.values():  # LOADs first
+                    if waiting:
+                        return _first(waiting, max_moves)
+                if self._closing.is_set():
+                    return []
                 self._has_work.wait(_IDLE_S)
 
     def take(self, kind: MoveKind, max_moves: int) -> list[Started]:
         """Return the first moves of a kind, at most so many, without waiting."""
         with self._lock:
-            waiting = self._waiting[kind]
-            return [heapq.heappop(waiting) for _ in range(min(max_moves, len(waiting)))]
+            return _first(self._waiting[kind], max_moves)
 
     def put_back(self, started: Iterable[Started]) -> None:
         """Have moves that were taken wait again."""
@@ -183,6 +179,10 @@ class MoveQueue:
             self._board.publish_all([(move.number, MoveStatus.ENQUEUED) for move in moves])
             self._has_moved.notify_all()
 
+    def verified(self, move: Move) -> None:
+        """Tell of a LOAD that its slot is leased and verified, on a CPU, where nobody waits for a mark."""
+        self._board.publish(move.number, MoveStatus.ENQUEUED)
+
     def end(self, move: Move, status: MoveStatus, seconds: float) -> None:
         """Tell that a move is over: it touches neither page nor slot again."""
         self.end_all([move], [status], seconds)
@@ -202,3 +202,8 @@ class MoveQueue:
                 for move in moves:
                     del self._loading[move.page]
             self._has_moved.notify_all()
+
+
+def _first(waiting: list[Started], max_moves: int) -> list[Started]:
+    """Take the first moves out of a heap."""
+    return [heapq.heappop(waiting) for _ in range(min(max_moves, len(waiting)))]
