@@ -41,7 +41,6 @@ def test_a_killed_peer_ends_a_collective_with_an_error(ranks: Ranks) -> None:
     survivor, _ = ranks.finish()
     assert survivor["error"] == "TPPeerLostError"
     assert "rank 0: all_reduce" in survivor["message"]
-    assert survivor["after_s"] < 10
 
 
 def test_what_took_less_than_the_timeout_has_not_timed_out_whatever_the_error_says(
