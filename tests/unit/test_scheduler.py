@@ -239,6 +239,18 @@ def test_nobody_gives_way_for_pages_that_a_request_at_its_end_still_has():
     group.settle()
 
 
+def test_nobody_gives_way_for_a_slot_that_comes_free_with_the_step_in_flight():
+    group = FakeGroup(max_running=2, depth=1)
+    group.submit([1] * 3, greedy(2))
+    low = group.submit([2] * 3, greedy(10), priority=1)
+    group.step()
+    group.step()
+    urgent = group.submit([3], greedy(2))
+    group.run()
+    assert group.scheduler.stats.num_preemptions == 0
+    assert list(group.reasons)[1:] == [urgent, low]
+
+
 def test_what_a_step_brings_for_a_request_that_has_ended_is_void():
     """An end token is seen one step late: the row that went on beyond it counts for nothing."""
     sampling = find_seed([1], SamplingParams(), range(2, 10))

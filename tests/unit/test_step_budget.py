@@ -108,6 +108,13 @@ def test_a_step_has_the_tokens_of_one_that_is_prepared():
     assert max(seconds for _, seconds in without[20:]) > 0.021
 
 
+def test_a_padded_step_counts_for_what_it_really_computed():
+    budget = StepBudget(1024, 0.02, SIZES)
+    for num_tokens in (129, 257, 513) * 20:  # the ends of prompts: each is padded to the next size
+        budget.stepped(mixed(8, num_tokens - 8), staircase(num_tokens))
+    assert budget.num_tokens(8) == 640
+
+
 def test_a_least_part_fills_the_step_that_it_is_padded_to():
     found = serve(StepBudget(1024, 0.001, SIZES), staircase, 40, num_decoding=100)
     assert {num_tokens for num_tokens, _ in found[10:]} == {160}
