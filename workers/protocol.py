@@ -167,7 +167,8 @@ class Welcome(msgspec.Struct, frozen=True, array_like=True, tag="welcome"):
     namespace: bytes
     page_size: int
     max_context_len: int
-    max_waiting_requests: int
+    max_requests: int
+    """Running and waiting together; one more is refused."""
     version: int
     snapshot: list[bytes]
 

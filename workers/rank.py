@@ -183,7 +183,7 @@ class Rank:
                 namespace=namespace,
                 page_size=config.page_size,
                 max_context_len=scheduler.max_context_len,
-                max_waiting_requests=config.max_waiting_requests,
+                max_requests=scheduler.max_requests,
                 version=version,
                 snapshot=snapshot,
             )

@@ -273,10 +273,11 @@ class Router:
         if not live:
             raise self._no_replica("no replica is ready")
         now_s = self._clock()
+        loads = [place.book.load(now_s) for place, _ in live]
         takers = [
-            (place, welcome)
-            for place, welcome in live
-            if place.book.load(now_s).num_waiting < max(1, welcome.max_waiting_requests)
+            taker
+            for taker, load in zip(live, loads, strict=True)
+            if load.num_running + load.num_waiting < taker[1].max_requests
         ]
         if not takers:
             raise OverloadedError(RETRY_AFTER_S)

@@ -88,7 +88,7 @@ class ThreadReplica:
                 namespace=NAMESPACE,
                 page_size=config.page_size,
                 max_context_len=self.scheduler.max_context_len,
-                max_waiting_requests=config.max_waiting_requests,
+                max_requests=self.scheduler.max_requests,
                 version=version,
                 snapshot=snapshot,
             )

@@ -69,7 +69,8 @@ class Scheduler:
         self._safety = safety or Safety()
         # Never more requests than tokens in a step, so that each of them can have one.
         max_running = min(config.max_running_requests, config.max_tokens_per_step)
-        self._max_requests = max_running + config.max_waiting_requests
+        self.max_requests = max_running + config.max_waiting_requests
+        """Running and waiting together."""
         self._requests: dict[RequestId, Request] = {}
         self._waiting = WaitingQueue()
         self._running = Running(
@@ -214,10 +215,10 @@ class Scheduler:
     def _check_room(self, request_id: RequestId) -> None:
         if request_id in self._requests:
             raise RequestRefusedError(f"request_id: found {request_id}, which is in use: choose a new one")
-        if len(self._requests) >= self._max_requests:
+        if len(self._requests) >= self.max_requests:
             raise QueueFullError(
                 f"found {self.num_running} requests running and {len(self._waiting)} waiting, allowed are "
-                f"{self._max_requests} together: retry later or raise max_waiting_requests"
+                f"{self.max_requests} together: retry later or raise max_waiting_requests"
             )
 
     def _assemble(self, rows: list[Request]) -> BatchPlan:
