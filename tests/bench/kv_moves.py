@@ -114,9 +114,10 @@ class _ToldBoard(MoveBoard):
     def expect(self, move):
         self._last, self.is_told = move, threading.Event()
 
-    def publish(self, move, status):
-        super().publish(move, status)
-        if move == self._last and status.is_over:
+    def publish_all(self, told):
+        told = list(told)
+        super().publish_all(told)
+        if any(move == self._last and status.is_over for move, status in told):
             self.is_told.set()
 
 

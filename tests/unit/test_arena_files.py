@@ -1,8 +1,5 @@
 """The arena's file: created with its memory checked, owned once, adopted, wiped, swept, removed."""
 
-import contextlib
-import errno
-import functools
 import os
 import signal
 import subprocess
@@ -23,7 +20,6 @@ from cache_service.arena_files import (
 )
 from cache_service.arena_format import ArenaSizeError, ArenaSpec
 from cache_service.host_memory import HostMemory
-from cache_service.prefault import Prefault
 from cache_service.processes import ProcessId
 from tests.unit.arenas import FINGERPRINT, PLENTY, kill, open_arena, spec
 
@@ -330,57 +326,6 @@ def test_an_arena_of_a_size_fills_it_but_for_a_slot_and_alignment(bundle_bytes, 
 def test_a_spec_that_cannot_be_is_refused(fields, words):
     with pytest.raises(ValueError, match=words):
         spec(**fields)
-
-
-@contextlib.contextmanager
-def prefaulting(tmp_path, allocate):
-    """An arena of 100 slots with none usable, and a prefault of ten slots a step."""
-    owned = open_arena(tmp_path, spec(num_slots=100, bundle_bytes=4096), prefault=False)
-    descriptor = os.open(owned.arena.path, os.O_RDWR)
-    yield owned.arena, Prefault(descriptor, owned.arena, 10 * 4096, functools.partial(allocate, owned.arena))
-    os.close(descriptor)
-    owned.close()
-
-
-def test_slots_become_usable_as_their_memory_comes(tmp_path):
-    seen = []
-
-    def allocate(arena, descriptor, start, count):
-        seen.append((arena.num_usable_slots, (start - arena.bundle_offset(0, 0)) // 4096, count // 4096))
-
-    with prefaulting(tmp_path, allocate) as (arena, prefault):
-        prefault.start()
-        assert prefault.wait(10)
-        assert seen == [(done, done, 10) for done in range(0, 100, 10)]
-        assert arena.num_usable_slots == 100
-
-
-def test_when_memory_runs_out_while_prefaulting_what_there_is_stays_usable(tmp_path):
-    def allocate(arena, descriptor, start, count):
-        if start >= arena.bundle_offset(30, 0):
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    with prefaulting(tmp_path, allocate) as (arena, prefault):
-        prefault.start()
-        assert prefault.wait(10)
-        assert prefault.error.errno == errno.ENOSPC
-        assert arena.num_usable_slots == 30
-
-
-def test_a_stop_during_prefault_takes_one_step(tmp_path):
-    entered, goes_on = threading.Event(), threading.Event()
-
-    def allocate(arena, descriptor, start, count):
-        entered.set()
-        assert goes_on.wait(10)
-
-    with prefaulting(tmp_path, allocate) as (arena, prefault):
-        prefault.start()
-        assert entered.wait(10)
-        threading.Timer(0.05, goes_on.set).start()
-        prefault.stop()
-        assert arena.num_usable_slots == 10
-        assert prefault.wait(0)
 
 
 def test_a_file_that_cannot_be_made_is_an_os_error(tmp_path):

@@ -188,7 +188,9 @@ async def test_a_cancelled_submit_of_a_long_prompt_leaves_nothing_behind(service
 
 async def test_a_queue_that_free_slots_await_is_not_full(service):
     """The worker allows so many running and waiting together; the router counts like it."""
-    router, _ = await service(WorkerConfig(num_pages=64, max_running_requests=2, max_waiting_requests=2), step_s=0.3)
+    router, _ = await service(
+        WorkerConfig(num_pages=64, max_running_requests=2, max_waiting_requests=2), step_s=0.3
+    )
     first = await router.submit(request("a"))
     others = await asyncio.gather(router.submit(request("b")), router.submit(request("c")))
     streams = [first, *others, await router.submit(request("d"))]
