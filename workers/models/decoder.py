@@ -3,7 +3,7 @@
 Built and filled by `workers.models.weights`, run by ModelRunner in the engine's thread; one rank's shard.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -114,9 +114,7 @@ class Decoder(nn.Module):
 
     def adopt(self, kernels: LayerKernels) -> None:
         """Compute by compiled kernels wherever they can; the weights must be loaded."""
-        for module in self.modules():
-            if isinstance(module, Linear | RMSNorm | Attention | GatedMLP):
-                module.adopt(kernels)
+        adopt_all(self, kernels)
 
     def forward(
         self, token_ids: torch.Tensor, positions: torch.Tensor, attention: AttentionBackend
@@ -125,13 +123,40 @@ class Decoder(nn.Module):
 
         Returns the residual stream after the last layer, [T, hidden], before the final norm.
         """
+        return self.forward_tapped(token_ids, positions, attention, ())[0]
+
+    def forward_tapped(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        attention: AttentionBackend,
+        layers: Sequence[int],
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Run as `forward` does; return its result and, in the order of `layers`, the residual stream
+        [T, hidden] before each of them. Layer num_layers stands for what `forward` returns.
+
+        Taps are the caller's: no later layer writes them.
+        """
+        wanted = frozenset(layers)
+        tapped: dict[int, torch.Tensor] = {}
         hidden: torch.Tensor = self.embedding(token_ids)
         cos, sin = self.rotary(positions)
         delta: torch.Tensor | None = None
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
+            if index in wanted:
+                tapped[index] = hidden if delta is None else hidden + delta
             hidden, delta = layer(hidden, delta, cos, sin, attention)
-        return hidden if delta is None else hidden + delta
+        last = hidden if delta is None else hidden + delta
+        tapped[len(self.layers)] = last
+        return last, [tapped[index] for index in layers]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """Return [S, vocab] in the model's dtype for rows [S, hidden] of `forward`; None on ranks but 0."""
         return self.head.logits(self.norm(hidden))
+
+
+def adopt_all(root: nn.Module, kernels: LayerKernels) -> None:
+    """Hand the kernels to every layer under `root`."""
+    for module in root.modules():
+        if isinstance(module, Linear | RMSNorm | Attention | GatedMLP):
+            module.adopt(kernels)
