@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -51,6 +51,9 @@ _METADATA_FILES = [
     "chat_template.jinja",
     "*.safetensors.index.json",
 ]
+
+
+SAFETENSORS_FILES = ("*.safetensors", "*.safetensors.index.json")
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ def load_card(model: str) -> ModelCard:
         return _gguf_card(path.resolve(), name=path.stem)
     if path.exists():
         raise ModelError(f"{path}: a file, but no .gguf file; allowed: {_allowed()}")
-    if _HUB_ID.fullmatch(model):
+    if is_hub_id(model):
         return _hub_card(model)
     raise ModelError(f"model {model!r} is no existing path; allowed: {_allowed()}")
 
@@ -135,18 +138,26 @@ def page_layout(card: ModelCard, options: WorkerConfig) -> BundleLayout:
     return target_only(num_layers, options.page_size, num_kv_heads, head_dim, dtype)
 
 
-def fetch_weights(hub: HubSource, folder: Path) -> None:
+def is_hub_id(name: str) -> bool:
+    """Tell whether `name` has the form owner/name."""
+    return _HUB_ID.fullmatch(name) is not None
+
+
+def fetch_metadata(repo_id: str) -> tuple[Path, HubSource]:
+    """Download a hub model's small files; return their folder, and the commit that they are of."""
+    folder = _snapshot(repo_id, None, _METADATA_FILES)
+    return folder, HubSource(repo_id, folder.name)
+
+
+def fetch_weights(hub: HubSource, folder: Path, files: Sequence[str] = SAFETENSORS_FILES) -> None:
     """Download a hub model's weights into the snapshot `folder` its card was read from; cached ones stay."""
-    found = _snapshot(hub.repo_id, hub.revision, ["*.safetensors", "*.safetensors.index.json"])
+    found = _snapshot(hub.repo_id, hub.revision, list(files))
     if found != folder:
         raise ModelError(f"model {hub.repo_id!r}: weights went to {found}, the card was read from {folder}")
 
 
-def _allowed() -> str:
-    return f"a model directory, a .gguf file, a hub id (owner/name) or an alias ({', '.join(ALIASES)})"
-
-
-def _card(name: str, source: Path, hub: HubSource | None, config: ModelConfig, text: TextCard) -> ModelCard:
+def check_heads(source: Path, config: ModelConfig) -> None:
+    """Raise ModelError where attention cannot have such heads."""
     if config.num_heads % config.num_kv_heads:
         raise ModelError(
             f"{source}: {config.num_heads} attention heads; a multiple of the {config.num_kv_heads} KV heads "
@@ -154,6 +165,14 @@ def _card(name: str, source: Path, hub: HubSource | None, config: ModelConfig, t
         )
     if config.head_dim % 2:
         raise ModelError(f"{source}: heads of {config.head_dim} dimensions; RoPE needs an even number")
+
+
+def _allowed() -> str:
+    return f"a model directory, a .gguf file, a hub id (owner/name) or an alias ({', '.join(ALIASES)})"
+
+
+def _card(name: str, source: Path, hub: HubSource | None, config: ModelConfig, text: TextCard) -> ModelCard:
+    check_heads(source, config)
     for token_id in (text.bos_token_id, *text.end_token_ids):
         if token_id is not None and token_id >= config.vocab_size:
             raise ModelError(
@@ -173,8 +192,8 @@ def _directory_card(folder: Path, name: str, hub: HubSource | None = None) -> Mo
 
 
 def _hub_card(repo_id: str) -> ModelCard:
-    folder = _snapshot(repo_id, None, _METADATA_FILES)
-    return _directory_card(folder, repo_id, HubSource(repo_id, folder.name))
+    folder, hub = fetch_metadata(repo_id)
+    return _directory_card(folder, repo_id, hub)
 
 
 def _snapshot(repo_id: str, revision: str | None, patterns: list[str]) -> Path:

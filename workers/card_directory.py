@@ -1,7 +1,9 @@
 """Reads a Hugging Face model directory into a ModelConfig and a TextCard. No torch."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from workers.card_fields import Fields, read_text
 from workers.card_tokenizer import TextCard, checked_tokenizer
@@ -17,12 +19,15 @@ from workers.models.config import (
     YarnScaling,
 )
 
-_ARCHITECTURES: dict[str, Family] = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-}
+ARCHITECTURES: Mapping[str, Family] = MappingProxyType(
+    {
+        "LlamaForCausalLM": "llama",
+        "MistralForCausalLM": "mistral",
+        "Qwen2ForCausalLM": "qwen2",
+        "Qwen3ForCausalLM": "qwen3",
+        "MiMoForCausalLM": "qwen2",
+    }
+)
 _DEFAULT_EPS = 1e-6
 _DEFAULT_THETA = 10000.0
 _SLIDING = "sliding_attention"
@@ -32,7 +37,11 @@ _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token
 def read_directory_config(folder: Path) -> ModelConfig:
     """Return the decoder config.json describes. Raise ModelError for missing keys and unsupported kinds."""
     fields = Fields.read(folder / "config.json")
-    family = _family(fields)
+    return read_decoder_config(fields, _family(fields))
+
+
+def read_decoder_config(fields: Fields, family: Family) -> ModelConfig:
+    """Return the decoder that a config.json describes, taken for one of `family`. Raises as above."""
     if fields.optional("quantization_config", dict) is not None:
         raise ModelError(
             f"{fields.path}: quantization_config: quantised safetensors are not supported; "
@@ -67,6 +76,7 @@ def read_directory_config(folder: Path) -> ModelConfig:
         qk_norm=family == "qwen3",
         sliding_window=window,
         full_layers=full_layers,
+        num_mtp_layers=fields.integer("num_nextn_predict_layers", 0, minimum=0),
     )
 
 
@@ -101,9 +111,9 @@ def read_directory_text(folder: Path) -> TextCard:
 def _family(fields: Fields) -> Family:
     architectures = fields.strings("architectures")
     for architecture in architectures:
-        if architecture in _ARCHITECTURES:
-            return _ARCHITECTURES[architecture]
-    allowed = ", ".join(_ARCHITECTURES)
+        if architecture in ARCHITECTURES:
+            return ARCHITECTURES[architecture]
+    allowed = ", ".join(ARCHITECTURES)
     raise ModelError(f"{fields.path}: architectures is {architectures!r}; supported: {allowed}")
 
 

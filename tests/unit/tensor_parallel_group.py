@@ -1,15 +1,40 @@
-"""Ranks: real rank processes of a TP group, for the tests of workers.parallel."""
+"""Ranks: real rank processes of a TP group, for the tests of workers.parallel. Others: on_ranks."""
 
 import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
+
+from workers.parallel import TPGroup, listen
 
 SCRIPT = Path(__file__).parent / "tensor_parallel_ranks.py"
 ROOT = SCRIPT.parents[2]
 QUIET = {"TORCH_CPP_LOG_LEVEL": "FATAL"}
+T = TypeVar("T")
+
+
+def on_ranks(size: int, work: Callable[[TPGroup], T]) -> list[T]:
+    """Do `work` on every rank of a group, in threads; return the results in rank order."""
+    listener = listen("127.0.0.1")
+    port = listener.getsockname()[1]
+    results: dict[int, T] = {}
+
+    def run(rank: int) -> None:
+        brought = listener if rank == 0 else None
+        group = TPGroup.connect(rank, size, "127.0.0.1", port, timeout_s=30, listener=brought)
+        results[rank] = work(group)
+        group.close()
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return [results[rank] for rank in range(size)]
 
 
 class Ranks:

@@ -3,8 +3,6 @@
 import json
 import subprocess
 import sys
-import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,11 +10,12 @@ import torch
 from safetensors.torch import save_file
 
 from tests.unit.model_files import CONFIG, write_directory
+from tests.unit.tensor_parallel_group import on_ranks
 from workers.card import load_card
 from workers.models.config import ModelError
 from workers.models.decoder import Decoder
 from workers.models.weights import LoadedModel, load_model
-from workers.parallel import TPGroup, listen
+from workers.parallel import TPGroup
 
 CPU = torch.device("cpu")
 
@@ -53,25 +52,6 @@ def write_model(folder: Path, weights: dict[str, torch.Tensor], **changes) -> Pa
 
 def load(folder: Path, group: TPGroup | None = None, **changes) -> LoadedModel:
     return load_model(load_card(str(folder)), group=group or TPGroup.single(), device=CPU, **changes)
-
-
-def on_ranks(size: int, work: Callable[[TPGroup], LoadedModel]) -> list[LoadedModel]:
-    listener = listen("127.0.0.1")
-    port = listener.getsockname()[1]
-    results: dict[int, LoadedModel] = {}
-
-    def run(rank: int) -> None:
-        brought = listener if rank == 0 else None
-        group = TPGroup.connect(rank, size, "127.0.0.1", port, timeout_s=30, listener=brought)
-        results[rank] = work(group)
-        group.close()
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    return [results[rank] for rank in range(size)]
 
 
 def test_weights_keep_the_checkpoints_dtype_unless_told_otherwise(tmp_path: Path) -> None:

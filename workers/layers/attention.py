@@ -37,14 +37,24 @@ class Attention(nn.Module):
     """One layer's attention. One fused projection makes q, k and v:
 
     rows of qkv.weight:  [ q heads * head_dim | k heads * head_dim | v heads * head_dim ]
+
+    `input_size`: features of what is attended over (None: hidden_size, as the result has in any case).
     """
 
     def __init__(
-        self, config: ModelConfig, index: int, *, dtype: torch.dtype, device: torch.device, group: TPGroup
+        self,
+        config: ModelConfig,
+        index: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        group: TPGroup,
+        input_size: int | None = None,
     ) -> None:
         super().__init__()
         heads = head_layout(config, group.size)
         self._config = config
+        self._input_size = config.hidden_size if input_size is None else input_size
         self._heads = heads.heads(group.rank)
         self._kv_heads = heads.kv_heads(group.rank)
         self.layer = AttentionLayer(
@@ -56,7 +66,7 @@ class Attention(nn.Module):
             sliding_window=config.window_of(index),
         )
         num_rows = (heads.heads_per_rank + 2 * heads.kv_heads_per_rank) * config.head_dim
-        self.qkv = Linear(config.hidden_size, num_rows, bias=config.qkv_bias, dtype=dtype, device=device)
+        self.qkv = Linear(self._input_size, num_rows, bias=config.qkv_bias, dtype=dtype, device=device)
         self.output = RowParallelLinear(
             heads.heads_per_rank * config.head_dim,
             config.hidden_size,
@@ -86,7 +96,7 @@ class Attention(nn.Module):
             ("v_proj", config.num_kv_heads, head_runs(self._kv_heads, dim, value_start)),
         ):
             num_rows = num_heads * dim
-            yield f"{name}.weight", Placement(self.qkv.weight, (num_rows, config.hidden_size), runs)
+            yield f"{name}.weight", Placement(self.qkv.weight, (num_rows, self._input_size), runs)
             if self.qkv.bias is not None:
                 yield f"{name}.bias", Placement(self.qkv.bias, (num_rows,), runs)
         shape = (config.hidden_size, config.num_heads * dim)
@@ -101,7 +111,7 @@ class Attention(nn.Module):
     def forward(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backend: AttentionBackend
     ) -> torch.Tensor:
-        """Map [tokens, hidden] (normalised) to [tokens, hidden], writing the tokens' KV on the way."""
+        """Map [tokens, input_size] (normalised) to [tokens, hidden], writing the tokens' KV on the way."""
         layer = self.layer
         num_rotated = layer.num_heads + layer.num_kv_heads
         qkv = self.qkv(x).view(x.shape[0], -1, layer.head_dim)  # [tokens, q + k + v heads, head_dim]

@@ -85,6 +85,8 @@ class ModelConfig:
     """A token sees itself and the sliding_window - 1 tokens before it, in the layers that slide."""
     full_layers: tuple[int, ...] = ()
     """Layers that see the whole context in a model with a sliding window."""
+    num_mtp_layers: int = 0
+    """Layers behind the others in the checkpoint that predict further tokens: a draft."""
 
     def window_of(self, layer: int) -> int | None:
         """Return the sliding window of a layer; None: the layer sees the whole context."""
