@@ -1,9 +1,11 @@
 """Draft cards: which drafts fit which targets, what is said of those that do not, and what names mean."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 
@@ -31,8 +33,11 @@ def target(tmp_path: Path) -> ModelCard:
 
 
 def load(folder: Path, target: ModelCard) -> LoadedDraft:
+    return load_draft_of(read_draft_card(str(folder), target), target)
+
+
+def load_draft_of(card: DraftCard, target: ModelCard) -> LoadedDraft:
     decoder = tiny_decoder(target)
-    card = read_draft_card(str(folder), target)
     return load_draft(card, decoder, group=decoder.group, device=CPU, dtype=torch.float32)
 
 
@@ -245,3 +250,28 @@ def test_digests_tell_apart_what_computes_otherwise(target: ModelCard, tmp_path:
     assert one.digest() != card("theta", rope_theta=5e5).digest()
     assert one.digest() != card("stream", norm_before_residual=True).digest()
     assert read_draft_card("self", target).digest() != read_draft_card("random-eagle3", target).digest()
+
+
+def test_a_hub_drafts_weights_are_fetched_by_the_loader_safetensors_first(
+    target: ModelCard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = write_draft(tmp_path / "hub", eagle_weights(), pickled=True)
+    snapshot = tmp_path / "0123abcd"
+    snapshot.mkdir()
+    asked: list[tuple[str | None, list[str]]] = []
+
+    def snapshot_download(repo_id: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((revision, allow_patterns))
+        for pattern in allow_patterns:
+            for file in stored.glob(pattern):
+                shutil.copy(file, snapshot)
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    card = read_draft_card("owner/eagle", target)
+    assert (card.name, card.kind, card.source) == ("owner/eagle", "eagle", snapshot)
+    assert not list(snapshot.glob("*.bin"))
+    loaded = load_draft_of(card, target)
+    assert [revision for revision, _ in asked] == [None, "0123abcd", "0123abcd"]
+    assert "*.safetensors" in asked[1][1] and asked[2][1] == ["pytorch_model.bin"]
+    assert loaded.weights_digest == load(stored, target).weights_digest
