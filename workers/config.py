@@ -56,6 +56,11 @@ class WorkerConfig:
     """`native`: the compiled CPU kernels, for attention and all else they know; `flashinfer`: FlashInfer's
     kernels, on cuda in float16 and bfloat16; `reference`: plain torch; `auto`: the device's kernels where
     they compile, else reference."""
+    draft: str | None = None
+    """A draft model that guesses tokens ahead, which the model then checks together: answers are the same,
+    sooner. A directory, a hub id or an alias."""
+    draft_tokens: Annotated[int, Field(ge=1, le=16)] = 3
+    """Tokens that the draft guesses at a time."""
     graphs: bool = True
     """Replay prepared steps; off: every step runs eager, for comparison."""
     graph_batch_sizes: tuple[PositiveInt, ...] | None = None
@@ -92,4 +97,15 @@ class WorkerConfig:
         """Steps that may be in flight when another is planned: `overlap_depth`, or what holds without it."""
         if self.overlap_depth is not None:
             return self.overlap_depth
-        return 1 if self.device == "cuda" else 0
+        return 1 if self.device == "cuda" and self.draft is None else 0
+
+    @property
+    def max_drafts(self) -> int:
+        """Most tokens drafted at a time: 0 without a draft."""
+        return self.draft_tokens if self.draft is not None else 0
+
+    @property
+    def draft_window(self) -> int:
+        """Places behind its tokens that a running request needs: for drafts being verified, and for those
+        drafted in the same step."""
+        return 2 * self.max_drafts

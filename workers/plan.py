@@ -5,14 +5,16 @@ order, checks the relocation version (I8) and runs its rows. StepOutput goes bac
 No torch: plans are built and encoded on the scheduler side.
 """
 
+from itertools import accumulate
 from typing import Literal
 
 import msgspec
 
 from workers.protocol import SamplingParams, TokenLogprobs
 
-Mode = Literal["extend", "decode", "mixed"]
-"""`decode`: one input token in every row. `extend`: prefill chunks only. `mixed`: both."""
+Mode = Literal["extend", "decode", "verify", "mixed"]
+"""`decode`: one input token in every row. `verify`: as decode, with drafts behind it. `extend`: prefill
+chunks only. `mixed`: chunks beside rows that decode or verify."""
 
 
 class RelocationVersion(msgspec.Struct, frozen=True, array_like=True, order=True):
@@ -127,6 +129,10 @@ class BatchPlan(msgspec.Struct, frozen=True, array_like=True):
     last token's logits are sampled. `ops` come before the rows run. `relocation_version` is the replica's
     version once `ops` are applied. A plan without rows is legal: it carries ops, or is the heartbeat of an
     idle group.
+
+    With a draft the last num_drafts[i] tokens of row i (none where the list is empty) are those that were
+    drafted for its slot when it was sampled last: each rank has them, `token_ids` does not. Where such a row
+    is sampled, so is each of its drafts. `draft_len`: how many tokens are then drafted for each sampled row.
     """
 
     step: int
@@ -138,18 +144,36 @@ class BatchPlan(msgspec.Struct, frozen=True, array_like=True):
     token_ids: list[int]
     sampled: list[int]
     num_awaited: int = 0
+    num_drafts: list[int] = []
+    draft_len: int = 0
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that its rows run, those that are awaited included."""
-        return self.num_awaited + len(self.token_ids)
+        """Tokens that its rows run, awaited and drafted ones included."""
+        return self.num_awaited + len(self.token_ids) + sum(self.num_drafts)
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        """Tokens of its prefill chunks."""
+        return sum(length for length in self._known_lens() if length > 1)
 
     @property
     def mode(self) -> Mode:
         """How the rows run."""
-        if max(self.lens, default=1) == 1:
-            return "decode"
-        return "mixed" if 1 in self.lens else "extend"
+        lens = self._known_lens()
+        if max(lens, default=1) == 1:
+            return "verify" if any(self.num_drafts) else "decode"
+        return "mixed" if 1 in lens else "extend"
+
+    def drafts(self, row: int) -> int:
+        """Return how many of a row's tokens are drafts."""
+        return self.num_drafts[row] if self.num_drafts else 0
+
+    def _known_lens(self) -> list[int]:
+        """Return the rows' lengths without drafts: 1 where a row decodes."""
+        if not self.num_drafts:
+            return self.lens
+        return [length - num_drafts for length, num_drafts in zip(self.lens, self.num_drafts, strict=True)]
 
 
 class StepOutput(msgspec.Struct, frozen=True, array_like=True):
@@ -157,10 +181,22 @@ class StepOutput(msgspec.Struct, frozen=True, array_like=True):
 
     `token_ids` and `logprobs` follow the order of the plan's `sampled`; both are empty on ranks other than 0,
     which learn the tokens from a later plan, or on the device. `logprobs[i]` is None where the request did
-    not ask.
+    not ask. `num_tokens`: how many tokens each sampled row has got; empty: one each.
     """
 
     step: int
     relocation_version: RelocationVersion
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None]
+    num_tokens: list[int] = []
+
+    def tokens_by_row(self) -> list[tuple[list[int], list[TokenLogprobs | None]]]:
+        """Return the tokens of each sampled row, with their logprobs."""
+        if not self.num_tokens:
+            return [
+                ([token], [logprobs]) for token, logprobs in zip(self.token_ids, self.logprobs, strict=True)
+            ]
+        ends = list(accumulate(self.num_tokens))
+        assert ends[-1] == len(self.token_ids) == len(self.logprobs), "the engine miscounts its tokens"
+        spans = [slice(end - count, end) for end, count in zip(ends, self.num_tokens, strict=True)]
+        return [(self.token_ids[span], self.logprobs[span]) for span in spans]

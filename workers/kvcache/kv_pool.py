@@ -32,20 +32,23 @@ class KVPool:
         self.page_size = layout.page_size
         # calloc on the CPU: pages cost resident memory only once they are written.
         self.data = torch.zeros((num_pages + 1, layout.bundle_bytes), dtype=torch.uint8, device=device)
-        target = self._section_view(layout.section("target"))
-        #   target [num_pages + 1, num_layers, 2, page_size, num_kv_heads, head_dim]
-        self._layers = [(target[:, i, 0], target[:, i, 1]) for i in range(target.shape[1])]
+        #   target and draft [num_pages + 1, num_layers, 2, page_size, num_kv_heads, head_dim]
+        sections = [self._section_view(layout.section(name)) for name in ("target", "draft")]
+        self._layers = [(kv[:, i, 0], kv[:, i, 1]) for kv in sections for i in range(kv.shape[1])]
+        self.tails = self._section_view(layout.section("tail"))
+        """Each page's draft feature of its last token, [num_pages + 1, feature_size]; 0 without a draft."""
 
     @property
     def num_layers(self) -> int:
-        """Count the target's layers."""
+        """Count the layers, the target's and then the draft's."""
         return len(self._layers)
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return layer `index`'s K and V: views [num_pages + 1, page_size, num_kv_heads, head_dim].
 
-        Both have the strides (bundle, num_kv_heads * head_dim, head_dim, 1), in elements. Page index times
-        the first stride passes 2^32 on real pools: kernels compute it in 64 bits.
+        The draft's layers follow the target's. All have the strides (bundle, num_kv_heads * head_dim,
+        head_dim, 1), in elements. Page index times the first stride passes 2^32 on real pools: kernels
+        compute it in 64 bits.
         """
         return self._layers[index]
 
@@ -70,7 +73,7 @@ class KVPool:
     def _section_view(self, section: Section) -> torch.Tensor:
         """Return the section of every page: [num_pages + 1, *section.shape]."""
         flat = self.data[:, section.offset : section.offset + section.num_bytes]
-        return flat.view(TORCH_DTYPES[section.dtype]).view(-1, *section.shape)
+        return flat.view(TORCH_DTYPES[section.dtype]).view(len(flat), *section.shape)
 
 
 def allocate_pool(config: WorkerConfig, layout: BundleLayout, num_pages: int, device: torch.device) -> KVPool:

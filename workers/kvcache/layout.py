@@ -115,17 +115,42 @@ class BundleLayout:
             )
 
 
+@dataclass(frozen=True)
+class DraftShape:
+    """What a draft adds to a page on one rank: its layers' KV, and the feature [feature_size] of the last
+    token."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    feature_size: int
+
+
 def target_only(
     num_layers: int, page_size: int, num_kv_heads: int, head_dim: int, dtype: ElementType
 ) -> BundleLayout:
     """Return the layout of a model without draft, sparse index and tail: those sections are empty."""
+    no_draft = DraftShape(0, num_kv_heads, head_dim, 0)
+    return with_draft(num_layers, page_size, num_kv_heads, head_dim, dtype, no_draft)
+
+
+def with_draft(
+    num_layers: int,
+    page_size: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: ElementType,
+    draft: DraftShape,
+) -> BundleLayout:
+    """Return the layout of a model with a draft beside it, and without sparse index."""
+    draft_kv = (draft.num_layers, 2, page_size, draft.num_kv_heads, draft.head_dim)
     return BundleLayout.of(
         page_size,
         (
             SectionShape("target", dtype, (num_layers, 2, page_size, num_kv_heads, head_dim)),
-            SectionShape("draft", dtype, (0, 2, page_size, num_kv_heads, head_dim)),
+            SectionShape("draft", dtype, draft_kv),
             SectionShape("index", dtype, (0, page_size, 0)),
-            SectionShape("tail", dtype, (0,)),
+            SectionShape("tail", dtype, (draft.feature_size,)),
         ),
     )
 

@@ -45,6 +45,11 @@ class Request:
     num_in_flight: int = 0
     num_awaited: int = 0
     num_planned: int = 0
+    """Of the step that is planned, drafts included."""
+    num_drafts: int = 0
+    """Tokens that are drafted for its slot."""
+    num_verified: int = 0
+    """Of `num_planned`, those that are drafts."""
     reserved_len: int = 0
     """Tokens that its pages hold."""
     num_closed: int = 0

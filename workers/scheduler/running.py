@@ -38,8 +38,11 @@ class Running:
         stats: SchedulerStats,
         safety: Safety,
         shares: bool,
+        draft_window: int = 0,
     ) -> None:
-        """`shares`: a prompt that does not end in a step leaves half of it to those behind that do."""
+        """`shares`: a prompt that does not end in a step leaves half of it to those behind that do.
+        `draft_window`: places that a request needs behind its tokens."""
+        self._draft_window = draft_window
         self._cache = cache
         self._waiting = waiting
         self._stats = stats
@@ -63,8 +66,7 @@ class Running:
             if request.slot is None or num_tokens >= request.max_len:
                 continue  # preempted for one ahead of it, or ending
             num_left = num_tokens - request.num_computed - request.num_in_flight
-            if not self._reserves_ahead:
-                num_tokens -= request.num_awaited
+            num_tokens += self._draft_window if self._reserves_ahead else -request.num_awaited
             if num_tokens > request.reserved_len and not (ready.is_everyone and self._reserve(request)):
                 ready.is_everyone = False
             elif num_left == 1:
@@ -79,12 +81,17 @@ class Running:
         self._longest = None
 
     def plan_decodes(self, requests: list[Request]) -> None:
-        """Give each its next token in the step, as `plan_row` does. There is a token for each slot."""
-        for request in requests:
+        """Give each its next token in the step, as `plan_row` does, and its drafts while all of them fit.
+
+        There is a token for each slot.
+        """
+        for num_left, request in zip(range(len(requests) - 1, -1, -1), requests, strict=True):
             assert request.slot is not None
             if self._cache.is_readable(request.slot):
-                request.num_planned = 1
-                self._budget -= 1
+                if request.num_drafts < self._budget - num_left:
+                    request.num_verified = request.num_drafts
+                request.num_planned = 1 + request.num_verified
+                self._budget -= request.num_planned
 
     def plan_row(self, request: Request) -> None:
         """Give a request its part of the step, unless its prefix is still loading: then it waits alone."""
@@ -151,6 +158,7 @@ class Running:
         self._free_slots.append(request.slot)
         request.slot = None
         request.num_computed = request.num_in_flight = request.num_awaited = request.num_planned = 0
+        request.num_drafts = request.num_verified = 0
         request.reserved_len = 0
         request.num_closed += 1
 
@@ -176,7 +184,7 @@ class Running:
         last in order, for those ahead of it.
         """
         assert request.slot is not None
-        num_tokens = request.num_tokens
+        num_tokens = request.num_tokens + self._draft_window
         while not self._cache.reserve(request.slot, num_tokens):
             ending = [other.slot for other in self.requests if other.is_ending and other.slot is not None]
             last = next(other for other in reversed(self.requests) if not other.is_ending)
@@ -206,7 +214,7 @@ class Running:
     def _num_lacking(self, request: Request, closing: list[Request]) -> int:
         return self._cache.num_lacking(
             request.tokens,
-            request.num_tokens,
+            request.num_tokens + self._draft_window,
             num_spare_pages=len(self.requests) - len(closing),
             closing=[other.slot for other in closing if other.slot is not None],
         )

@@ -7,6 +7,7 @@ Plain ints and lists; no torch, no clock and no randomness of its own.
 from collections import Counter, deque
 from collections.abc import Sequence
 from random import Random
+from typing import NamedTuple
 
 from workers.config import WorkerConfig
 from workers.kvcache.manager import KVCacheManager
@@ -26,6 +27,14 @@ from workers.scheduler.running import Running
 from workers.scheduler.stats import SchedulerStats, load_report
 from workers.scheduler.step import Step, assemble
 from workers.scheduler.step_budget import StepBudget
+
+
+class _Kept(NamedTuple):
+    """What a sampled row brings its request."""
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs | None]
+    reason: FinishReason | None
 
 
 class Scheduler:
@@ -54,7 +63,8 @@ class Scheduler:
         safety: Safety | None = None,
     ) -> None:
         """`seeds` gives seeds to requests that bring none. `step_sizes`: Engine's."""
-        self.max_context_len = min(max_context_len, cache.num_pages * cache.page_size)
+        capacity = cache.num_pages * cache.page_size - config.draft_window
+        self.max_context_len = min(max_context_len, capacity)
         """What one request may hold: the model's context, as far as the pool can hold it."""
         self.stats = SchedulerStats()
         self._config = config
@@ -74,7 +84,13 @@ class Scheduler:
         self._requests: dict[RequestId, Request] = {}
         self._waiting = WaitingQueue()
         self._running = Running(
-            max_running, cache, self._waiting, self.stats, self._safety, config.itl_target_ms is not None
+            max_running,
+            cache,
+            self._waiting,
+            self.stats,
+            self._safety,
+            shares=config.itl_target_ms is not None,
+            draft_window=config.draft_window,
         )
         target_ms = config.itl_target_ms
         target_s = None if target_ms is None else target_ms / 1e3
@@ -169,8 +185,9 @@ class Scheduler:
             raise RelocationVersionError(output.step, output.relocation_version, planned)
         self._running.drop_unproven(self._rows_of(step))
         rows = self._rows_of(step)
-        self._compute(rows, plan.lens)
-        return self._append(rows, plan.sampled, output)
+        kept = self._append(rows, plan.sampled, output)
+        self._compute(rows, plan, kept)
+        return [self._answer(rows[row], tokens) for row, tokens in kept.items()]
 
     @property
     def has_moves(self) -> bool:
@@ -184,8 +201,7 @@ class Scheduler:
     def stepped(self, plan: BatchPlan, duration_s: float, now_s: float) -> None:
         """Note how long a committed step took: what it says of prompts and of the steps to come."""
         self._budget.stepped(plan, duration_s)
-        num_tokens = sum(length for length in plan.lens if length > 1)
-        self._cache.costs.prefilled(num_tokens, duration_s, now_s)
+        self._cache.costs.prefilled(plan.num_prefill_tokens, duration_s, now_s)
 
     def load(self, step_s: float, now_s: float) -> LoadReport:
         """Report the load. Free and cached pages together are what new requests can have at once."""
@@ -224,7 +240,8 @@ class Scheduler:
     def _assemble(self, rows: list[Request]) -> BatchPlan:
         self._num_steps += 1
         self._cache.planned(self._num_steps)
-        step = assemble(self._num_steps, self._cache.version, self._cache.take_ops(), rows)
+        ops, draft_len = self._cache.take_ops(), self._config.max_drafts
+        step = assemble(self._num_steps, self._cache.version, ops, rows, draft_len)
         self._in_flight.append(step)
         return step.plan
 
@@ -232,41 +249,60 @@ class Scheduler:
         """Return the requests of a step's rows, None where a row is void."""
         return step.rows() if self._safety.voids_rows else step.rows_with_a_slot()
 
-    def _compute(self, rows: list[Request | None], lens: list[int]) -> None:
-        """Count what rows have computed; pages that are whole by that go into the cache."""
-        page_size = self._cache.page_size
-        for request, length in zip(rows, lens, strict=True):
+    def _append(self, rows: list[Request | None], sampled: list[int], output: StepOutput) -> dict[int, _Kept]:
+        """Give requests their next tokens, up to one that ends them; return what each row has kept."""
+        found = output.tokens_by_row()
+        assert len(found) == len(sampled), "the engine sampled other rows"
+        kept: dict[int, _Kept] = {}
+        for row, (token_ids, logprobs) in zip(sampled, found, strict=True):
+            request = rows[row]
             if request is None:
                 continue
-            num_computed = request.num_computed + length
+            request.num_awaited -= 1
+            is_first, reason = not request.num_generated, None
+            num_kept = 0
+            while num_kept < len(token_ids) and reason is None:
+                request.token_ids.append(token_ids[num_kept])
+                reason = self._reason(request, token_ids[num_kept])
+                num_kept += 1
+            if is_first and request.num_cached is not None:
+                self.stats.prompted(request.prompt_len, request.num_cached, request.origins)
+            kept[row] = _Kept(token_ids[:num_kept], logprobs[:num_kept], reason)
+            self.stats.num_generated_tokens += num_kept
+        return kept
+
+    def _reason(self, request: Request, token_id: int) -> FinishReason | None:
+        """Return why its newest token ends a request; None: it does not."""
+        if token_id in request.stop_token_ids and request.num_generated > request.sampling.min_tokens:
+            return "stop"
+        return "length" if len(request.token_ids) >= request.max_len else None
+
+    def _compute(self, rows: list[Request | None], plan: BatchPlan, kept: dict[int, _Kept]) -> None:
+        """Count what rows have computed; pages that are whole by that go into the cache.
+
+        A row with drafts has computed as many tokens as it has kept: its own, and the drafts that were right.
+        """
+        page_size = self._cache.page_size
+        for row, (request, length) in enumerate(zip(rows, plan.lens, strict=True)):
+            if request is None:
+                continue
+            num_drafts = plan.drafts(row)
+            num_more = length - num_drafts
+            if num_drafts:
+                num_more += len(kept[row].token_ids) - 1
+            num_computed = request.num_computed + num_more
             if num_computed // page_size > request.num_computed // page_size:
                 assert request.slot is not None
                 self._cache.commit(request.slot, num_computed)
             request.num_computed = num_computed
             request.num_in_flight -= length
 
-    def _append(
-        self, rows: list[Request | None], sampled: list[int], output: StepOutput
-    ) -> list[RequestOutput]:
-        """Give requests their next tokens and finish those for which that was the last."""
-        outputs: list[RequestOutput] = []
-        assert len(output.token_ids) == len(output.logprobs) == len(sampled), "the engine sampled other rows"
-        for row, token_id, logprobs in zip(sampled, output.token_ids, output.logprobs, strict=True):
-            request = rows[row]
-            if request is None:
-                continue
-            request.num_awaited -= 1
-            request.token_ids.append(token_id)
-            num_tokens = len(request.token_ids)
-            if num_tokens == request.prompt_len + 1 and request.num_cached is not None:
-                self.stats.prompted(request.prompt_len, request.num_cached, request.origins)
-            if token_id in request.stop_token_ids and request.num_generated > request.sampling.min_tokens:
-                self._finish(request, "stop")
-            elif num_tokens >= request.max_len:
-                self._finish(request, "length")
-            outputs.append(self._output(request, [token_id], [] if logprobs is None else [logprobs]))
-        self.stats.num_generated_tokens += len(outputs)
-        return outputs
+    def _answer(self, request: Request | None, kept: _Kept) -> RequestOutput:
+        """End a request where its last token did, and tell what it has got."""
+        assert request is not None, "a void row keeps nothing"
+        if kept.reason is not None:
+            self._finish(request, kept.reason)
+        return self._output(request, kept.token_ids, [each for each in kept.logprobs if each is not None])
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         if request.slot is None:

@@ -26,14 +26,18 @@ class Step:
         return [request if request.slot is not None else None for request in self.requests]
 
 
-def assemble(step: int, version: RelocationVersion, ops: list[PlanOp], planned: list[Request]) -> Step:
+def assemble(
+    step: int, version: RelocationVersion, ops: list[PlanOp], planned: list[Request], draft_len: int = 0
+) -> Step:
     """Write the plan of the requests' planned tokens, and count these as in flight.
+
+    `draft_len` tokens are drafted for each row that is sampled.
 
     Rows of one token come first, before all others those whose token is awaited: the only one that they lack.
 
     token_ids of a request   |-- num_computed --|-- num_in_flight --|-- num_planned --| ... |
                                                                      ^ start           ^ end
-    sampled where nothing follows
+    sampled where nothing but drafts follows
     """
     awaited = [request for request in planned if request.num_awaited]
     single = [request for request in planned if request.num_planned == 1 and not request.num_awaited]
@@ -42,17 +46,31 @@ def assemble(step: int, version: RelocationVersion, ops: list[PlanOp], planned: 
     slots = [request.slot for request in requests if request.slot is not None]
     starts = [request.num_computed + request.num_in_flight for request in requests]
     lens = [request.num_planned for request in requests]
+    num_drafts = [request.num_verified for request in requests]
     sampled: list[int] = []
     token_ids: list[int] = []
     num_awaited = len(awaited)
     for row, (request, start, length) in enumerate(zip(requests, starts, lens, strict=True)):
-        end = start + length
+        end = start + length - num_drafts[row]
         if row >= num_awaited:
             token_ids += request.token_ids[start:end]
         if end == len(request.token_ids) + request.num_awaited:
             sampled.append(row)
             request.num_awaited += 1
+            request.num_drafts = draft_len
         request.num_in_flight += length
-        request.num_planned = 0
-    plan = BatchPlan(step, version, ops, slots, starts, lens, token_ids, sampled, num_awaited)
+        request.num_planned = request.num_verified = 0
+    plan = BatchPlan(
+        step,
+        version,
+        ops,
+        slots,
+        starts,
+        lens,
+        token_ids,
+        sampled,
+        num_awaited,
+        num_drafts if any(num_drafts) else [],
+        draft_len,
+    )
     return Step(plan, requests, [request.num_closed for request in requests])
