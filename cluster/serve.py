@@ -28,6 +28,7 @@ from cluster.config import API_KEYS_VARIABLE, ClusterConfig, describe, take_envi
 from cluster.local_ray import OwnRay, join_ray, leave_ray, start_local_ray, tell_plainly
 from cluster.run_folder import RunFolder
 from workers.card import ModelError, load_card, page_layout
+from workers.draft_card import read_draft_card
 
 if TYPE_CHECKING:
     from cluster.launcher import Launcher
@@ -160,8 +161,11 @@ def _check(config: ClusterConfig) -> tuple[str, ...]:
         if config.ray_address is None:
             _check_port(config.host, config.port)
         card = load_card(config.worker.model)
+        draft = None
+        if config.worker.draft is not None:
+            draft = read_draft_card(config.worker.draft, card).page_shape(config.worker.tp_size)
         if config.ray_address is None and config.cache.is_on:
-            check_host_cache(config, page_layout(card, config.worker).bundle_bytes)
+            check_host_cache(config, page_layout(card, config.worker, draft).bundle_bytes)
     except (ApiKeysError, ArenaSizeError, ModelError, SecretFileError) as error:
         raise ServeError(str(error)) from None
     return keys

@@ -25,17 +25,16 @@ from cache_service.client import CacheClient
 from tests.arena_host import ArenaHost
 from tests.followers import TIMEOUT_S, Followers
 from tests.node_host import NodeHost
-from workers.card import ModelCard, load_card
+from workers.card import ModelCard, load_card, page_layout
 from workers.config import WorkerConfig
+from workers.draft_card import read_draft_card
 from workers.engine.engine import Engine
 from workers.engine.mechanisms import ALL_ON, Mechanisms
 from workers.kvcache.fetch_costs import FetchCosts
 from workers.kvcache.host_tier import WritePolicy
-from workers.kvcache.layout import target_only
 from workers.kvcache.manager import KVCacheManager
 from workers.kvcache.page_pool import Safety
 from workers.kvcache.prefetcher import PrefetchOptions
-from workers.models.sharding import kv_shape
 from workers.parallel import TPGroup
 from workers.plan import BatchPlan
 from workers.protocol import (
@@ -288,9 +287,8 @@ class Harness:
 
 def bundle_bytes(config: WorkerConfig, card: ModelCard) -> int:
     """Count the bytes of a page on one rank, as the engine will lay it out."""
-    dtype = card.config.dtype if config.dtype == "auto" else config.dtype
-    num_layers, num_kv_heads, head_dim = kv_shape(card.config, config.tp_size)
-    return target_only(num_layers, config.page_size, num_kv_heads, head_dim, dtype).bundle_bytes
+    shape = None if config.draft is None else read_draft_card(config.draft, card).page_shape(config.tp_size)
+    return page_layout(card, config, shape).bundle_bytes
 
 
 def without(plan: BatchPlan, lost: type) -> BatchPlan:

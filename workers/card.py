@@ -19,7 +19,7 @@ from workers.card_directory import read_directory_config, read_directory_text
 from workers.card_gguf import read_gguf_config, read_gguf_text
 from workers.card_tokenizer import TextCard
 from workers.config import WorkerConfig
-from workers.kvcache.layout import BundleLayout, target_only
+from workers.kvcache.layout import BundleLayout, DraftShape, target_only, with_draft
 from workers.models.config import ModelConfig
 from workers.models.config import ModelError as ModelError  # cluster knows it by this name
 from workers.models.gguf_file import read_gguf
@@ -131,11 +131,13 @@ def load_card(model: str) -> ModelCard:
     raise ModelError(f"model {model!r} is no existing path; allowed: {_allowed()}")
 
 
-def page_layout(card: ModelCard, options: WorkerConfig) -> BundleLayout:
+def page_layout(card: ModelCard, options: WorkerConfig, draft: DraftShape | None = None) -> BundleLayout:
     """Return where the parts of a rank's KV pages lie, and how large such a page is."""
     dtype = card.config.dtype if options.dtype == "auto" else options.dtype
     num_layers, num_kv_heads, head_dim = kv_shape(card.config, options.tp_size)
-    return target_only(num_layers, options.page_size, num_kv_heads, head_dim, dtype)
+    if draft is None:
+        return target_only(num_layers, options.page_size, num_kv_heads, head_dim, dtype)
+    return with_draft(num_layers, options.page_size, num_kv_heads, head_dim, dtype, draft)
 
 
 def is_hub_id(name: str) -> bool:

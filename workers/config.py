@@ -1,8 +1,8 @@
 """WorkerConfig: every option of one TP group's workers, validated once, frozen ever after. No torch."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
@@ -61,6 +61,8 @@ class WorkerConfig:
     sooner. A directory, a hub id or an alias."""
     draft_tokens: Annotated[int, Field(ge=1, le=16)] = 3
     """Tokens that the draft guesses at a time."""
+    draft_attention_backend: Literal["auto", "reference", "native"] = "auto"
+    """The draft's, as `attention_backend`; `auto`: the compiled kernels where the model uses them, too."""
     graphs: bool = True
     """Replay prepared steps; off: every step runs eager, for comparison."""
     graph_batch_sizes: tuple[PositiveInt, ...] | None = None
@@ -91,6 +93,15 @@ class WorkerConfig:
     """Compute threads of a rank on CPU; 0: cores shared fairly among the ranks of the node."""
     collective_timeout_s: Annotated[float, Field(gt=0)] = 60.0
     """Seconds a rank waits for its peers before it takes them for lost."""
+
+    @model_validator(mode="after")
+    def _check_draft(self) -> Self:
+        if self.draft is not None and self.overlap_depth:
+            raise ValueError(
+                f"overlap_depth: found {self.overlap_depth} with draft={self.draft}, allowed is 0: a step is"
+                " planned once it is known how many drafts were right"
+            )
+        return self
 
     @property
     def depth(self) -> int:

@@ -28,6 +28,7 @@ from workers.draft_layouts import (
     own_name,
     published_name,
 )
+from workers.kvcache.layout import DraftShape
 from workers.models.config import ModelConfig, ModelError
 from workers.models.sharding import kv_shape
 
@@ -69,6 +70,10 @@ class DraftCard:
     def kv_shape(self, tp_size: int) -> tuple[int, int, int]:
         """Return (layers, KV heads of one rank, head_dim): the shape of a bundle's draft section."""
         return kv_shape(self.config, tp_size)
+
+    def page_shape(self, tp_size: int) -> DraftShape:
+        """Return what the draft adds to a page of one rank."""
+        return DraftShape(*self.kv_shape(tp_size), self.feature_size)
 
     def digest(self) -> str:
         """Return SHA-256 (hex) of everything but where the files lie: equal on all machines."""

@@ -153,6 +153,13 @@ class BatchPlan(msgspec.Struct, frozen=True, array_like=True):
         return self.num_awaited + len(self.token_ids) + sum(self.num_drafts)
 
     @property
+    def num_samples(self) -> int:
+        """Tokens whose logits are sampled."""
+        return len(self.sampled) + (
+            sum(self.num_drafts[row] for row in self.sampled) if self.num_drafts else 0
+        )
+
+    @property
     def num_prefill_tokens(self) -> int:
         """Tokens of its prefill chunks."""
         return sum(length for length in self._known_lens() if length > 1)

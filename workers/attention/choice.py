@@ -29,6 +29,7 @@ from workers.engine.recording import RecordingKernels
 from workers.engine.sampler import GreedyTokens, greedy_tokens
 from workers.kvcache.kv_pool import KVPool
 from workers.models.decoder import Decoder
+from workers.models.draft import DraftModel
 from workers.native.build import NativeBuildError
 from workers.triton_kernels.choice import TritonMissingError, cuda_kernels
 
@@ -100,6 +101,25 @@ def choose_kernels(
         pool_kernels=own,
     )
     return ChosenKernels(attention, greedy_tokens=greedy_tokens if own is None else own.greedy_tokens)
+
+
+def choose_draft_attention(
+    config: WorkerConfig, pool: KVPool, draft: DraftModel, chosen: ChosenKernels
+) -> AttentionBackend:
+    """Return the draft's attention backend over the same pool: `draft_attention_backend`, or the target's.
+
+    Raises BackendError where the one asked for cannot be.
+    """
+    choice = config.draft_attention_backend
+    if choice == "native" and chosen.kernels is None:
+        raise BackendError(
+            f"draft_attention_backend=native: found attention_backend={config.attention_backend} on"
+            f" {config.device}, which has not compiled it; allowed are auto, reference"
+        )
+    if choice == "reference" or chosen.kernels is None:
+        return ReferenceAttention(pool)
+    draft.adopt(chosen.kernels)
+    return NativeAttention(pool, chosen.kernels)
 
 
 def _native_kernels(pool: KVPool) -> RecordingKernels:

@@ -3,19 +3,17 @@
 No Ray, no scheduler, no clock: what a step does is a function of the plans so far (I1).
 """
 
-import hashlib
 import logging
 from collections import Counter, deque
-from dataclasses import asdict
 
-import msgspec
 import numpy as np
 import torch
 
 from cache_service.keys import KVNamespace
-from workers.attention.choice import choose_kernels
+from workers.attention.choice import choose_draft_attention, choose_kernels
 from workers.card import ModelCard, page_layout
 from workers.config import WorkerConfig
+from workers.draft_card import read_draft_card
 from workers.engine.copies import copies_to
 from workers.engine.device_memory import log_memory, measured_pool_size
 from workers.engine.forward_batch import ForwardBatch
@@ -25,17 +23,16 @@ from workers.engine.last_tokens import LastTokens
 from workers.engine.launched_step import LaunchedStep
 from workers.engine.mechanisms import ALL_ON, Mechanisms
 from workers.engine.model_runner import ModelRunner
+from workers.engine.namespace import kv_namespace
 from workers.engine.sampled import Sampled
 from workers.engine.sampler import Sampler
 from workers.engine.staging import Stager
 from workers.kvcache.kv_pool import KVPool, allocate_pool
-from workers.kvcache.layout import BundleLayout
 from workers.kvcache.mover import Mover
 from workers.kvcache.page_table import PageTable
 from workers.kvcache.pool_size import PoolSize, available_host_bytes, is_measured, pool_size
 from workers.kvcache.sanitizer import KVSanitizer
-from workers.models.config import Dtype
-from workers.models.sharding import head_layout
+from workers.models.draft_weights import load_draft
 from workers.models.weights import load_model
 from workers.parallel import TPGroup
 from workers.plan import (
@@ -53,6 +50,8 @@ from workers.plan import (
     SetRow,
     StepOutput,
 )
+from workers.speculative.acceptance import Verified
+from workers.speculative.speculator import Speculator
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +83,9 @@ class Engine:
     ) -> None:
         device = self._device = torch.device(config.device)
         dtype = card.config.dtype if config.dtype == "auto" else config.dtype
-        self.layout = page_layout(card, config)
+        draft_card = None if config.draft is None else read_draft_card(config.draft, card)
+        draft_shape = None if draft_card is None else draft_card.page_shape(config.tp_size)
+        self.layout = page_layout(card, config, draft_shape)
         size = None if is_measured(config) else self._asked_pool_size(config, card.context_len)
         loaded = load_model(
             card,
@@ -93,13 +94,27 @@ class Engine:
             dtype=dtype,
             load_format=config.load_format,
             seed=config.seed,
-            max_context_len=config.max_context_len if size is None else size.max_context_len,
+            max_context_len=config.max_context_len if size is None else size.num_positions,
         )
+        draft, draft_digest = None, ""
+        if draft_card is not None:
+            draft = load_draft(
+                draft_card,
+                loaded.decoder,
+                group=tp_group,
+                device=device,
+                dtype=loaded.dtype,
+                load_format=config.load_format,
+                seed=config.seed,
+            )
+            draft_digest = f"{draft.weights_digest}/{draft_card.digest()}"
         if size is None:
             size = measured_pool_size(config, card, self.layout.bundle_bytes, tp_group, device)
         self.num_pages = size.num_pages
         self.max_context_len = size.max_context_len
-        self.namespace: KVNamespace = _namespace(config, card, dtype, loaded.weights_digest, self.layout)
+        self.namespace: KVNamespace = kv_namespace(
+            config, card, dtype, loaded.weights_digest, draft_digest, self.layout
+        )
         self._vocab_size = card.vocab_size
         self._mechanisms = mechanisms
         self._is_checked = config.checked or config.kv_sanitizer
@@ -126,7 +141,20 @@ class Engine:
         if tp_group.rank == 0:
             greedy = chosen.greedy_tokens
             self._sampler = Sampler(card.vocab_size, max_slots, device, copies, greedy=greedy)
-        self._runner = ModelRunner(loaded.decoder, chosen.attention, self._pool)
+        draft_model = None if draft is None else draft.model
+        self._runner = ModelRunner(loaded.decoder, chosen.attention, self._pool, draft_model)
+        self._speculator: Speculator | None = None
+        if draft_model is not None:
+            self._speculator = Speculator(
+                draft_model,
+                choose_draft_attention(config, self._pool, draft_model, chosen),
+                self._pool,
+                self._table,
+                tp_group,
+                copies,
+                max_tokens=max_tokens,
+                max_drafts=config.max_drafts,
+            )
         self._guard = guard_for(config, device, chosen.attention.captured_modes, max_tokens)
         self._graphs = GraphRunner(
             self._runner,
@@ -135,7 +163,8 @@ class Engine:
             max_slots,
             device,
             mechanisms,
-            chosen.kernels if tp_group.size == 1 else None,
+            # A recording repeats the decoder's kernels alone, not what a draft makes of its taps.
+            chosen.kernels if tp_group.size == 1 and draft is None else None,
         )
         if self._guard.buckets:
             with torch.inference_mode():
@@ -218,7 +247,7 @@ class Engine:
         version = self._advance(plan)
         self._apply(plan.ops)
         self._version = version
-        sampled: Sampled | None = None
+        sampled: Sampled | Verified | None = None
         if plan.slots:
             if self._is_checked:
                 self._check_tokens(plan)
@@ -267,6 +296,8 @@ class Engine:
                     self._table.close_slot(op)
                     if self._sampler:
                         self._sampler.close(op.slot)
+                    if self._speculator:
+                        self._speculator.close(op.slot)
                 case OpenSlot() if self._sampler:
                     self._sampler.open(op)
                 case SavePages() | LoadPages():
@@ -282,31 +313,43 @@ class Engine:
             assert self._mover is not None, "checked above"
             self._mover.start(move)
 
-    def _run_rows(self, plan: BatchPlan) -> Sampled | None:
+    def _run_rows(self, plan: BatchPlan) -> Sampled | Verified | None:
         mode = plan.mode
         has_waited = self._wait_for_loads(plan)
-        decision = self._guard.decide(mode, len(plan.slots), plan.num_tokens, after_load=has_waited)
+        decision = self._guard.decide(
+            mode, len(plan.slots), plan.num_tokens, after_load=has_waited, has_drafts=bool(plan.num_drafts)
+        )
         if decision.bucket is None:
             batch, slots = self._stager.stage_eager(plan, mode)
         else:
             batch, slots = self._stager.stage_bucket(plan, self._graphs.inputs(decision.bucket))
+        if self._speculator is not None and plan.num_drafts:
+            self._speculator.put_drafts(plan, batch, slots)
         if self._sanitizer:
             self._sanitizer.check_inputs(batch, slots)
         logits = self._compute(batch)
-        sampled_slots = [plan.slots[row] for row in plan.sampled]
         if not plan.sampled:
             logits = None
-        elif logits is not None and len(plan.sampled) < batch.num_samples:
+        elif logits is not None and plan.num_samples < batch.num_samples:
             # A decode replay computes the logits of all its rows.
             logits = logits.index_select(0, self._copies.upload(plan.sampled))
         if self._sanitizer:
-            self._sanitizer.check_outputs(logits, sampled_slots)
+            self._sanitizer.check_outputs(logits, [plan.slots[row] for row in plan.sampled])
+        if self._speculator is None:
+            return self._sample(plan, logits)
+        rows, verified = self._speculator.verify(plan, logits, self._sampler)
+        assert self._runner.features is not None, "a pass with a draft keeps its features"
+        self._speculator.follow(rows, self._runner.features, batch, slots, plan.draft_len, self._sanitizer)
+        return verified
+
+    def _sample(self, plan: BatchPlan, logits: torch.Tensor | None) -> Sampled | None:
         sampled: Sampled | None = None
+        slots = [plan.slots[row] for row in plan.sampled]
         if logits is not None and self._sampler is not None:
             positions = [plan.starts[row] + plan.lens[row] for row in plan.sampled]
-            sampled = self._sampler.sample(logits, sampled_slots, positions)
-        if self._last_tokens is not None and sampled_slots:
-            self._last_tokens.keep(sampled_slots, sampled)
+            sampled = self._sampler.sample(logits, slots, positions)
+        if self._last_tokens is not None and slots:
+            self._last_tokens.keep(slots, sampled)
         return None if sampled is None else sampled.to_host(self._copies)
 
     def _wait_for_loads(self, plan: BatchPlan) -> bool:
@@ -346,26 +389,6 @@ class Engine:
             raise TokenError(
                 f"step {plan.step}: token ids {lowest} .. {highest}; allowed are 0 .. {self._vocab_size - 1}"
             )
-
-
-def _namespace(
-    config: WorkerConfig, card: ModelCard, dtype: Dtype, weights_digest: str, layout: BundleLayout
-) -> KVNamespace:
-    heads = head_layout(card.config, config.tp_size)
-    shape = msgspec.json.encode(
-        [asdict(card.config), type(card.config.rope_scaling).__name__], order="sorted"
-    )
-    return KVNamespace(
-        weights_digest=weights_digest,
-        draft_digest="",
-        dtype=dtype,
-        page_size=config.page_size,
-        tp_layout=f"size={config.tp_size},kv_heads={heads.kv_heads_per_rank},replicas={heads.replicas}",
-        kv_settings=(
-            ("bundle", layout.fingerprint()),
-            ("model", hashlib.sha256(shape).hexdigest()[:32]),
-        ),
-    )
 
 
 def _available_bytes(device: torch.device, tp_size: int) -> int:

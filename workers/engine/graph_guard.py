@@ -14,7 +14,8 @@ reason to run eager (I5)."""
 EagerReason = Literal["no_bucket", "mixed", "disabled", "capture_failed", "unsupported"]
 """no_bucket: more rows or tokens than the largest bucket; mixed: extend and decode rows in one step, where
 only decode steps have buckets; disabled: `graphs` is off; capture_failed: the bucket could not be prepared;
-unsupported: no graph exists for extend steps, or none on this device or for this attention."""
+unsupported: no graph exists for steps that extend or verify drafts, or none on this device or for this
+attention."""
 
 MAX_CAPTURED_ROWS = 512
 MAX_CAPTURED_TOKENS = 1024
@@ -83,19 +84,23 @@ class GraphGuard:
         """Run `bucket`'s steps eager from now on: its capture failed."""
         self._failed.add(bucket)
 
-    def decide(self, mode: Mode, num_rows: int, num_tokens: int, after_load: bool = False) -> Decision:
+    def decide(
+        self, mode: Mode, num_rows: int, num_tokens: int, after_load: bool = False, has_drafts: bool = False
+    ) -> Decision:
         """Choose for one step, and count it; whether it comes `after_load` changes its count alone."""
-        bucket, reason = self._choose(mode, num_rows, num_tokens)
+        bucket, reason = self._choose(mode, num_rows, num_tokens, has_drafts)
         replay: Outcome = "replay_after_load" if after_load else "replay"
         self.steps[mode, "eager" if reason else replay] += 1
         if reason:
             self.eager_steps[mode, reason] += 1
         return Decision(bucket, reason)
 
-    def _choose(self, mode: Mode, num_rows: int, num_tokens: int) -> tuple[Bucket | None, EagerReason | None]:
+    def _choose(
+        self, mode: Mode, num_rows: int, num_tokens: int, has_drafts: bool
+    ) -> tuple[Bucket | None, EagerReason | None]:
         if not self._enabled:
             return None, "disabled"
-        if not self._supported:
+        if not self._supported or has_drafts:
             return None, "unsupported"
         bucket: Bucket | None
         if mode == "decode":

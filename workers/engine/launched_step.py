@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from workers.engine.copies import Fence
 from workers.engine.sampled import Sampled
 from workers.plan import RelocationVersion, StepOutput
+from workers.speculative.acceptance import Verified
 
 STEP_TIMEOUT_S = 300.0
 """The longest that a device may take for a step; a group's collectives give up sooner."""
@@ -25,7 +26,7 @@ class LaunchedStep:
 
     step: int
     relocation_version: RelocationVersion
-    sampled: Sampled | None
+    sampled: Sampled | Verified | None
     fence: Fence | None
 
     @property
@@ -47,5 +48,7 @@ class LaunchedStep:
                     f"step {self.step}: the device has not ended it in {timeout_s:g} s; restart the replica"
                 )
             sleep(_LOOK_S)
-        token_ids, logprobs = ([], []) if self.sampled is None else self.sampled.read()
-        return StepOutput(self.step, self.relocation_version, token_ids, logprobs)
+        if self.sampled is None:
+            return StepOutput(self.step, self.relocation_version, [], [])
+        token_ids, logprobs = self.sampled.read()
+        return StepOutput(self.step, self.relocation_version, token_ids, logprobs, self.sampled.num_tokens)

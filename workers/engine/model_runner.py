@@ -1,5 +1,6 @@
 """ModelRunner: one rank's decoder over one KV pool, run on whatever batch is staged. The engine's thread."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -7,6 +8,7 @@ import torch
 from workers.attention.backend import AttentionBackend
 from workers.engine.forward_batch import ForwardBatch
 from workers.kvcache.kv_pool import KVPool
+from workers.models.draft import DraftModel
 
 
 class LanguageModel(Protocol):
@@ -18,6 +20,16 @@ class LanguageModel(Protocol):
         """Return hidden states [tokens, hidden]."""
         ...
 
+    def forward_tapped(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        attention: AttentionBackend,
+        layers: Sequence[int],
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """As `forward`, with the residual stream before each of `layers`."""
+        ...
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """Return [rows, vocab] on rank 0, None on the others, of hidden [rows, hidden]."""
         ...
@@ -26,7 +38,16 @@ class LanguageModel(Protocol):
 class ModelRunner:
     """Plans and computes a batch. Owns pool and backend; the decoder is shared with nobody else."""
 
-    def __init__(self, model: LanguageModel, attention: AttentionBackend, pool: KVPool) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        attention: AttentionBackend,
+        pool: KVPool,
+        draft: DraftModel | None = None,
+    ) -> None:
+        self._draft = draft
+        self.features: torch.Tensor | None = None
+        """What the draft takes from the last pass, [tokens, feature_size]; None without a draft."""
         self._model = model
         self._attention = attention
         self.pool = pool
@@ -42,7 +63,13 @@ class ModelRunner:
         where nothing is sampled.
         """
         self._attention.begin()
-        hidden = self._model.forward(batch.token_ids, batch.positions, self._attention)
+        if self._draft is None:
+            hidden = self._model.forward(batch.token_ids, batch.positions, self._attention)
+        else:
+            hidden, taps = self._model.forward_tapped(
+                batch.token_ids, batch.positions, self._attention, self._draft.feature_layers
+            )
+            self.features = self._draft.feature(taps)
         num_samples = batch.sample_indices.shape[0]
         if num_samples == 0:
             return None

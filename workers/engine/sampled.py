@@ -33,6 +33,11 @@ class Sampled:
     """[rows] int64"""
     logprobs: SampledLogprobs | None
 
+    @property
+    def num_tokens(self) -> list[int]:
+        """StepOutput's: one token a row goes without saying."""
+        return []
+
     def to_host(self, copies: CopyStream) -> "Sampled":
         """Return the same on the host; to be read once a fence behind this call was passed."""
         found = self.logprobs

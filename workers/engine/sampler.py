@@ -84,6 +84,10 @@ class Sampler:
         if table.has_penalties[slot]:
             self._free_counts_rows.append(int(table.counts_row[slot]))
 
+    def has_history(self, slot: int) -> bool:
+        """Tell whether a slot's next token depends on those before it, beside their place."""
+        return bool(self._table.has_penalties[slot])
+
     def sample(self, logits: Tensor, slots: Sequence[int], positions: Sequence[int]) -> Sampled:
         """Choose one token a row and count it to the row's history.
 

@@ -46,7 +46,7 @@ class StepInputs:
             (torch.int64, num_tokens),
             (torch.int64, num_tokens),
             (torch.int64, num_tokens),
-            (torch.int64, num_rows),
+            (torch.int64, max(num_tokens, num_rows)),
             (torch.int64, num_rows),
             (torch.int32, num_rows + 1),
             (torch.int32, num_rows),
@@ -182,7 +182,7 @@ class Stager:
         """Stage a plan of any mode; the batch's tensors belong to this step."""
         host = self._eager_ring.acquire()
         slots = self._fill(host, plan)
-        num_rows, num_tokens, num_sampled = len(plan.slots), plan.num_tokens, len(plan.sampled)
+        num_rows, num_tokens, num_sampled = len(plan.slots), plan.num_tokens, plan.num_samples
         lens = host.len_array[:num_rows]
         num_columns = -(-int(lens.max()) // self._table.page_size)
         rows = host.page_rows(num_rows, num_columns)
@@ -224,7 +224,7 @@ class Stager:
             self._fill_decode(host, plan, slots[:num_real])
         else:
             slots[:num_real] = self._fill(host, plan)
-        num_tokens, num_samples = plan.num_tokens, num_real if is_decode else len(plan.sampled)
+        num_tokens, num_samples = plan.num_tokens, num_real if is_decode else plan.num_samples
         if not is_decode:
             #   query_starts  | ..., num_tokens | size, size, ... |: the first pad row has all pad tokens
             host.start_array[num_real + 1 :] = bucket.bucket.size
@@ -285,6 +285,7 @@ class Stager:
             ends = np.cumsum(lens)
             tokens = tokens[np.arange(num_tokens) + np.repeat(firsts - (ends - lens), lens)]
             sampled = np.argsort(order)[sampled]
+        num_samples = 1 + np.array(plan.num_drafts, dtype=np.int64)[plan.sampled] if plan.num_drafts else None
         positions = host.position_array[:num_tokens]
         positions[:] = np.arange(num_tokens) + np.repeat(starts - (ends - lens), lens)
         host.token_id_array[:num_tokens] = tokens
@@ -292,7 +293,11 @@ class Stager:
         host.start_array[0] = 0
         host.start_array[1 : num_rows + 1] = ends
         host.len_array[:num_rows] = starts + lens
-        host.sample_array[: len(sampled)] = ends[sampled] - 1
+        lasts = ends[sampled] - 1
+        if num_samples is not None:  # the row's own token and each of its drafts
+            firsts = np.repeat(lasts + 1 - num_samples, num_samples)
+            lasts = firsts + _count_up(num_samples)
+        host.sample_array[: len(lasts)] = lasts
         self._table.stage_locations(np.repeat(slots, lens), positions, host.location_array[:num_tokens])
         return slots
 
@@ -307,10 +312,22 @@ class Stager:
 
 
 def _tokens(plan: BatchPlan) -> npt.NDArray[np.int64]:
-    """Return the tokens of a plan's rows; in place of those that are awaited one that is legal."""
+    """Return the tokens of a plan's rows; in place of those that are awaited or drafted one that is legal."""
     tokens = np.zeros(plan.num_tokens, dtype=np.int64)
-    tokens[plan.num_awaited :] = plan.token_ids
+    if not plan.num_drafts:
+        tokens[plan.num_awaited :] = plan.token_ids
+        return tokens
+    lens, num_drafts = np.array(plan.lens, dtype=np.int64), np.array(plan.num_drafts, dtype=np.int64)
+    is_known = _count_up(lens) < np.repeat(lens - num_drafts, lens)
+    is_known[: plan.num_awaited] = False
+    tokens[is_known] = plan.token_ids
     return tokens
+
+
+def _count_up(lens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return 0 .. len - 1 for each of the lengths, one after another."""
+    counts: npt.NDArray[np.int64] = np.arange(lens.sum()) - np.repeat(np.cumsum(lens) - lens, lens)
+    return counts
 
 
 def static_batch(
@@ -329,7 +346,7 @@ def static_batch(
         query_starts=static.query_starts,
         context_lens=static.context_lens,
         out_locations=static.out_locations,
-        sample_indices=static.sample_indices,
+        sample_indices=static.sample_indices[: bucket.num_rows],
         num_columns=static.num_columns,
         max_columns=static.max_columns,
         host_query_starts=host.start_array,

@@ -22,10 +22,17 @@ class PoolSize:
 
     num_pages: int
     max_context_len: int
+    draft_window: int = 0
+    """Places that a request needs behind its tokens, for drafts."""
+
+    @property
+    def num_positions(self) -> int:
+        """Count the positions that a step may write."""
+        return self.max_context_len + self.draft_window
 
     def pages_per_row(self, page_size: int) -> int:
         """Count the pages of the longest request."""
-        return -(-self.max_context_len // page_size)
+        return -(-self.num_positions // page_size)
 
 
 def is_measured(config: WorkerConfig) -> bool:
@@ -81,9 +88,15 @@ def pool_size(
             f"{option} takes {wanted / GIB:.2f} GiB of KV pages on each rank; {available_bytes / GIB:.2f} GiB"
             f" are available: at most {max(available_bytes // bundle_bytes - 1, 0)} pages; lower {name}"
         )
-    capacity = num_pages * config.page_size
+    window = config.draft_window
+    capacity = num_pages * config.page_size - window
+    if capacity < 1:
+        raise PoolSizeError(
+            f"{option} holds {num_pages} pages of {config.page_size} tokens, fewer than {window + 1}: one and"
+            f" the places of draft_tokens={config.draft_tokens} twice; raise {name} or lower draft_tokens"
+        )
     if config.max_context_len is None:
-        return PoolSize(num_pages, min(model_context_len, capacity))
+        return PoolSize(num_pages, min(model_context_len, capacity), window)
     if config.max_context_len > model_context_len:
         raise PoolSizeError(
             f"max_context_len={config.max_context_len}; the model allows at most {model_context_len}"
@@ -94,7 +107,7 @@ def pool_size(
             f" {capacity} tokens; lower max_context_len or raise num_pages, kv_gb or, where neither is given,"
             " device_memory_ratio"
         )
-    return PoolSize(num_pages, config.max_context_len)
+    return PoolSize(num_pages, config.max_context_len, window)
 
 
 def available_host_bytes() -> int:

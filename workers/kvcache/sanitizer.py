@@ -113,8 +113,11 @@ class KVSanitizer:
         if freed:
             self._check_unreferenced(freed)
 
-    def check_inputs(self, batch: ForwardBatch, slots: IntArray) -> None:
-        """Hold a staged batch against the shadow; `slots` [rows] is the plan's, the dummy slot for pads."""
+    def check_inputs(self, batch: ForwardBatch, slots: IntArray, is_draft: bool = False) -> None:
+        """Hold a staged batch against the shadow; `slots` [rows] is the plan's, the dummy slot for pads.
+
+        `is_draft`: a pass of the draft, which goes ahead of what the target has written.
+        """
         # A sanitizer may wait for the device.
         if self._checks_bytes and self._pool.data[DUMMY_PAGE].any().item():
             raise SanitizerError("dummy_page_zero", None, DUMMY_PAGE, "zeros", "other bytes")
@@ -129,12 +132,14 @@ class KVSanitizer:
         slots, context_lens = slots[:num_rows], context_lens[:num_rows]
         query_starts = query_starts[: num_rows + 1]
         starts = context_lens - np.diff(query_starts)
-        self._check_reads(slots, page_rows[:num_rows], starts, context_lens)
-        self._check_writes(slots, starts, query_starts, locations[: query_starts[-1]])
-        self.num_steps += 1
+        self._check_reads(slots, page_rows[:num_rows], starts, context_lens, is_draft)
+        written = self._check_writes(slots, starts, query_starts, locations[: query_starts[-1]])
+        if not is_draft:
+            self._written = written
+            self.num_steps += 1
 
     def check_outputs(self, logits: torch.Tensor | None, slots: list[int]) -> None:
-        """Take the batch's writes as done; `logits` [rows, vocab] of the sampled `slots` must be finite."""
+        """Take the batch's writes as done; `logits` [samples, vocab], of `slots`, must be finite."""
         if self._written is not None:
             pages, ends = self._written
             np.maximum.at(self._num_written, pages, ends)
@@ -147,6 +152,16 @@ class KVSanitizer:
             raise SanitizerError(
                 "finite_logits", slot, int(self._row_page[slot, 0]), "finite logits", "inf or NaN"
             )
+
+    def rewind(self, slot: int, num_tokens: int) -> None:
+        """Take what a slot has beyond its first `num_tokens` tokens as not written: wrong drafts."""
+        first = num_tokens // self._page_size
+        pages = self._row_page[slot, first:]
+        pages = pages[(self._owner[pages] == slot) & (self._state[pages] == _OWNED)]
+        limits = np.zeros(len(pages), dtype=np.int64)
+        if len(pages) and pages[0] == self._row_page[slot, first]:
+            limits[0] = num_tokens - first * self._page_size
+        self._num_written[pages] = np.minimum(self._num_written[pages], limits)
 
     def _own(self, op: OwnPages) -> None:
         pages = np.asarray(op.pages, dtype=np.int64)
@@ -273,7 +288,12 @@ class KVSanitizer:
         raise SanitizerError("pad_rows", None, DUMMY_PAGE, "tokens on the dummy page, nothing before", found)
 
     def _check_reads(
-        self, slots: IntArray, page_rows: IntArray, starts: IntArray, context_lens: IntArray
+        self,
+        slots: IntArray,
+        page_rows: IntArray,
+        starts: IntArray,
+        context_lens: IntArray,
+        is_draft: bool = False,
     ) -> None:
         #   column c of a row holds positions c * page_size .. (c + 1) * page_size - 1
         #   | written by earlier steps | written by this one |
@@ -298,7 +318,7 @@ class KVSanitizer:
         key, wanted_key = self._key[pages], self._row_key[slots, :num_columns]
         differs = (key != wanted_key).any(axis=2)
         self._require("page_key", read & is_shared & differs, slots, pages, wanted_key, key)
-        needed = np.clip(starts[:, None] - firsts, 0, self._page_size)
+        needed = np.zeros_like(pages) if is_draft else np.clip(starts[:, None] - firsts, 0, self._page_size)
         written = self._num_written[pages]
         self._require("page_written", read & (written < needed), slots, pages, needed, written)
         if self._moves:
@@ -306,7 +326,8 @@ class KVSanitizer:
 
     def _check_writes(
         self, slots: IntArray, starts: IntArray, query_starts: IntArray, locations: IntArray
-    ) -> None:
+    ) -> tuple[IntArray, IntArray]:
+        """Return each token's page, and how much of it is written with that token."""
         lens = np.diff(query_starts)
         slot = np.repeat(slots, lens)  # [tokens]
         positions = np.arange(len(slot)) + np.repeat(starts - query_starts[:-1], lens)
@@ -318,7 +339,7 @@ class KVSanitizer:
         self._require("write_owned", state != _OWNED, slot, pages, "owned, not complete", state)
         owner = self._owner[pages]
         self._require("write_owner", owner != slot, slot, pages, slot, owner)
-        self._written = (pages, offsets + 1)
+        return pages, offsets + 1
 
     def _require(
         self,
