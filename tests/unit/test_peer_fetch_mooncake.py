@@ -110,7 +110,9 @@ class Node(ServerProcess):
 def nodes(tmp_path):
     owner, reader = Node(tmp_path / "owner", 7), Node(tmp_path / "reader", 8)
     owner.store(NAMES)
-    # Their memory is registered in the background.
+    # Their memory is prefaulted and registered in the background.
+    arena = reader.client.arena
+    eventually(lambda: arena.num_usable_slots == arena.spec.num_slots)
     eventually(lambda: reader.fetch(NAMES[:1], owner) in ([FETCHED], [PRESENT]))
     yield owner, reader
     owner.close()
