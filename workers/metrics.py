@@ -161,6 +161,7 @@ class _LeaderCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         yield from self._requests()
+        yield from self._drafts(self._sources.requests)
         yield from self._pages()
 
     def _requests(self) -> Iterable[Metric]:
@@ -196,6 +197,25 @@ class _LeaderCollector(Collector):
         for origin, count in dict(stats.prefix_tokens).items():
             prefix.add_metric([*self._values, origin], count)
         yield prefix
+
+    def _drafts(self, stats: SchedulerStats) -> Iterable[Metric]:
+        drafts = CounterMetricFamily(
+            "eyrie_drafts",
+            "Drafted tokens that were verified, by place behind the known ones and by outcome.",
+            labels=[*LABELS, "place", "outcome"],
+        )
+        for (place, outcome), count in dict(stats.num_drafts).items():
+            drafts.add_metric([*self._values, str(place), outcome], count)
+        yield drafts
+        lengths = CounterMetricFamily(
+            "eyrie_accept_lengths",
+            "Rows that verified drafts, by where the most of the prompt's KV was found and by tokens kept:"
+            " the right drafts and the token sampled behind them.",
+            labels=[*LABELS, "origin", "length"],
+        )
+        for (origin, length), count in dict(stats.accept_lengths).items():
+            lengths.add_metric([*self._values, origin, str(length)], count)
+        yield lengths
 
     def _pages(self) -> Iterable[Metric]:
         pages = self._sources.cache.stats()

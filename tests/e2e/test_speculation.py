@@ -59,6 +59,9 @@ def test_a_draft_that_is_always_right_is_believed(model):
     assert len(verifying) == 5, "of 21 tokens the first comes with the prompt, then four at a time"
     assert all(plan.num_drafts == [3] and plan.mode == "verify" for plan in verifying)
     assert len(found[0].token_ids) == 21
+    stats = harness.scheduler.stats
+    assert stats.accept_lengths == {("computed", 4): 5}
+    assert stats.num_drafts == {(place, "accepted"): 5 for place in (1, 2, 3)}
 
 
 @pytest.mark.parametrize("draft", ["self", "random-eagle3"])

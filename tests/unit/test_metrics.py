@@ -26,7 +26,7 @@ CAPTURE = CaptureStats(num_graphs=9, seconds=1.5, num_bytes=4096)
 ALLOWED_LABELS = {
     "model", "replica", "rank", "node",
     "finish_reason", "route", "status", "mode", "outcome", "reason", "state", "le",
-    "origin", "kind", "source",
+    "origin", "kind", "source", "place", "length",
 }  # fmt: skip
 
 
@@ -94,6 +94,8 @@ def rank():
     stats.prompted(100, 60, {"device": 32, "host": 16, "peer": 12})
     stats.queue_s = [0.01, 0.02]
     cache = KVCacheManager(16, 16, NAMESPACE, 1)
+    stats.verified(3, 2, prompt_len=40, origins={"host": 32})
+    stats.verified(3, 4, prompt_len=40, origins={"host": 16})
     sources = LeaderSources(stats, cache, FakeInbox(), 4096)
     labels = RankLabels("tiny", "replica-0", 0, "10.0.0.1")
     count_steps(registry, labels, {("decode", "replay"): 5}, {("mixed", "mixed"): 4}, CAPTURE)
@@ -219,3 +221,10 @@ def test_metrics_are_declared_in_metrics_files_only():
                 if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("prometheus_client"):
                     names = [alias.name for alias in node.names]
                 assert not {"Counter", "Gauge", "Histogram", "Summary", "Info"} & set(names), file
+
+
+def test_drafts_are_counted_by_place_and_by_where_the_prompt_was_found(rank):
+    assert value(rank, "eyrie_drafts_total", place="1", outcome="accepted") == 2
+    assert value(rank, "eyrie_drafts_total", place="2", outcome="rejected") == 1
+    assert value(rank, "eyrie_accept_lengths_total", origin="host", length="2") == 1
+    assert value(rank, "eyrie_accept_lengths_total", origin="computed", length="4") == 1

@@ -289,7 +289,9 @@ class Scheduler:
             num_drafts = plan.drafts(row)
             num_more = length - num_drafts
             if num_drafts:
-                num_more += len(kept[row].token_ids) - 1
+                num_kept = len(kept[row].token_ids)
+                num_more += num_kept - 1
+                self.stats.verified(num_drafts, num_kept, request.prompt_len, request.origins)
             num_computed = request.num_computed + num_more
             if num_computed // page_size > request.num_computed // page_size:
                 assert request.slot is not None

@@ -10,6 +10,8 @@ from workers.kvcache.manager import KVCacheManager
 from workers.protocol import FinishReason, LoadReport
 
 PrefixOrigin = Literal["computed"] | Origin
+DraftOutcome = Literal["accepted", "rejected"]
+"""A draft behind a rejected one is rejected, too."""
 
 
 @dataclass(slots=True)
@@ -28,6 +30,11 @@ class SchedulerStats:
     prefix_tokens: Counter[PrefixOrigin] = field(default_factory=Counter)
     """All prompt tokens of these requests, by where they were found, or `computed`."""
     num_generated_tokens: int = 0
+    num_drafts: Counter[tuple[int, DraftOutcome]] = field(default_factory=Counter)
+    """Drafted tokens by their place behind the known ones, from 1, and by what became of them."""
+    accept_lengths: Counter[tuple[PrefixOrigin, int]] = field(default_factory=Counter)
+    """Rows that verified drafts by how many tokens they kept, the one sampled behind the right drafts
+    included, and by where the most of their request's prompt was found."""
     queue_s: list[float] = field(default_factory=list)
     """Arrival to first admission, of each request that was admitted first since it was emptied."""
 
@@ -36,6 +43,17 @@ class SchedulerStats:
         self.num_cached_tokens += num_cached
         self.prefix_tokens.update(origins)
         self.prefix_tokens["computed"] += prompt_len - num_cached
+
+    def verified(
+        self, num_drafts: int, num_kept: int, prompt_len: int, origins: Mapping[Origin, int]
+    ) -> None:
+        """Count a row that verified `num_drafts` drafts and kept `num_kept` tokens, for a request whose
+        prompt was found at `origins`."""
+        for place in range(1, num_drafts + 1):
+            self.num_drafts[place, "accepted" if place < num_kept else "rejected"] += 1
+        lens: dict[PrefixOrigin, int] = {"computed": prompt_len - sum(origins.values())}
+        lens.update(origins.items())
+        self.accept_lengths[max(lens, key=lens.__getitem__), num_kept] += 1
 
 
 def load_report(
