@@ -55,6 +55,7 @@ def test_answers_are_those_without_a_draft(model, draft, sampling):
 def test_a_draft_that_is_always_right_is_believed(model):
     """Three drafts and one token more for each step that verifies."""
     harness, found = answers(model, draft="self", prompts=PROMPTS[2:3], max_tokens=21)
+    assert harness.engine.graph_steps["verify", "replay"] == 5
     verifying = [plan for plan in harness.plans if plan.num_drafts]
     assert len(verifying) == 5, "of 21 tokens the first comes with the prompt, then four at a time"
     assert all(plan.num_drafts == [3] and plan.mode == "verify" for plan in verifying)
@@ -91,3 +92,14 @@ def test_a_step_in_flight_beside_a_draft_is_refused(model):
 def test_a_pool_without_room_for_drafts_is_refused(model):
     with pytest.raises(PoolSizeError, match="lower draft_tokens"):
         answers(model, draft="self", num_pages=4, page_size=4, draft_tokens=8)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_steps_that_verify_are_replayed(model, backend):
+    """Also those of fewer rows than their bucket; not those of prompts in chunks beside them."""
+    _, expected = answers(model, attention_backend=backend, graphs=False)
+    for draft in ("self", "random-eagle3"):
+        harness, found = answers(model, attention_backend=backend, draft=draft)
+        steps = harness.engine.graph_steps
+        assert steps["verify", "replay"] > 0 and not steps["verify", "eager"]
+        assert [answer.token_ids for answer in found] == [answer.token_ids for answer in expected]

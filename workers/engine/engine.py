@@ -163,8 +163,7 @@ class Engine:
             max_slots,
             device,
             mechanisms,
-            # A recording repeats the decoder's kernels alone, not what a draft makes of its taps.
-            chosen.kernels if tp_group.size == 1 and draft is None else None,
+            chosen.kernels if tp_group.size == 1 else None,
         )
         if self._guard.buckets:
             with torch.inference_mode():

@@ -14,8 +14,8 @@ reason to run eager (I5)."""
 EagerReason = Literal["no_bucket", "mixed", "disabled", "capture_failed", "unsupported"]
 """no_bucket: more rows or tokens than the largest bucket; mixed: extend and decode rows in one step, where
 only decode steps have buckets; disabled: `graphs` is off; capture_failed: the bucket could not be prepared;
-unsupported: no graph exists for steps that extend or verify drafts, or none on this device or for this
-attention."""
+unsupported: no graph exists for steps that extend, or in which rows bring more drafts than others, or none on
+this device or for this attention."""
 
 MAX_CAPTURED_ROWS = 512
 MAX_CAPTURED_TOKENS = 1024
@@ -26,9 +26,9 @@ _MIN_TOKENS_STEP = 16
 @dataclass(frozen=True, order=True)
 class Bucket:
     """What one graph computes: `decode`: `size` rows of a token each; `mixed`: `size` tokens in rows of any
-    length."""
+    length; `verify`: `size` tokens in rows of the same length, the logits of all of them."""
 
-    mode: Literal["decode", "mixed"]
+    mode: Literal["decode", "verify", "mixed"]
     size: int
 
 
@@ -58,7 +58,10 @@ class GraphGuard:
         enabled: bool,
         supported: bool,
         token_sizes: Sequence[int] = (),
+        verify_len: int = 0,
     ) -> None:
+        """`verify_len`: tokens of a row that brings all its drafts; 0: verifying is not prepared."""
+        self._verify_len = verify_len
         self._batch_sizes = sorted(batch_sizes)
         self._token_sizes = sorted(token_sizes)
         self._enabled = enabled
@@ -73,7 +76,12 @@ class GraphGuard:
         if not (self._enabled and self._supported):
             return []
         decode = [Bucket("decode", size) for size in self._batch_sizes]
-        return decode + [Bucket("mixed", size) for size in self._token_sizes]
+        verify = [Bucket("verify", size) for size in self._verify_sizes]
+        return decode + verify + [Bucket("mixed", size) for size in self._token_sizes]
+
+    @property
+    def _verify_sizes(self) -> list[int]:
+        return [size * self._verify_len for size in self._batch_sizes] if self._verify_len else []
 
     @property
     def token_sizes(self) -> list[int]:
@@ -100,11 +108,15 @@ class GraphGuard:
     ) -> tuple[Bucket | None, EagerReason | None]:
         if not self._enabled:
             return None, "disabled"
-        if not self._supported or has_drafts:
+        if not self._supported or (mode != "verify" and has_drafts):
             return None, "unsupported"
         bucket: Bucket | None
         if mode == "decode":
             bucket = self._smallest("decode", self._batch_sizes, num_rows)
+        elif mode == "verify":
+            if num_tokens != num_rows * self._verify_len:
+                return None, "unsupported"
+            bucket = self._smallest("verify", self._verify_sizes, num_tokens)
         elif self._token_sizes:
             bucket = self._smallest("mixed", self._token_sizes, num_tokens)
         else:
@@ -114,7 +126,7 @@ class GraphGuard:
         return (None, "capture_failed") if bucket in self._failed else (bucket, None)
 
     @staticmethod
-    def _smallest(mode: Literal["decode", "mixed"], sizes: list[int], wanted: int) -> Bucket | None:
+    def _smallest(mode: Literal["decode", "verify", "mixed"], sizes: list[int], wanted: int) -> Bucket | None:
         place = bisect_left(sizes, wanted)
         return Bucket(mode, sizes[place]) if place < len(sizes) else None
 

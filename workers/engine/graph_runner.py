@@ -148,13 +148,15 @@ class GraphRunner:
         step: PreparedStep
         if self._graphs is not None:
             step = self._captured(self._graphs, batch, computed_first)
-        elif self._kernels is not None and inputs.bucket.mode == "decode":
+        elif self._kernels is not None and inputs.bucket.mode != "mixed":
             with Recording(self._kernels, self._arena) as recording:
                 logits = compute()
+            features = self._runner.features
             assert logits is not None, "a recording is of a group of one, which always has logits"
 
             def step() -> torch.Tensor:
                 recording.replay()
+                self._runner.features = features
                 return logits
         else:
             return compute
@@ -173,13 +175,15 @@ class GraphRunner:
     ) -> PreparedStep:
         """Capture a pass that writes its logits where all buckets' are."""
         if computed is not None and (self._logits is None or len(self._logits) < len(computed)):
-            num_rows = max(inputs.num_rows for inputs in self._inputs.values())
-            self._logits = computed.new_empty(num_rows, computed.shape[1])
+            num_samples = max(inputs.num_samples for inputs in self._inputs.values())
+            self._logits = computed.new_empty(num_samples, computed.shape[1])
         out = None if computed is None else cast(torch.Tensor, self._logits)[: len(computed)]
         replay = graphs.capture(lambda: self._runner.compute(batch, out))
+        features = self._runner.features
 
         def step() -> torch.Tensor | None:
             replay()
+            self._runner.features = features
             return out
 
         return step
@@ -208,7 +212,14 @@ def guard_for(
         token_sizes = ()
     elif is_cuda and not token_sizes and max_tokens > 1:
         token_sizes = default_token_sizes(min(max_tokens, MAX_CAPTURED_TOKENS))
-    return GraphGuard(batch_sizes, config.graphs, GraphRunner.supports(device, captured_modes), token_sizes)
+    verifies = config.max_drafts > 0 and (not is_cuda or "verify" in captured_modes)
+    return GraphGuard(
+        batch_sizes,
+        config.graphs,
+        GraphRunner.supports(device, captured_modes),
+        token_sizes,
+        verify_len=1 + config.max_drafts if verifies else 0,
+    )
 
 
 def repeats(

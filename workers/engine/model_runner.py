@@ -73,7 +73,7 @@ class ModelRunner:
         num_samples = batch.sample_indices.shape[0]
         if num_samples == 0:
             return None
-        takes_all = num_samples == batch.num_tokens if batch.bucket is None else batch.bucket.mode == "decode"
+        takes_all = num_samples == batch.num_tokens if batch.bucket is None else batch.bucket.mode != "mixed"
         if not takes_all:
             hidden = hidden[batch.sample_indices]
         logits = self._model.logits(hidden)

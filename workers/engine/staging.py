@@ -145,6 +145,8 @@ class BucketInputs:
 
         self.bucket = bucket
         self.num_rows = num_rows
+        self.num_samples = size if bucket.mode == "verify" else num_rows
+        """Tokens whose logits it computes."""
         self.static = StepInputs(size, num_rows, max_columns, device)
         self.ring = StagingRing(make, mechanisms.rings_staging)
         self.has_rows = False
@@ -346,7 +348,7 @@ def static_batch(
         query_starts=static.query_starts,
         context_lens=static.context_lens,
         out_locations=static.out_locations,
-        sample_indices=static.sample_indices[: bucket.num_rows],
+        sample_indices=static.sample_indices[: bucket.num_samples],
         num_columns=static.num_columns,
         max_columns=static.max_columns,
         host_query_starts=host.start_array,
