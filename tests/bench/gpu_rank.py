@@ -10,6 +10,7 @@ import json
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from random import Random
@@ -123,6 +124,9 @@ class StepRecord:
     """Of pages since the step before."""
 
 
+Launched = Callable[[BatchPlan, StepRecord | None], None]
+
+
 class BenchRank:
     """Use as a context manager. `options` are WorkerConfig's beside the shape."""
 
@@ -204,13 +208,21 @@ class BenchRank:
         """Bytes of KV a token."""
         return self.engine.layout.bundle_bytes / self.config.page_size
 
-    def run(self, clients: Clients, timeout_s: float = 300.0) -> list[StepRecord]:
-        """Step until the clients have all their answers; return how each step ran."""
+    def run(
+        self,
+        clients: Clients,
+        timeout_s: float = 300.0,
+        launched: Launched | None = None,
+    ) -> list[StepRecord]:
+        """Step until the clients have all their answers; return how each step ran.
+
+        `launched` is told of each step; of one without rows there is no record.
+        """
         records: dict[int, StepRecord] = {}
         inbox = _Inbox(clients, timeout_s)
         loop = StepLoop(
             self.scheduler,
-            _WatchedEngine(self, records),
+            _WatchedEngine(self, records, launched),
             self._group,
             inbox,
             _Recorder(self.cache, records),
@@ -276,9 +288,15 @@ class _Inbox:
 class _WatchedEngine:
     """The rank's engine; notes how the guard had each step run."""
 
-    def __init__(self, rank: BenchRank, records: dict[int, StepRecord]) -> None:
+    def __init__(
+        self,
+        rank: BenchRank,
+        records: dict[int, StepRecord],
+        launched: Launched | None,
+    ) -> None:
         self._rank = rank
         self._records = records
+        self._launched = launched
 
     def launch(self, plan: BatchPlan) -> None:
         engine, before = self._rank.engine, Counter(self._rank.engine.graph_steps)
@@ -288,6 +306,8 @@ class _WatchedEngine:
             num_decodes = sum(length == 1 for length in plan.lens)
             record = StepRecord(mode, outcome, num_decodes, sum(plan.lens), was_moving=was_moving)
             self._records[plan.step] = record
+        if self._launched is not None:
+            self._launched(plan, self._records.get(plan.step))
 
     def collect(self) -> StepOutput:
         return self._rank.engine.collect()

@@ -47,18 +47,18 @@ def test_a_storm_finds_nothing_and_goes_on_where_it_ended(tmp_path):
     assert written["rounds"][2]["options"]["page_size"] == 4
 
 
-QUIET = parser().parse_args([*SMALL, "--page-size", "4", "--injection", "off"])
+QUIET = parser().parse_args([*SMALL, "--page-size", "4", "--injection", "off", "--keep-logits"])
 
 
-def violations_of(leg):
+def first_found(leg):
     """Play until something is found, ten rounds at most."""
-    return next((told for number in range(10) if (told := leg.play(number, QUIET).violations)), [])
+    return next(found for number in range(10) if (found := leg.play(number, QUIET)).violations)
 
 
 def test_a_rank_that_reads_pages_before_they_are_loaded_is_found_out():
     late = MoveInjection(0, during_copy=lambda move: time.sleep(0.01 if move.kind == "load" else 0))
     with Leg(0, QUIET, Mechanisms(waits_for_loads=False), late) as leg:
-        (told,) = violations_of(leg)
+        (told,) = first_found(leg).violations
     assert "SanitizerError" in told
 
 
@@ -74,5 +74,13 @@ def test_foreign_bytes_that_every_check_takes_for_right_are_found_by_the_tokens(
 
     with Leg(0, QUIET, injection=MoveInjection(0, during_copy=replace)) as leg:
         ranks.append(leg.rank)
-        told = violations_of(leg)
-    assert told and all("without the tier" in one for one in told)
+        found = first_found(leg)
+    assert all("without the tier" in one for one in found.violations)
+    # Each is told with where its bytes came from, and is no accident: the reference says the same again.
+    assert len(found.diagnoses) == len(found.violations)
+    assert any(page[1] == "loaded" for told in found.diagnoses for page in told["pages"])
+    for told, violation in zip(found.diagnoses, found.violations, strict=True):
+        assert f"token {told['place']} is {told['top'][0][0]}," in violation
+        assert told["reference"] == told["reference_again"]
+        assert f"without the tier {told['reference']['says']} " in violation
+        assert told["reference"]["whole_differs_at"] == told["place"] and not told["reference"]["is_tie_now"]

@@ -37,7 +37,8 @@ from tests.bench.cache_node import CacheNode  # noqa: E402
 from tests.bench.gpu_rank import SHAPES, BenchRank, worker_options  # noqa: E402
 from tests.bench.measuring import say  # noqa: E402
 from tests.gpu.storm_clients import MAX_TOKENS, StormClients  # noqa: E402
-from tests.gpu.storm_compare import Verdict, compare  # noqa: E402
+from tests.gpu.storm_compare import Verdict, WrongToken, compare, max_margin_of  # noqa: E402
+from tests.gpu.storm_trace import StormTrace, look_again  # noqa: E402
 from workers.engine.mechanisms import ALL_ON, Mechanisms  # noqa: E402
 from workers.kvcache.moves import MoveInjection  # noqa: E402
 
@@ -91,8 +92,11 @@ class Round:
     num_compared: int = 0
     num_compared_tokens: int = 0
     num_ties: int = 0
+    num_deep_ties: int = 0
     largest_tie: float = 0.0
     violations: list[str] = dataclasses.field(default_factory=list)
+    diagnoses: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    """Of each wrong token: how it came to be, and what both ranks say when they are asked again."""
 
 
 class Leg:
@@ -165,6 +169,7 @@ class Leg:
                 )
             )
             arena_bytes = ARENA_POOLS * self.pool_tokens * self.rank.token_bytes
+            self.trace = StormTrace(self.rank, arguments.keep_logits)
             self.node = stack.enter_context(CacheNode(arena_bytes / (1 << 30) + 0.001))
             stack.callback(self.rank.attach(self.node, injection).close)
             self._resources = stack.pop_all()
@@ -197,7 +202,8 @@ class Leg:
             rank.model.vocab_size,
             arguments.max_prompt_len,
         )
-        steps = rank.run(clients, timeout_s=arguments.round_timeout_s)
+        self.trace.steps.clear()
+        steps = rank.run(clients, timeout_s=arguments.round_timeout_s, launched=self.trace.launched)
         rank.settle()
         asked = list(clients.asked.values())
         found.num_requests = len(asked)
@@ -259,8 +265,22 @@ class Leg:
         verdict: Verdict = compare(self.reference, answers, f"{found.seed}/{found.number}")
         self.reference.settle()
         found.num_compared, found.num_compared_tokens = len(answers), verdict.num_tokens
-        found.num_ties, found.largest_tie = verdict.num_ties, round(verdict.largest_tie, 4)
-        found.violations += verdict.wrong
+        found.num_ties, found.num_deep_ties = verdict.num_ties, verdict.num_deep_ties
+        found.largest_tie = round(verdict.largest_tie, 4)
+        found.violations += map(str, verdict.wrong)
+        found.diagnoses += [
+            self._diagnose(wrong, f"{found.seed}/{found.number}/again{number}")
+            for number, wrong in enumerate(verdict.wrong)
+        ]
+
+    def _diagnose(self, wrong: WrongToken, name: str) -> dict[str, Any]:
+        told = self.trace.about(wrong.asked, wrong.place)
+        max_margin = max_margin_of(self.reference)
+        asked = {"reference": self.reference, "reference_again": self.reference, "storm": self.rank}
+        for which, rank in asked.items():
+            told[which] = look_again(rank, wrong, f"{name}/{which}", max_margin)
+            rank.settle()
+        return told
 
 
 def totals(rounds: list[Round]) -> dict[str, Any]:
@@ -323,6 +343,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--pool-ratio", type=float, default=0.2, help="the pool over what all could need")
     made.add_argument("--round-timeout-s", type=float, default=240.0)
     made.add_argument("--injection", choices=("on", "off"), help="faults of moves; not given: drawn")
+    made.add_argument("--keep-logits", action="store_true", help="tell the largest of a wrong token's step")
     for name in OPTIONS:
         made.add_argument(f"--{name.replace('_', '-')}", dest=name, help=f"as WorkerConfig.{name}")
     return made

@@ -142,13 +142,15 @@ class StormClients:
 class Forced:
     """Greedy requests that repeat answers from a prefix of them on, all at once, with what came second."""
 
-    def __init__(self, name: str, prompts: list[list[int]], num_tokens: list[int]) -> None:
+    def __init__(
+        self, name: str, prompts: list[list[int]], num_tokens: list[int], num_candidates: int
+    ) -> None:
         self._waiting: list[Received] = [
             SubmitRequest(
                 RequestId(f"{name}/{number}"),
                 prompt,
                 SamplingParams(
-                    temperature=0.0, max_tokens=length, ignore_eos=True, num_logprobs=NUM_CANDIDATES
+                    temperature=0.0, max_tokens=length, ignore_eos=True, num_logprobs=num_candidates
                 ),
             )
             for number, (prompt, length) in enumerate(zip(prompts, num_tokens, strict=True))
@@ -156,7 +158,7 @@ class Forced:
         self._num_left = len(prompts)
         self.token_ids: list[list[int]] = [[] for _ in prompts]
         self.candidates: list[list[dict[int, float]]] = [[] for _ in prompts]
-        """The most likely tokens at each place and their log-probabilities."""
+        """The most likely tokens at each place and their log-probabilities, the most likely first."""
 
     @property
     def are_done(self) -> bool:
@@ -177,7 +179,3 @@ class Forced:
                 dict(zip(told.top_ids, told.top_logprobs, strict=True)) for told in output.logprobs
             ]
             self._num_left -= output.finish_reason is not None
-
-
-NUM_CANDIDATES = 4
-"""A wrong token that is none of so many is no tie."""

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from tests.gpu.storm_clients import Asked, StormClients
-from tests.gpu.storm_compare import MAX_MARGINS, compare
+from tests.gpu.storm_compare import MAX_MARGINS, NUM_CANDIDATES, compare
 from workers.protocol import (
     AbortRequest,
     RequestId,
@@ -25,20 +25,25 @@ class Config:
 
 
 class Reference:
-    """Says after each token the next number; `margin` below it is the one beside it."""
+    """Says after each token the next number. So many as `crowd` lie `margin` below it, from 50 beyond it on;
+    the others far below."""
 
     config = Config()
 
-    def __init__(self, margin: float) -> None:
+    def __init__(self, margin: float, crowd: int = 1) -> None:
         self.margin = margin
+        self.crowd = crowd
         self.num_runs = 0
 
     def run(self, clients) -> None:
         self.num_runs += 1
         for submit in clients.ask(0.0):
             last, length = submit.token_ids[-1], submit.sampling.max_tokens
+            num_others = submit.sampling.num_logprobs - 1
+            logprobs = [-1.0 - (self.margin if other < self.crowd else 9.0) for other in range(num_others)]
             for number in range(1, length + 1):
-                told = TokenLogprobs(-1.0, [last + number, last + number + 50], [-1.0, -1.0 - self.margin])
+                ids = [last + number, *(last + number + 50 + other for other in range(num_others))]
+                told = TokenLogprobs(-1.0, ids, [-1.0, *logprobs])
                 end = "length" if number == length else None
                 clients.take([RequestOutput(submit.request_id, [last + number], [told], end)], 0.0)
         assert clients.are_done
@@ -54,13 +59,28 @@ def test_equal_answers_are_right() -> None:
 
 
 @pytest.mark.parametrize(
-    ("margin", "token_id"), [(NO_TIE, 53), (TIE, 54)], ids=["far below", "no candidate at all"]
+    ("margin", "token_id", "found"),
+    [(NO_TIE, 53, "0.002"), (TIE, 54, "9.000"), (TIE, 990, "at least 9.000")],
+    ids=["just too far below", "far below", "no candidate at all"],
 )
-def test_a_token_that_is_no_tie_is_wrong(margin: float, token_id: int) -> None:
+def test_a_token_that_is_no_tie_is_wrong(margin: float, token_id: int, found: str) -> None:
     verdict = compare(Reference(margin), [answer([1], [2, token_id, 4])], "x")
     assert verdict.num_ties == 0
-    (told,) = verdict.wrong
-    assert f"token 1 is {token_id}, without the tier 3" in told
+    (wrong,) = verdict.wrong
+    assert f"token 1 is {token_id}, without the tier 3 by a margin of {found}" in str(wrong)
+    assert (wrong.token_id, wrong.prompt) == (token_id, [1, 2])
+
+
+def test_a_tie_is_one_however_many_tokens_lie_before_it() -> None:
+    """In bf16 six tokens have the best logit, or all but, every few thousand places."""
+    for crowd, num_deep in ((3, 0), (20, 1)):
+        verdict = compare(Reference(TIE, crowd), [answer([1], [2, 52 + crowd, 53 + crowd])], "x")
+        assert (verdict.num_ties, verdict.num_deep_ties, verdict.wrong) == (1, num_deep, [])
+
+
+def test_where_more_tokens_lie_within_the_margin_than_are_told_nothing_is_said() -> None:
+    with pytest.raises(AssertionError, match="ask for more"):
+        compare(Reference(TIE, NUM_CANDIDATES), [answer([1], [2, 990])], "x")
 
 
 def test_after_a_tie_the_rest_is_compared_as_it_was_given() -> None:
