@@ -7,6 +7,8 @@ import pytest
 from pydantic import ValidationError
 
 from tests.harness import Harness, tiny_config, write_tiny_model
+from workers.kvcache.page_pool import Safety
+from workers.kvcache.page_table import PageTableError
 from workers.kvcache.pool_size import PoolSizeError
 
 PROMPTS = [[(7 * i + 3 * n) % 200 + 3 for i in range(length)] for n, length in enumerate((3, 9, 30, 41, 5))]
@@ -103,3 +105,13 @@ def test_steps_that_verify_are_replayed(model, backend):
         steps = harness.engine.graph_steps
         assert steps["verify", "replay"] > 0 and not steps["verify", "eager"]
         assert [answer.token_ids for answer in found] == [answer.token_ids for answer in expected]
+
+
+@pytest.mark.parametrize("sanitizer", [False, True])
+def test_drafts_without_places_reserved_for_them_are_found_out(model, sanitizer):
+    """Their places would be the dummy page's, or those of whoever owned the page before (I4)."""
+    config = tiny_config(model, draft="random-eagle3", page_size=1, checked=True, kv_sanitizer=sanitizer)
+    with Harness(config, safety=Safety(reserves_ahead=False)) as harness:
+        harness.submit("r", PROMPTS[2], max_tokens=20, ignore_eos=True)
+        with pytest.raises(PageTableError, match="has no page for position"):
+            harness.run()
