@@ -4,8 +4,6 @@ from collections import deque
 from collections.abc import Callable
 from random import Random
 
-import msgspec
-
 from cache_service.keys import NamespaceDigest, page_keys, salted
 from tests.property.fake_ranks import FakeRank, next_token
 from tests.property.fake_sources import TOKEN_S
@@ -53,6 +51,7 @@ class FakeGroup:
         max_context_len: int = 48,
         prefix_caching: bool = True,
         depth: int = 0,
+        draft_tokens: int = 0,
         target_s: float | None = None,
         seconds_of: Callable[[int], float] = lambda num_tokens: TOKEN_S * num_tokens,
         safety: Safety | None = None,
@@ -68,6 +67,8 @@ class FakeGroup:
             max_waiting_requests=max_waiting,
             max_tokens_per_step=max_tokens_per_step,
             overlap_depth=depth,  # type: ignore[arg-type]
+            draft="fake" if draft_tokens else None,
+            draft_tokens=draft_tokens or 1,
             itl_target_ms=None if target_s is None else 1e3 * target_s,
         )
         self.cache = KVCacheManager(
@@ -192,16 +193,17 @@ class FakeGroup:
         for rank in self.ranks:
             self._move_on()
             outputs.append(rank.run(plan))
-        token_ids = list(outputs[0].token_ids)
+        found = [[token_ids for token_ids, _ in output.tokens_by_row()] for output in outputs]
+        rows: list[list[int]] = []
         for place, row in enumerate(plan.sampled):
             misled = [rank for rank in range(len(self.ranks)) if plan.slots[row] in self.ranks[rank].misled]
-            if misled:
-                token_ids[place] = outputs[misled[0]].token_ids[place]
-            else:
-                assert all(output.token_ids[place] == token_ids[place] for output in outputs), "ranks differ"
+            rows.append(found[misled[0] if misled else 0][place])
+            assert misled or all(tokens[place] == rows[-1] for tokens in found), "ranks differ"
         versions = {output.relocation_version for output in outputs}
         assert len(versions) == 1, "ranks differ"
-        return msgspec.structs.replace(outputs[0], token_ids=token_ids)
+        token_ids = [token_id for row in rows for token_id in row]
+        num_tokens = [len(row) for row in rows] if plan.num_drafts else []
+        return StepOutput(plan.step, versions.pop(), token_ids, [None] * len(token_ids), num_tokens)
 
     def _move_on(self) -> None:
         if self.tier is not None:

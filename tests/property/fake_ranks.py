@@ -6,6 +6,7 @@ Nothing here uses the code under test but the plan's records.
 
 import hashlib
 from collections.abc import Collection, Sequence
+from itertools import islice
 
 from tests.property.fake_arena import Contents
 from tests.property.fake_mover import FakeMover
@@ -63,6 +64,7 @@ class FakeRank:
         self.unsure: set[int] = set()  # pages that may differ from other ranks': loading, torn, made of such
         self.misled: set[int] = set()  # slots that read a torn page in this step
         self.last_tokens: dict[int, int] = {}  # slot -> the token sampled last
+        self.drafts: dict[int, list[int]] = {}  # slot -> what its next step may verify
 
     def run(self, plan: BatchPlan) -> StepOutput:
         assert plan.step == self.last_step + 1, "log: a step is missing"
@@ -72,10 +74,12 @@ class FakeRank:
         self.misled.clear()
         self.wait_for_loads(plan)
         assert len(set(plan.slots)) == len(plan.slots), "log: a slot runs twice"
-        token_ids = self.run_rows(plan)
+        rows = self.run_rows(plan)
+        token_ids = [token_id for row in rows for token_id in row]
         self.incomplete[plan.step] = {page for slot in plan.slots for page in self.rows[slot]}
         logprobs: list[TokenLogprobs | None] = [None] * len(token_ids)
-        return StepOutput(plan.step, self.version, token_ids, logprobs)
+        num_tokens = [len(row) for row in rows] if plan.num_drafts else []
+        return StepOutput(plan.step, self.version, token_ids, logprobs, num_tokens)
 
     def apply_all(self, ops: Sequence[PlanOp]) -> None:
         for op in ops:
@@ -90,23 +94,54 @@ class FakeRank:
             if any(_NONSENSE in self.pages[page] for page in read if page in self.unsure):
                 self.misled.add(slot)
 
-    def run_rows(self, plan: BatchPlan) -> list[int]:
-        token_ids: list[int] = []
+    def run_rows(self, plan: BatchPlan) -> list[list[int]]:
+        """Return the tokens of each sampled row."""
+        sampled: list[list[int]] = []
         given = self.tokens_of(plan)
         offset = 0
         for row, (slot, start, length) in enumerate(zip(plan.slots, plan.starts, plan.lens, strict=True)):
             self.write(slot, start, given[offset : offset + length])
             offset += length
             if row in plan.sampled:
-                token_ids.append(self.sample(slot, start + length))
-                self.last_tokens[slot] = token_ids[-1]
+                end = start + length - plan.drafts(row)
+                sampled.append(self.verify(slot, end, plan.drafts(row)))
+                self.last_tokens[slot] = sampled[-1][-1]
+                self.propose(slot, end + len(sampled[-1]) - 1, plan.draft_len)
         assert offset == len(given), "log: tokens without a row"
-        return token_ids
+        return sampled
 
     def tokens_of(self, plan: BatchPlan) -> list[int]:
         """The tokens that the rows run, those included that only the ranks know when the step is planned."""
         assert set(plan.lens[: plan.num_awaited]) <= {1}, "log: a row awaits more than one token"
-        return [self.last_tokens[slot] for slot in plan.slots[: plan.num_awaited]] + plan.token_ids
+        found = [self.last_tokens[slot] for slot in plan.slots[: plan.num_awaited]]
+        given = iter(plan.token_ids)
+        for row in range(plan.num_awaited, len(plan.slots)):
+            num_drafts = plan.drafts(row)
+            found += islice(given, plan.lens[row] - num_drafts)
+            found += self.drafts[plan.slots[row]][:num_drafts] if num_drafts else []
+        return found + list(given)
+
+    def verify(self, slot: int, context_len: int, num_drafts: int) -> list[int]:
+        """What the model says behind so many tokens, and behind each draft that was right."""
+        token_ids: list[int] = []
+        for place in range(num_drafts + 1):
+            token_ids.append(self.sample(slot, context_len + place))
+            if place < num_drafts and token_ids[-1] != self.drafts[slot][place]:
+                break
+        return token_ids
+
+    def propose(self, slot: int, num_computed: int, draft_len: int) -> None:
+        """Draft behind the token sampled last, which takes the place behind those computed: right mostly."""
+        assert num_computed + draft_len <= len(self.rows[slot]) * self.page_size, (
+            f"reserve: slot {slot} drafts beyond its pages"
+        )
+        self.drafts[slot] = []
+        text = [*self.read(slot, num_computed), self.last_tokens[slot]] if draft_len else []
+        for place in range(draft_len):
+            token_id = next_token(text, self.slots[slot].seed, self.vocab_size)
+            is_wrong = next_token(text, place, 3) == 0
+            text.append((token_id + is_wrong) % self.vocab_size)
+            self.drafts[slot].append(text[-1])
 
     def attach(self, mover: FakeMover) -> None:
         self.mover = mover
@@ -128,6 +163,7 @@ class FakeRank:
                 self.rows[op.slot] = []
             case CloseSlot():
                 del self.slots[op.slot], self.rows[op.slot]
+                self.drafts.pop(op.slot, None)
             case OwnPages():
                 self.own(op)
             case CompletePages():

@@ -61,6 +61,9 @@ def make_group(random: Random, seed: int, move_board: type[MoveBoard], **options
         "make_rank": SanitizedRank if random.random() < 0.3 else plain_rank,
         "tier": replace(tier_options(random, seed), board=move_board),
     }
+    if draft_tokens := options.get("draft_tokens"):
+        least = 2 * draft_tokens + 3  # of tokens
+        drawn |= {"depth": 0, "num_pages": max(drawn["num_pages"], -(-least // drawn["page_size"]))}
     return FakeGroup(**{**drawn, "max_context_len": MAX_CONTEXT_LEN, **options})
 
 

@@ -39,7 +39,7 @@ class SanitizedRank(FakeRank):
         assert config.num_pages is not None
         super().__init__(config.num_pages, config.page_size, VOCAB_SIZE, incarnation)
         max_slots = config.max_running_requests
-        pages_per_row = -(-max_context_len // config.page_size)
+        pages_per_row = -(-(max_context_len + config.draft_window) // config.page_size)
         self.num_run = 0  # plans with rows
         self.pool = KVPool(target_only(1, config.page_size, 1, 1, "float32"), config.num_pages, _CPU)
         self.table = PageTable(max_slots, pages_per_row, config.page_size, config.num_pages, checked=True)
@@ -64,15 +64,18 @@ class SanitizedRank(FakeRank):
         self.sanitizer.apply(list(ops))
         super().apply_all(ops)
 
-    def run_rows(self, plan: BatchPlan) -> list[int]:
+    def run_rows(self, plan: BatchPlan) -> list[list[int]]:
         contexts = self.run_staged(plan) if plan.slots else []
-        token_ids = super().run_rows(plan)
-        if token_ids:
-            sampled = Sampled(torch.tensor(token_ids), None)
+        rows = super().run_rows(plan)
+        if rows:
+            sampled = Sampled(torch.tensor([token_ids[-1] for token_ids in rows]), None)
             self.sampled.keep([plan.slots[row] for row in plan.sampled], sampled)
         for slot, context in zip(plan.slots, contexts, strict=True):
             assert context == self.read(slot, len(context)), f"pool: slot {slot} reads another's text"
-        return token_ids
+        for row, token_ids in zip(plan.sampled, rows, strict=True):
+            end = plan.starts[row] + plan.lens[row] - plan.drafts(row)
+            self.sanitizer.rewind(plan.slots[row], end + len(token_ids) - 1)
+        return rows
 
     def run_staged(self, plan: BatchPlan) -> list[list[int]]:
         """Stage, check, write and read; return the tokens of each row's context."""
@@ -80,6 +83,8 @@ class SanitizedRank(FakeRank):
             batch, slots = self.stager.stage_bucket(plan, self.bucket)
         else:
             batch, slots = self.stager.stage_eager(plan, plan.mode)
+        if plan.num_drafts:
+            self.put_drafts(plan, batch, slots.tolist())
         self.sanitizer.check_inputs(batch, slots)
         contexts = self.forward(batch)
         logits = torch.stack([context.sum() for context in contexts])[:, None]
@@ -89,6 +94,14 @@ class SanitizedRank(FakeRank):
         # The staged order is another than the plan's where rows are of one token and of more.
         by_slot = dict(zip(slots.tolist(), contexts, strict=False))
         return [[int(token_id) for token_id in by_slot[slot].tolist()] for slot in plan.slots]
+
+    def put_drafts(self, plan: BatchPlan, batch: ForwardBatch, slots: list[int]) -> None:
+        """As the Speculator does: the last tokens of a row are its slot's drafts."""
+        num_drafts = dict(zip(plan.slots, plan.num_drafts, strict=True))
+        for row, slot in enumerate(slots):
+            if num := num_drafts[slot]:
+                end = int(batch.host_query_starts[row + 1])
+                batch.token_ids[end - num : end] = torch.tensor(self.drafts[slot][:num])
 
     def forward(self, batch: ForwardBatch) -> list[torch.Tensor]:
         """Write the batch's tokens, pads included; return what each real row reads, [context_len]."""

@@ -51,9 +51,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_tokens_per_step=st.integers(1, 24),
         prefix_caching=st.sampled_from([True, True, True, False]),
         depth=st.integers(0, 1),
+        draft_tokens=st.sampled_from([0, 0, 1, 3]),
         target_s=st.sampled_from([None, 0.05]),
     )
     def start(self, **options: int) -> None:
+        if options["draft_tokens"]:
+            options["depth"] = 0
+            least = 2 * options["draft_tokens"] + 3  # of tokens
+            options["num_pages"] = max(options["num_pages"], -(-least // options["page_size"]))
         self.group = FakeGroup(
             **options,
             max_context_len=30,
