@@ -10,22 +10,14 @@ from collections.abc import Callable
 
 import msgspec
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
+from cache_service.connection_loss import NO_RECONNECT_MS, why_lost
 from cache_service.gate import open_client_socket
 from cache_service.injection import InjectedSocket, MessageInjection, MessageSocket
 from cache_service.messages import UNANSWERED, Answer, Call, Reply, Request
 
 _SLICE_S = 0.1
 """For so long at most, a call does not notice that nobody wants its answer any more."""
-_NO_RECONNECT_MS = 3_600_000
-_LOST_EVENTS = {
-    zmq.Event.DISCONNECTED: "it broke off",
-    zmq.Event.CLOSED: "nobody listens there",
-    zmq.Event.HANDSHAKE_FAILED_AUTH: "it does not know this cluster's secret",
-    zmq.Event.HANDSHAKE_FAILED_PROTOCOL: "it is no cache server",
-    zmq.Event.HANDSHAKE_FAILED_NO_DETAIL: "it does not know this cluster's secret",
-}
 
 
 class PeerLostError(Exception):
@@ -62,13 +54,13 @@ class PeerConnection:
 
         Calls of before, if any, have no answers any more.
         """
-        if self._monitor is not None and _lost(self._monitor) is not None:
+        if self._monitor is not None and why_lost(self._monitor) is not None:
             self.drop()
         self._awaited.clear()  # of calls that nobody waits for any more
         self._answers.clear()
         if self._socket is None:
             socket = open_client_socket(self._context, zmq.DEALER, self._cluster_secret)
-            socket.reconnect_ivl = _NO_RECONNECT_MS
+            socket.reconnect_ivl = NO_RECONNECT_MS
             socket.sndtimeo = 0
             self._socket, self._monitor = socket, socket.get_monitor_socket(zmq.Event.ALL)
             try:
@@ -116,7 +108,7 @@ class PeerConnection:
                 self._receive(wire)
                 if call_id in self._answers:
                     return self._answers.pop(call_id)
-                why = _lost(monitor)
+                why = why_lost(monitor)
                 if why is not None:
                     raise PeerLostError(f"no answer from {self.endpoint}: {why}")
                 left_s = end_s - self._clock()
@@ -167,12 +159,3 @@ class PeerConnection:
             if reply.call_id in self._awaited:
                 self._awaited.remove(reply.call_id)
                 self._answers[reply.call_id] = reply.answer
-
-
-def _lost(monitor: zmq.Socket[bytes]) -> str | None:
-    """Read what has happened to a connection; say why it is of no use any more, if so."""
-    while monitor.poll(0):
-        why = _LOST_EVENTS.get(zmq.Event(recv_monitor_message(monitor)["event"]))
-        if why is not None:
-            return why
-    return None
