@@ -115,3 +115,14 @@ def test_drafts_without_places_reserved_for_them_are_found_out(model, sanitizer)
         harness.submit("r", PROMPTS[2], max_tokens=20, ignore_eos=True)
         with pytest.raises(PageTableError, match="has no page for position"):
             harness.run()
+
+
+@pytest.mark.parametrize("draft_tokens", [1, 7])
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_answers_go_to_the_contexts_end(model, draft_tokens, backend):
+    """A context that fills no whole number of pages, nor does the window behind it."""
+    options = {"max_context_len": 43, "page_size": 8, "attention_backend": backend}
+    _, expected = answers(model, max_tokens=100, **options)
+    _, found = answers(model, max_tokens=100, draft="self", draft_tokens=draft_tokens, **options)
+    assert [answer.token_ids for answer in found] == [answer.token_ids for answer in expected]
+    assert all(answer.finish_reason == "length" for answer in found)

@@ -6,7 +6,7 @@ import torch
 
 from workers.card import ModelCard
 from workers.config import WorkerConfig
-from workers.kvcache.pool_size import PoolSize, left_bytes, pool_size
+from workers.kvcache.pool_size import PoolSize, available_host_bytes, left_bytes, pool_size
 from workers.parallel import TPGroup
 
 logger = logging.getLogger(__name__)
@@ -53,3 +53,10 @@ def log_memory(device: torch.device, page_bytes: int) -> None:
             "free_bytes": free_bytes,
         },
     )
+
+
+def available_bytes(device: torch.device, tp_size: int) -> int:
+    """Return what a rank may take of its device's memory as it is now."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return available_host_bytes() // tp_size  # all ranks of a CPU group share the node's memory

@@ -15,7 +15,7 @@ from workers.card import ModelCard, page_layout
 from workers.config import WorkerConfig
 from workers.draft_card import read_draft_card
 from workers.engine.copies import copies_to
-from workers.engine.device_memory import log_memory, measured_pool_size
+from workers.engine.device_memory import available_bytes, log_memory, measured_pool_size
 from workers.engine.forward_batch import ForwardBatch
 from workers.engine.graph_guard import CaptureStats, EagerReason, Outcome
 from workers.engine.graph_runner import GraphRunner, guard_for
@@ -30,7 +30,12 @@ from workers.engine.staging import Stager
 from workers.kvcache.kv_pool import KVPool, allocate_pool
 from workers.kvcache.mover import Mover
 from workers.kvcache.page_table import PageTable
-from workers.kvcache.pool_size import PoolSize, available_host_bytes, is_measured, pool_size
+from workers.kvcache.pool_size import (
+    PoolSize,
+    is_measured,
+    num_positions,
+    pool_size,
+)
 from workers.kvcache.sanitizer import KVSanitizer
 from workers.models.draft_weights import load_draft
 from workers.models.weights import load_model
@@ -94,7 +99,7 @@ class Engine:
             dtype=dtype,
             load_format=config.load_format,
             seed=config.seed,
-            max_context_len=config.max_context_len if size is None else size.num_positions,
+            max_context_len=num_positions(config, card.context_len, size),
         )
         draft, draft_digest = None, ""
         if draft_card is not None:
@@ -363,8 +368,8 @@ class Engine:
         return self._mover.wait_for([page for page, is_read in zip(loading, read, strict=True) if is_read])
 
     def _asked_pool_size(self, config: WorkerConfig, model_context_len: int) -> PoolSize:
-        available_bytes = _available_bytes(self._device, config.tp_size)
-        return pool_size(config, self.layout.bundle_bytes, model_context_len, available_bytes)
+        num_bytes = available_bytes(self._device, config.tp_size)
+        return pool_size(config, self.layout.bundle_bytes, model_context_len, num_bytes)
 
     def _compute(self, batch: ForwardBatch) -> torch.Tensor | None:
         if batch.bucket is not None:
@@ -388,9 +393,3 @@ class Engine:
             raise TokenError(
                 f"step {plan.step}: token ids {lowest} .. {highest}; allowed are 0 .. {self._vocab_size - 1}"
             )
-
-
-def _available_bytes(device: torch.device, tp_size: int) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return available_host_bytes() // tp_size  # all ranks of a CPU group share the node's memory

@@ -25,14 +25,19 @@ class PoolSize:
     draft_window: int = 0
     """Places that a request needs behind its tokens, for drafts."""
 
-    @property
-    def num_positions(self) -> int:
-        """Count the positions that a step may write."""
-        return self.max_context_len + self.draft_window
-
     def pages_per_row(self, page_size: int) -> int:
-        """Count the pages of the longest request."""
-        return -(-self.num_positions // page_size)
+        """Count the pages of the longest request, drafts included."""
+        return -(-(self.max_context_len + self.draft_window) // page_size)
+
+
+def num_positions(config: WorkerConfig, model_context_len: int, size: PoolSize | None) -> int:
+    """Count the positions that a step may have: those of whole pages, rehearsals fill them.
+
+    `size` None: the pool is not measured yet, and no request is longer than without it.
+    """
+    if size is None:
+        size = PoolSize(1, config.max_context_len or model_context_len, config.draft_window)
+    return size.pages_per_row(config.page_size) * config.page_size
 
 
 def is_measured(config: WorkerConfig) -> bool:
