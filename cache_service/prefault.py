@@ -79,9 +79,9 @@ class Prefault:
                     exc_info=True,
                 )
                 return
-            _map(self._arena, usable, usable + count)
             usable += count
             self._arena.num_usable_slots = usable
+            _map(self._arena, usable - count, usable)
 
 
 def _map(arena: Arena, first: int, stop: int) -> None:

@@ -58,7 +58,7 @@ class WorkerConfig:
     they compile, else reference."""
     draft: str | None = None
     """A draft model that guesses tokens ahead, which the model then checks together: answers are the same,
-    sooner. A directory, a hub id or an alias."""
+    sooner. A directory, a hub id or an alias. Not given: none."""
     draft_tokens: Annotated[int, Field(ge=1, le=16)] = 3
     """Tokens that the draft guesses at a time."""
     draft_attention_backend: Literal["auto", "reference", "native"] = "auto"

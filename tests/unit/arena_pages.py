@@ -179,6 +179,9 @@ class ArenaHarness:
         for worker in self.workers:
             worker.leave()
         self.workers = [Worker(node, layout) for node in self.nodes]
+        for worker in self.workers:
+            arena = worker.arena
+            eventually(lambda arena=arena: arena.num_usable_slots == arena.spec.num_slots)
         if self.has_store:
             for node in self.nodes:
                 eventually(lambda node=node: node.core._remote.source)
