@@ -236,7 +236,10 @@ def _value(expected: Any) -> str:
     for kind, word in ((int, "INT"), (float, "NUMBER"), (str, "TEXT"), (Path, "FILE")):
         if expected is kind:
             return word
-    return next(_value(part) for part in get_args(expected) if part is not type(None))
+    if get_origin(expected) is Annotated:
+        return _value(get_args(expected)[0])
+    kinds = [_value(part) for part in get_args(expected) if part is not type(None)]
+    return kinds[0] if len(kinds) == 1 else f"[{'|'.join(kind.strip('[]') for kind in kinds)}]"
 
 
 def _default(value: Any) -> str:

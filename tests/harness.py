@@ -94,6 +94,7 @@ def tiny_config(model: Path, **changes: object) -> WorkerConfig:
         "kv_sanitizer": True,
         "attention_backend": "reference",
         "num_threads": 1,
+        "draft_tokens": 3,
     }
     return WorkerConfig(**(options | changes))  # type: ignore[arg-type]
 

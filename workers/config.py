@@ -2,12 +2,31 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 from pydantic.dataclasses import dataclass
 
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 PositiveInt = Annotated[int, Field(ge=1)]
+
+_MAX_DRAFTS = 16
+_AUTO_DRAFT_LENS = (1, 2, 3, 5)
+"""What `auto` chooses from: each has prepared steps of its own."""
+
+
+def _draft_tokens(value: object, handler: ValidatorFunctionWrapHandler) -> object:
+    """Say in one sentence what neither of both kinds allows."""
+    try:
+        return handler(value)
+    except ValidationError:
+        raise ValueError(f"found {value!r}, allowed are `auto` and 1 to {_MAX_DRAFTS}") from None
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -59,8 +78,11 @@ class WorkerConfig:
     draft: str | None = None
     """A draft model that guesses tokens ahead, which the model then checks together: answers are the same,
     sooner. A directory, a hub id or an alias. Not given: none."""
-    draft_tokens: Annotated[int, Field(ge=1, le=16)] = 3
-    """Tokens that the draft guesses at a time."""
+    draft_tokens: Annotated[
+        Literal["auto"] | Annotated[int, Field(ge=1, le=_MAX_DRAFTS)], WrapValidator(_draft_tokens)
+    ] = "auto"
+    """Tokens that the draft guesses at a time; `auto`: 5 at most, as many as bring the most tokens a second
+    by what was measured of guesses and of steps with as many answers, and none while guessing would lose."""
     draft_attention_backend: Literal["auto", "reference", "native"] = "auto"
     """The draft's, as `attention_backend`; `auto`: the compiled kernels where the model uses them, too."""
     graphs: bool = True
@@ -111,9 +133,16 @@ class WorkerConfig:
         return 1 if self.device == "cuda" and self.draft is None else 0
 
     @property
+    def draft_lens(self) -> tuple[int, ...]:
+        """How many tokens may be drafted at a time, ascending; none without a draft."""
+        if self.draft is None:
+            return ()
+        return _AUTO_DRAFT_LENS if self.draft_tokens == "auto" else (self.draft_tokens,)
+
+    @property
     def max_drafts(self) -> int:
         """Most tokens drafted at a time: 0 without a draft."""
-        return self.draft_tokens if self.draft is not None else 0
+        return max(self.draft_lens, default=0)
 
     @property
     def draft_window(self) -> int:

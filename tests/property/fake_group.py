@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable
 from random import Random
+from typing import Literal
 
 from cache_service.keys import NamespaceDigest, page_keys, salted
 from tests.property.fake_ranks import FakeRank, next_token
@@ -21,6 +22,12 @@ END_TOKEN_IDS = [3, 4, 5, 6, 7]
 NAMESPACE = NamespaceDigest(b"n" * 16)
 INCARNATION = 11
 _SEED = 5
+
+
+def least_pages(draft_tokens: int | Literal["auto"], page_size: int) -> int:
+    """Return how many pages hold two tokens of a request beside the places of its drafts."""
+    window = WorkerConfig(draft="fake", draft_tokens=draft_tokens).draft_window if draft_tokens else 0
+    return -(-(window + 3) // page_size)
 
 
 RankMaker = Callable[[WorkerConfig, int, int], FakeRank]
@@ -51,7 +58,7 @@ class FakeGroup:
         max_context_len: int = 48,
         prefix_caching: bool = True,
         depth: int = 0,
-        draft_tokens: int = 0,
+        draft_tokens: int | Literal["auto"] = 0,
         target_s: float | None = None,
         seconds_of: Callable[[int], float] = lambda num_tokens: TOKEN_S * num_tokens,
         safety: Safety | None = None,

@@ -4,7 +4,7 @@ from dataclasses import replace
 from random import Random
 from typing import Any
 
-from tests.property.fake_group import FakeGroup, plain_rank
+from tests.property.fake_group import FakeGroup, least_pages, plain_rank
 from tests.property.fake_mover import Faults
 from tests.property.fake_sources import SourceOptions
 from tests.property.fake_tier import TierOptions
@@ -62,8 +62,8 @@ def make_group(random: Random, seed: int, move_board: type[MoveBoard], **options
         "tier": replace(tier_options(random, seed), board=move_board),
     }
     if draft_tokens := options.get("draft_tokens"):
-        least = 2 * draft_tokens + 3  # of tokens
-        drawn |= {"depth": 0, "num_pages": max(drawn["num_pages"], -(-least // drawn["page_size"]))}
+        least = least_pages(draft_tokens, drawn["page_size"])
+        drawn |= {"depth": 0, "num_pages": max(drawn["num_pages"], least)}
     return FakeGroup(**{**drawn, "max_context_len": MAX_CONTEXT_LEN, **options})
 
 

@@ -105,7 +105,7 @@ def live_all(seeds: range) -> Counter[str]:
     total: Counter[str] = Counter()
     for seed in seeds:
         try:
-            group = live(seed, draft_tokens=Random(f"drafts/{seed}").choice([0, 0, 1, 3]))
+            group = live(seed, draft_tokens=Random(f"drafts/{seed}").choice([0, 0, 1, 3, "auto"]))
         except Exception as error:
             error.add_note(f"seed {seed}")
             raise

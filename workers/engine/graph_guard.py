@@ -58,10 +58,11 @@ class GraphGuard:
         enabled: bool,
         supported: bool,
         token_sizes: Sequence[int] = (),
-        verify_len: int = 0,
+        verify_lens: Sequence[int] = (),
     ) -> None:
-        """`verify_len`: tokens of a row that brings all its drafts; 0: verifying is not prepared."""
-        self._verify_len = verify_len
+        """`verify_lens`: tokens of rows that bring as many drafts as others; none: verifying is not
+        prepared."""
+        self._verify_lens = verify_lens
         self._batch_sizes = sorted(batch_sizes)
         self._token_sizes = sorted(token_sizes)
         self._enabled = enabled
@@ -81,7 +82,7 @@ class GraphGuard:
 
     @property
     def _verify_sizes(self) -> list[int]:
-        return [size * self._verify_len for size in self._batch_sizes] if self._verify_len else []
+        return sorted({size * length for size in self._batch_sizes for length in self._verify_lens})
 
     @property
     def token_sizes(self) -> list[int]:
@@ -114,7 +115,7 @@ class GraphGuard:
         if mode == "decode":
             bucket = self._smallest("decode", self._batch_sizes, num_rows)
         elif mode == "verify":
-            if num_tokens != num_rows * self._verify_len:
+            if num_tokens not in [num_rows * length for length in self._verify_lens]:
                 return None, "unsupported"
             bucket = self._smallest("verify", self._verify_sizes, num_tokens)
         elif self._token_sizes:

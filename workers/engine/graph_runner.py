@@ -218,7 +218,7 @@ def guard_for(
         config.graphs,
         GraphRunner.supports(device, captured_modes),
         token_sizes,
-        verify_len=1 + config.max_drafts if verifies else 0,
+        verify_lens=[1 + draft_len for draft_len in config.draft_lens] if verifies else (),
     )
 
 

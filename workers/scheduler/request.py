@@ -90,6 +90,11 @@ class Request:
         return self.num_tokens - self.num_computed - self.num_in_flight
 
     @property
+    def is_sampled(self) -> bool:
+        """Tell whether the step being planned samples its next token."""
+        return self.num_planned - self.num_verified == self.num_left
+
+    @property
     def is_ending(self) -> bool:
         """Tell whether a step in flight samples its last token: it needs nothing any more."""
         return self.num_tokens >= self.max_len

@@ -22,6 +22,7 @@ from workers.protocol import (
     TokenLogprobs,
 )
 from workers.scheduler.admission import Admission, QueueFullError, RequestRefusedError, WaitingQueue
+from workers.scheduler.draft_length import DraftLength
 from workers.scheduler.request import Request
 from workers.scheduler.running import Running
 from workers.scheduler.stats import SchedulerStats, load_report
@@ -35,6 +36,8 @@ class _Kept(NamedTuple):
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None]
     reason: FinishReason | None
+    num_found: int
+    """Tokens that the engine has brought, those behind its end included."""
 
 
 class Scheduler:
@@ -95,6 +98,10 @@ class Scheduler:
         target_ms = config.itl_target_ms
         target_s = None if target_ms is None else target_ms / 1e3
         self._budget = StepBudget(config.max_tokens_per_step, target_s, step_sizes)
+        is_auto = bool(config.draft_lens) and config.draft_tokens == "auto"
+        self._draft_length = DraftLength(config.draft_lens, config.max_tokens_per_step) if is_auto else None
+        if self._draft_length is not None:
+            self.stats.draft_switches = self._draft_length.switches
         self._num_steps = 0
         self._in_flight: deque[Step] = deque()
 
@@ -201,6 +208,8 @@ class Scheduler:
     def stepped(self, plan: BatchPlan, duration_s: float, now_s: float) -> None:
         """Note how long a committed step took: what it says of prompts and of the steps to come."""
         self._budget.stepped(plan, duration_s)
+        if self._draft_length is not None:
+            self._draft_length.stepped(plan, duration_s)
         self._cache.costs.prefilled(plan.num_prefill_tokens, duration_s, now_s)
 
     def load(self, step_s: float, now_s: float) -> LoadReport:
@@ -241,6 +250,8 @@ class Scheduler:
         self._num_steps += 1
         self._cache.planned(self._num_steps)
         ops, draft_len = self._cache.take_ops(), self._config.max_drafts
+        if self._draft_length is not None:
+            draft_len = self._draft_length.choose(sum(request.is_sampled for request in rows))
         step = assemble(self._num_steps, self._cache.version, ops, rows, draft_len)
         self._in_flight.append(step)
         return step.plan
@@ -267,7 +278,7 @@ class Scheduler:
                 num_kept += 1
             if is_first and request.num_cached is not None:
                 self.stats.prompted(request.prompt_len, request.num_cached, request.origins)
-            kept[row] = _Kept(token_ids[:num_kept], logprobs[:num_kept], reason)
+            kept[row] = _Kept(token_ids[:num_kept], logprobs[:num_kept], reason, len(token_ids))
             self.stats.num_generated_tokens += num_kept
         return kept
 
@@ -289,15 +300,20 @@ class Scheduler:
             num_drafts = plan.drafts(row)
             num_more = length - num_drafts
             if num_drafts:
-                num_kept = len(kept[row].token_ids)
-                num_more += num_kept - 1
-                self.stats.verified(num_drafts, num_kept, request.prompt_len, request.origins)
+                num_more += len(kept[row].token_ids) - 1
+                self._verified(request, num_drafts, kept[row].num_found)
             num_computed = request.num_computed + num_more
             if num_computed // page_size > request.num_computed // page_size:
                 assert request.slot is not None
                 self._cache.commit(request.slot, num_computed)
             request.num_computed = num_computed
             request.num_in_flight -= length
+
+    def _verified(self, request: Request, num_drafts: int, num_found: int) -> None:
+        """Count what became of a row's drafts, be it behind the request's end."""
+        self.stats.verified(num_drafts, num_found, request.prompt_len, request.origins)
+        if self._draft_length is not None:
+            self._draft_length.verified(num_drafts, num_found - 1)
 
     def _answer(self, request: Request | None, kept: _Kept) -> RequestOutput:
         """End a request where its last token did, and tell what it has got."""

@@ -8,6 +8,7 @@ from typing import Literal
 from workers.kvcache.arrivals import Origin
 from workers.kvcache.manager import KVCacheManager
 from workers.protocol import FinishReason, LoadReport
+from workers.scheduler.draft_length import DraftSwitch
 
 PrefixOrigin = Literal["computed"] | Origin
 DraftOutcome = Literal["accepted", "rejected"]
@@ -33,8 +34,10 @@ class SchedulerStats:
     num_drafts: Counter[tuple[int, DraftOutcome]] = field(default_factory=Counter)
     """Drafted tokens by their place behind the known ones, from 1, and by what became of them."""
     accept_lengths: Counter[tuple[PrefixOrigin, int]] = field(default_factory=Counter)
-    """Rows that verified drafts by how many tokens they kept, the one sampled behind the right drafts
+    """Rows that verified drafts by how many tokens that brought, the one sampled behind the right drafts
     included, and by where the most of their request's prompt was found."""
+    draft_switches: Counter[DraftSwitch] = field(default_factory=Counter)
+    """How often `auto` began or ceased to draft, and why."""
     queue_s: list[float] = field(default_factory=list)
     """Arrival to first admission, of each request that was admitted first since it was emptied."""
 
@@ -45,15 +48,15 @@ class SchedulerStats:
         self.prefix_tokens["computed"] += prompt_len - num_cached
 
     def verified(
-        self, num_drafts: int, num_kept: int, prompt_len: int, origins: Mapping[Origin, int]
+        self, num_drafts: int, num_found: int, prompt_len: int, origins: Mapping[Origin, int]
     ) -> None:
-        """Count a row that verified `num_drafts` drafts and kept `num_kept` tokens, for a request whose
-        prompt was found at `origins`."""
+        """Count a row to which the verifying of `num_drafts` drafts brought `num_found` tokens, for a request
+        whose prompt was found at `origins`."""
         for place in range(1, num_drafts + 1):
-            self.num_drafts[place, "accepted" if place < num_kept else "rejected"] += 1
+            self.num_drafts[place, "accepted" if place < num_found else "rejected"] += 1
         lens: dict[PrefixOrigin, int] = {"computed": prompt_len - sum(origins.values())}
         lens.update(origins.items())
-        self.accept_lengths[max(lens, key=lens.__getitem__), num_kept] += 1
+        self.accept_lengths[max(lens, key=lens.__getitem__), num_found] += 1
 
 
 def load_report(
