@@ -83,7 +83,7 @@ class WorkerConfig:
     ] = "auto"
     """Tokens that the draft guesses at a time; `auto`: 5 at most, as many as bring the most tokens a second
     by what was measured of guesses and of steps with as many answers, and none while guessing would lose."""
-    draft_attention_backend: Literal["auto", "reference", "native"] = "auto"
+    draft_attention_backend: Literal["auto", "reference", "native", "flashinfer"] = "auto"
     """The draft's, as `attention_backend`; `auto`: the compiled kernels where the model uses them, too."""
     graphs: bool = True
     """Replay prepared steps; off: every step runs eager, for comparison."""

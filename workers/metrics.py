@@ -14,18 +14,18 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from cache_service.metrics import SECONDS_BUCKETS, MetricLabels
-from workers.engine.graph_guard import CaptureStats, EagerReason, Outcome
+from workers.engine.graph_guard import CaptureStats, EagerReason, Outcome, StepPart
 from workers.inbox import Inbox
 from workers.kvcache.host_tier import HostTier
 from workers.kvcache.manager import KVCacheManager
 from workers.kvcache.moves import MoveStats
 from workers.kvcache.prefetcher import Prefetcher
-from workers.plan import BatchPlan, Mode
+from workers.plan import BatchPlan
 from workers.protocol import LoadReport
 from workers.scheduler.stats import SchedulerStats
 
-StepCounts = Mapping[tuple[Mode, Outcome], int]
-ReasonCounts = Mapping[tuple[Mode, EagerReason], int]
+StepCounts = Mapping[tuple[StepPart, Outcome], int]
+ReasonCounts = Mapping[tuple[StepPart, EagerReason], int]
 
 LABELS = ("model", "replica", "rank", "node")
 

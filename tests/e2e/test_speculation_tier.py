@@ -43,16 +43,20 @@ def serve(harness, spoil=lambda engine: None):
     `spoil` is called once a prompt's pages are there, before the draft reads them.
     """
     speculator, drafts = harness.engine._speculator, []
-    follow = speculator.follow
+    begin, advance = speculator.begin, speculator.advance
 
-    def spoilt(rows, *arguments):
-        if rows[0].start and not drafts[-1]:
+    def spoilt(plan, *arguments):
+        if plan.starts[0] and not drafts[-1]:
             spoil(harness.engine)
-        follow(rows, *arguments)
-        if rows[0].is_sampled and not drafts[-1]:
-            drafts[-1] = speculator.drafts[rows[0].slot].tolist()
+        begin(plan, *arguments)
 
-    speculator.follow = spoilt
+    def seen(plan, *arguments):
+        found = advance(plan, *arguments)
+        if plan.sampled and not drafts[-1]:
+            drafts[-1] = speculator._state.drafts[plan.slots[0]].tolist()
+        return found
+
+    speculator.begin, speculator.advance = spoilt, seen
     for number, prompt in enumerate(PROMPTS):
         drafts.append(None)
         harness.submit(f"{number}", prompt, max_tokens=NUM_TOKENS, ignore_eos=True)

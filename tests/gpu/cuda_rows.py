@@ -82,6 +82,7 @@ class CudaRows:
             num_columns=torch.tensor(rows.shape[1:], dtype=torch.int32, device=CUDA),
             max_columns=rows.shape[1],
             query_starts=torch.from_numpy(starts).to(CUDA),
+            slots=torch.arange(len(starts) - 1, device=CUDA),
             context_lens=torch.from_numpy(lens).to(CUDA),
             out_locations=torch.tensor(locations, device=CUDA),
             sample_indices=torch.from_numpy(starts[1:].astype(np.int64) - 1).to(CUDA),

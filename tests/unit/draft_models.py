@@ -65,6 +65,7 @@ def one_row(num_tokens: int, first: int = 0) -> ForwardBatch:
         num_columns=torch.tensor(pages.shape[1:], dtype=torch.int32),
         max_columns=pages.shape[1],
         query_starts=torch.from_numpy(starts),
+        slots=torch.arange(len(starts) - 1),
         context_lens=torch.from_numpy(lens),
         out_locations=torch.from_numpy(locations),
         sample_indices=torch.tensor([num_tokens - 1]),

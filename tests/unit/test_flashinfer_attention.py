@@ -128,8 +128,8 @@ def test_short_and_long_rows_have_kernels_of_their_own(
 
 def test_only_what_can_be_captured_has_buckets() -> None:
     pool = PagedRows(*MIXES["decode"], 16).pool
-    assert attention_over(pool)[0].captured_modes == {"decode", "extend", "mixed"}
-    assert attention_over(pool, has_long=False)[0].captured_modes == {"decode"}
+    assert attention_over(pool)[0].captured_modes == {"decode", "verify", "extend", "mixed"}
+    assert attention_over(pool, has_long=False)[0].captured_modes == {"decode", "verify"}
 
 
 class Staged:
@@ -246,6 +246,50 @@ def test_a_mixed_bucket_s_plans_have_one_size_each() -> None:
     assert short.overlaps == {False}  # it may have no row, and then waits for nothing
     assert short.limits[-1] == PlanLimits(4, 4, is_captured=True)
     assert long.limits[-1] == PlanLimits(4, 24, is_captured=True)
+
+
+def test_a_verify_bucket_s_rows_are_short_and_of_any_number() -> None:
+    staged = Staged()
+    attention, library = attention_over(staged.pool)
+    inputs = staged.bucket("verify", 8)
+    for plan in (
+        staged.plan(s0=(9, 4), s1=(3, 4)),
+        staged.plan(s3=(40, 1), s1=(8, 3), s0=(60, 4)),
+        staged.plan(s2=(7, 2)),
+    ):
+        found, expected = compared(staged, attention, plan, inputs)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    short = library.kernels("short")
+    assert [plan.query_starts.tolist() for plan in short.plans] == [
+        [0, 4, 8, 8, 8, 8, 8, 8, 8],
+        [0, 1, 4, 8, 8, 8, 8, 8, 8],
+        [0, 2, 8, 8, 8, 8, 8, 8, 8],  # the pads' row
+    ]
+    assert all(plan.is_captured and plan.num_tokens == 8 for plan in short.plans)
+    assert short.limits[-1] == PlanLimits(8, 8, is_captured=True)
+    assert not library.kernels("long").plans
+
+
+def test_passes_are_planned_once_and_read_their_lengths_on_the_device() -> None:
+    staged = Staged()
+    attention, library = attention_over(staged.pool)
+    plan = staged.plan(s3=(39, 1), s1=(2, 1), s0=(62, 1))
+    batch, _ = staged.stager.stage_eager(plan, "decode")
+    passes = attention.for_passes(replace(batch, host_context_lens=np.ones(3, dtype=np.int32)))
+    num_plans = len(library.kernels("short").plans)
+    for ahead in range(2):
+        later = staged.plan(s3=(39 + ahead, 1), s1=(2 + ahead, 1), s0=(62 + ahead, 1))
+        eager, _ = staged.stager.stage_eager(later, "decode")
+        batch.context_lens.copy_(eager.context_lens)
+        batch.out_locations.copy_(eager.out_locations)
+        q, k, v = (torch.randn(3, heads, HEAD_DIM) for heads in (NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS))
+        passes.begin()
+        found = passes.forward(layer(None), q, k, v)
+        other, _ = attention_over(staged.pool)
+        other.plan(eager)
+        other.begin()
+        torch.testing.assert_close(found, other.forward(layer(None), q, k, v), rtol=1e-5, atol=1e-5)
+    assert len(library.kernels("short").plans) == num_plans
 
 
 def plan_order(plan: BatchPlan) -> list[bool]:

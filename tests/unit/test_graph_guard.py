@@ -103,3 +103,25 @@ def test_a_load_that_is_waited_for_changes_the_count_and_nothing_else() -> None:
         ("decode", "eager"): 1,
         ("extend", "eager"): 1,
     }
+
+
+def test_rows_that_bring_few_drafts_are_padded_to_a_verify_bucket():
+    guard = GraphGuard([1, 2], enabled=True, supported=True, verify_lens=[2, 4])
+    found = [guard.decide("verify", rows, tokens).bucket for rows, tokens in ((1, 2), (1, 3), (2, 5), (2, 8))]
+    assert found == [Bucket("verify", size) for size in (2, 4, 8, 8)]
+    assert guard.decide("verify", 3, 9) == Decision(None, "no_bucket")
+    plain = GraphGuard([1, 2], enabled=True, supported=True)
+    assert plain.decide("verify", 1, 2) == Decision(None, "unsupported")
+
+
+def test_the_passes_of_a_draft_are_counted_beside_the_steps():
+    guard = GraphGuard([1], enabled=True, supported=True)
+    guard.count("draft", None)
+    guard.count("draft", "capture_failed")
+    guard.count("draft_extend", None, after_load=True)
+    assert guard.steps == {
+        ("draft", "replay"): 1,
+        ("draft", "eager"): 1,
+        ("draft_extend", "replay_after_load"): 1,
+    }
+    assert guard.eager_steps == {("draft", "capture_failed"): 1}

@@ -52,6 +52,7 @@ class PagedRows:
             num_columns=torch.tensor(rows.shape[1:], dtype=torch.int32),
             max_columns=rows.shape[1],
             query_starts=torch.from_numpy(starts),
+            slots=torch.arange(len(starts) - 1),
             context_lens=torch.from_numpy(lens),
             out_locations=torch.tensor(locations),
             sample_indices=torch.from_numpy(starts[1:].astype(np.int64) - 1),

@@ -24,10 +24,12 @@ from workers.attention.native import NativeAttention
 from workers.attention.reference import ReferenceAttention
 from workers.config import WorkerConfig
 from workers.engine.copies import CopyStream
+from workers.engine.forward_batch import ForwardBatch
 from workers.engine.mechanisms import ALL_ON, Mechanisms
 from workers.engine.recording import RecordingKernels
 from workers.engine.sampler import GreedyTokens, greedy_tokens
 from workers.kvcache.kv_pool import KVPool
+from workers.layers.kernels import LayerKernels
 from workers.models.decoder import Decoder
 from workers.models.draft import DraftModel
 from workers.native.build import NativeBuildError
@@ -50,9 +52,24 @@ class BackendError(ValueError):
 class ChosenKernels:
     """`kernels` are the CPU's, which the decoder has adopted and which record; None: there are none."""
 
-    attention: AttentionBackend
+    attention: ReferenceAttention | NativeAttention | FlashInferAttention
     kernels: RecordingKernels | None = None
     greedy_tokens: GreedyTokens = greedy_tokens
+    layer_kernels: LayerKernels | None = None
+    """What the decoder has adopted, on any device"""
+
+
+@dataclass(frozen=True)
+class DraftAttention:
+    """`extend`: the target's own, or (`is_apart`) one of the draft's. `for_passes`: a PassAttention.
+
+    `is_prepared`: passes may be captured or recorded.
+    """
+
+    extend: AttentionBackend
+    for_passes: Callable[[ForwardBatch], AttentionBackend]
+    is_apart: bool
+    is_prepared: bool
 
 
 def choose_kernels(
@@ -77,7 +94,7 @@ def choose_kernels(
         if choice == "native" or (choice == "auto" and config.device == "cpu"):
             kernels = _native_kernels(pool)
             decoder.adopt(kernels)
-            return ChosenKernels(NativeAttention(pool, kernels), kernels)
+            return ChosenKernels(NativeAttention(pool, kernels), kernels, layer_kernels=kernels)
         library = _flashinfer_library(pool, decoder, load_library)
         own = load_own(pool.data.device, pool.layer(0)[0].dtype)
     except (BackendError, NativeBuildError, FlashInferError, TritonMissingError) as error:
@@ -100,26 +117,52 @@ def choose_kernels(
         mechanisms=mechanisms,
         pool_kernels=own,
     )
-    return ChosenKernels(attention, greedy_tokens=greedy_tokens if own is None else own.greedy_tokens)
+    greedy = greedy_tokens if own is None else own.greedy_tokens
+    return ChosenKernels(attention, greedy_tokens=greedy, layer_kernels=own)
 
 
 def choose_draft_attention(
-    config: WorkerConfig, pool: KVPool, draft: DraftModel, chosen: ChosenKernels
-) -> AttentionBackend:
-    """Return the draft's attention backend over the same pool: `draft_attention_backend`, or the target's.
+    config: WorkerConfig, pool: KVPool, draft: DraftModel, decoder: Decoder, chosen: ChosenKernels
+) -> DraftAttention:
+    """Return the draft's attention over the same pool: `draft_attention_backend`, or the target's.
 
-    Raises BackendError where the one asked for cannot be.
+    Raises BackendError where the one asked for cannot be; `auto` then takes the reference, with a warning.
     """
-    choice = config.draft_attention_backend
-    if choice == "native" and chosen.kernels is None:
+    choice, attention = config.draft_attention_backend, chosen.attention
+    own = "native" if isinstance(attention, NativeAttention) else "flashinfer"
+    if isinstance(attention, ReferenceAttention):
+        own = "reference"
+    if choice not in ("auto", "reference", own):
         raise BackendError(
-            f"draft_attention_backend=native: found attention_backend={config.attention_backend} on"
-            f" {config.device}, which has not compiled it; allowed are auto, reference"
+            f"draft_attention_backend={choice}: found attention_backend={config.attention_backend} on"
+            f" {config.device}, which computes by {own}; allowed are auto, reference, {own}"
         )
-    if choice == "reference" or chosen.kernels is None:
-        return ReferenceAttention(pool)
-    draft.adopt(chosen.kernels)
-    return NativeAttention(pool, chosen.kernels)
+    if own == "flashinfer" and choice != "reference" and not _are_alike(draft, decoder):
+        if choice != "auto":
+            raise BackendError(
+                f"draft_attention_backend={choice}: found a draft whose heads are not the target's; allowed"
+                " are auto, reference"
+            )
+        logger.warning("the draft's heads are not the target's; its attention is computed in torch")
+        choice = "reference"
+    if choice == "reference" and own != "reference":
+        reference = ReferenceAttention(pool)
+        return DraftAttention(reference, reference.for_passes, is_apart=True, is_prepared=False)
+    if chosen.layer_kernels is not None:
+        draft.adopt(chosen.layer_kernels)
+    is_prepared = own != "reference"
+    return DraftAttention(attention, attention.for_passes, is_apart=False, is_prepared=is_prepared)
+
+
+def _are_alike(draft: DraftModel, decoder: Decoder) -> bool:
+    """Tell whether attention that was made for the target's layers can compute the draft's."""
+    own = decoder.attention_layers
+    shape = (own[0].num_heads, own[0].num_kv_heads, own[0].head_dim)
+    windows = {layer.sliding_window for layer in own}
+    return all(
+        (layer.num_heads, layer.num_kv_heads, layer.head_dim) == shape and layer.sliding_window in windows
+        for layer in draft.attention_layers
+    )
 
 
 def _native_kernels(pool: KVPool) -> RecordingKernels:

@@ -5,6 +5,7 @@ among the processors, the others do not. Engine's thread.
 """
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,13 @@ from workers.attention.flashinfer_kernels import (
     PlanInfo,
     PlanLimits,
     PlanMemory,
+)
+from workers.attention.planned_rows import (
+    captured_rows,
+    max_long_rows,
+    num_verified_rows,
+    rows_between,
+    verified_rows,
 )
 from workers.attention.pool_kernels import PoolKernels, TorchPoolKernels
 from workers.attention.row_pages import RowPages, host_page_starts
@@ -71,6 +79,14 @@ class Planner:
         )
         self._always_has_rows = always_has_rows
         self._captured: list[int] | None = None
+
+    def plan_whole(self, rows: HostRows) -> "PlannedPart":
+        """Plan rows of one token for good; see PagedKernels."""
+        pinned = self._ring.acquire()
+        memory = PlanMemory(self._floats, self._device, pinned.data)
+        info = self.kernels.plan_whole(rows, memory)
+        pinned.fence = self._copies.fence()
+        return PlannedPart(self.kernels, info, memory, self._always_has_rows)
 
     def plan(self, rows: HostRows) -> "PlannedPart":
         """Plan rows within the limits; those of a captured part are as many as these."""
@@ -153,10 +169,10 @@ class FlashInferAttention:
 
     @property
     def captured_modes(self) -> frozenset[Mode]:
-        """Decode always; extend and mixed where there are kernels for long rows, which write in place."""
+        """Decode and verify; extend and mixed where there are kernels for long rows, which write in place."""
         if any(kernels is None for kernels in self._long.values()):
-            return frozenset({"decode"})
-        return frozenset({"decode", "extend", "mixed"})
+            return frozenset({"decode", "verify"})
+        return frozenset({"decode", "verify", "extend", "mixed"})
 
     def plan(self, batch: ForwardBatch) -> None:
         """Plan every window's parts on the host; nothing waits for the device."""
@@ -172,10 +188,32 @@ class FlashInferAttention:
                 state = self._buckets[batch.bucket] = self._make_bucket(batch)
             self._pages, self._out, planners = state.pages, state.out, state.planners
             if batch.bucket.mode == "decode":
-                short, long = _rows(batch, page_starts, 0, batch.num_rows), None
+                short, long = rows_between(batch, page_starts, 0, batch.num_rows), None
+            elif batch.bucket.mode == "verify":
+                short, long = verified_rows(batch, page_starts), None
             else:
-                short, long = _captured_rows(batch, page_starts)
+                short, long = captured_rows(batch, page_starts)
         self._parts = {window: _plan_parts(of_window, short, long) for window, of_window in planners.items()}
+
+    def for_passes(self, batch: ForwardBatch) -> "FlashInferAttention":
+        """Return attention that is planned for all passes over `batch`, rows of one token whose lengths only
+        the device knows: one block of threads for each of them and KV head."""
+        num_rows = batch.num_rows
+        rows = HostRows(
+            query_starts=batch.host_query_starts,
+            page_starts=np.arange(num_rows + 1, dtype=np.int32),
+            context_lens=np.ones(num_rows, dtype=np.int32),
+            num_tokens=num_rows,
+            is_captured=False,
+        )
+        limits = PlanLimits(num_rows, num_rows, is_captured=False)
+        planners = self._make_planners(limits, None, always_has_rows=True)
+        attention = copy(self)
+        attention._batch, attention._pages, attention._out = batch, _room_for_pages(batch), None
+        attention._parts = {
+            window: [of_window.short.plan_whole(rows)] for window, of_window in planners.items()
+        }
+        return attention
 
     def begin(self) -> None:
         """Put the rows' pages one behind the other."""
@@ -242,22 +280,25 @@ class FlashInferAttention:
         lens = np.diff(batch.host_query_starts)
         num_rows = batch.num_rows
         if None in self._long.values() or int(lens.max()) <= MAX_SHORT_LEN:
-            return _rows(batch, page_starts, 0, num_rows), None
+            return rows_between(batch, page_starts, 0, num_rows), None
         num_short = int((lens == 1).sum())
-        short = _rows(batch, page_starts, 0, num_short) if num_short else None
-        return short, _rows(batch, page_starts, num_short, num_rows)
+        short = rows_between(batch, page_starts, 0, num_short) if num_short else None
+        return short, rows_between(batch, page_starts, num_short, num_rows)
 
     def _make_bucket(self, batch: ForwardBatch) -> _BucketState:
         assert batch.bucket is not None
-        size, is_decode = batch.bucket.size, batch.bucket.mode == "decode"
-        num_short = size if is_decode else batch.num_rows - 1
+        size, mode = batch.bucket.size, batch.bucket.mode
+        is_mixed = mode == "mixed"
+        num_short = batch.num_rows - 1 if is_mixed else size
         short = PlanLimits(num_short, num_short, is_captured=True)
-        long = None if is_decode else PlanLimits(_max_long_rows(batch), size, is_captured=True)
+        if mode == "verify":
+            short = PlanLimits(num_verified_rows(batch), size, is_captured=True)
+        long = PlanLimits(max_long_rows(batch), size, is_captured=True) if is_mixed else None
         dtype, device = self._pool.layer(0)[0].dtype, batch.page_rows.device
         return _BucketState(
             pages=_room_for_pages(batch),
-            planners=self._make_planners(short, long, always_has_rows=is_decode),
-            out=None if is_decode else torch.zeros((size, *self._out_shape), dtype=dtype, device=device),
+            planners=self._make_planners(short, long, always_has_rows=not is_mixed),
+            out=None if not is_mixed else torch.zeros((size, *self._out_shape), dtype=dtype, device=device),
         )
 
     def _make_planners(
@@ -295,59 +336,6 @@ class FlashInferAttention:
 
 def _room_for_pages(batch: ForwardBatch) -> RowPages:
     return RowPages.room(batch.num_rows, batch.max_columns, batch.page_rows.device)
-
-
-def _rows(batch: ForwardBatch, page_starts: IntArray, first: int, stop: int) -> HostRows:
-    query_starts = batch.host_query_starts[first : stop + 1]
-    return HostRows(
-        query_starts=query_starts,
-        page_starts=page_starts[first : stop + 1],
-        context_lens=batch.host_context_lens[first:stop],
-        num_tokens=int(query_starts[-1] - query_starts[0]),
-        is_captured=batch.bucket is not None,
-    )
-
-
-def _captured_rows(batch: ForwardBatch, page_starts: IntArray) -> tuple[HostRows, HostRows]:
-    """Return a mixed bucket's rows of one token and those of more, each filled up with rows of none.
-
-    rows  | one token each | more tokens | pads |
-          0                num_short     num_real
-    """
-    assert batch.bucket is not None
-    starts, lens = batch.host_query_starts, batch.host_context_lens
-    num_real = batch.num_real_rows
-    num_short = int((np.diff(starts[: num_real + 1]) == 1).sum())
-    max_short, max_long = batch.num_rows - 1, _max_long_rows(batch)
-    return (
-        HostRows(
-            query_starts=_filled_up(starts[: num_short + 1], max_short + 1),
-            page_starts=_filled_up(page_starts[: num_short + 1], max_short + 1),
-            context_lens=_filled_up(lens[:num_short], max_short, 0),
-            num_tokens=max_short,
-            is_captured=True,
-        ),
-        HostRows(
-            query_starts=_filled_up(starts[num_short : num_real + 1], max_long + 1),
-            page_starts=_filled_up(page_starts[num_short : num_real + 1], max_long + 1),
-            context_lens=_filled_up(lens[num_short:num_real], max_long, 0),
-            num_tokens=batch.bucket.size,
-            is_captured=True,
-        ),
-    )
-
-
-def _max_long_rows(batch: ForwardBatch) -> int:
-    """Return how many rows of two tokens or more a mixed bucket holds."""
-    assert batch.bucket is not None
-    return max(1, min(batch.num_rows - 1, batch.bucket.size // 2))
-
-
-def _filled_up(values: IntArray, length: int, value: int | None = None) -> IntArray:
-    """Return `values` and, up to `length`, the last of them or `value`."""
-    filled = np.full(length, values[-1] if value is None else value, dtype=np.int32)
-    filled[: len(values)] = values
-    return filled
 
 
 def _plan_parts(planners: _Planners, short: HostRows | None, long: HostRows | None) -> list[PlannedPart]:

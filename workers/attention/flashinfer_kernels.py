@@ -105,6 +105,10 @@ class PagedKernels(Protocol):
         """Divide the rows' work among the device's processors; enqueue the plan's copy to the device."""
         ...
 
+    def plan_whole(self, rows: HostRows, memory: PlanMemory) -> PlanInfo:
+        """Plan rows of one token whose contexts are not divided: it holds for contexts of any length."""
+        ...
+
     def run(
         self,
         info: PlanInfo,
@@ -275,6 +279,10 @@ class ShortRowKernels(_Kernels):
         # no fixed size of the parts of a context, contexts may be divided, no blocks for other kernels
         return self._plan(rows, memory, -1, False, 0)
 
+    def plan_whole(self, rows: HostRows, memory: PlanMemory) -> PlanInfo:
+        """See PagedKernels. Its grid is what the rows need: to be captured all the same, once."""
+        return self._plan(rows, memory, -1, True, 0)
+
     @property
     def _num_wave_blocks(self) -> int:
         """Count the blocks of a KV head that run at once."""
@@ -310,6 +318,10 @@ class LongRowKernels(_Kernels):
 
     def plan(self, rows: HostRows, memory: PlanMemory) -> PlanInfo:
         """See PagedKernels."""
+        return self._plan(rows, memory)
+
+    def plan_whole(self, rows: HostRows, memory: PlanMemory) -> PlanInfo:
+        """See PagedKernels: no context is ever divided."""
         return self._plan(rows, memory)
 
 

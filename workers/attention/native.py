@@ -22,6 +22,12 @@ class NativeAttention:
         self._batch_view = AttentionBatch()
         self._batch_address = ctypes.addressof(self._batch_view)
 
+    def for_passes(self, batch: ForwardBatch) -> "NativeAttention":
+        """Return attention for passes over `batch`: the kernels read its lengths where they are."""
+        attention = NativeAttention(self._pool, self._kernels)
+        attention.plan(batch)
+        return attention
+
     @staticmethod
     def supports(pool: KVPool) -> bool:
         """Tell whether the kernels know the pool's element type and can reach its bytes."""

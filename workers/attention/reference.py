@@ -4,7 +4,8 @@ Softmax and both products run in float32. A row's sums do not depend on its neig
 is padded to a length chosen from its own, an extend row is computed by itself.
 """
 
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -43,6 +44,7 @@ class ReferenceAttention:
         self._masks: dict[int | None, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self._write_pages = torch.zeros(0, dtype=torch.int64)
         self._write_offsets = torch.zeros(0, dtype=torch.int64)
+        self._late: ForwardBatch | None = None
 
     captured_modes: frozenset[Mode] = frozenset()
 
@@ -66,7 +68,15 @@ class ReferenceAttention:
                 self._rows.append(self._plan_rows(batch, np.array([row]), first, stop, first_position + stop))
 
     def begin(self) -> None:
-        """Do nothing: `plan` has."""
+        """Plan a pass' batch, whose lengths are known by now; else do nothing: `plan` has."""
+        if self._late is not None:
+            self.plan(replace(self._late, host_context_lens=self._late.context_lens.cpu().numpy()))
+
+    def for_passes(self, batch: ForwardBatch) -> "ReferenceAttention":
+        """Return attention for passes over `batch`, whose lengths it waits for."""
+        attention = copy(self)
+        attention._late = batch
+        return attention
 
     def forward(
         self, layer: AttentionLayer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor

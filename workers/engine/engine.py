@@ -10,15 +10,15 @@ import numpy as np
 import torch
 
 from cache_service.keys import KVNamespace
-from workers.attention.choice import choose_draft_attention, choose_kernels
+from workers.attention.choice import choose_kernels
 from workers.card import ModelCard, page_layout
 from workers.config import WorkerConfig
 from workers.draft_card import read_draft_card
-from workers.engine.copies import copies_to
+from workers.engine.copies import Fence, copies_to
 from workers.engine.device_memory import available_bytes, log_memory, measured_pool_size
 from workers.engine.forward_batch import ForwardBatch
-from workers.engine.graph_guard import CaptureStats, EagerReason, Outcome
-from workers.engine.graph_runner import GraphRunner, guard_for
+from workers.engine.graph_guard import CaptureStats, EagerReason, Outcome, StepPart
+from workers.engine.graph_runner import GraphRunner, failed_anywhere, guard_for
 from workers.engine.last_tokens import LastTokens
 from workers.engine.launched_step import LaunchedStep
 from workers.engine.mechanisms import ALL_ON, Mechanisms
@@ -30,12 +30,7 @@ from workers.engine.staging import Stager
 from workers.kvcache.kv_pool import KVPool, allocate_pool
 from workers.kvcache.mover import Mover
 from workers.kvcache.page_table import PageTable
-from workers.kvcache.pool_size import (
-    PoolSize,
-    is_measured,
-    num_positions,
-    pool_size,
-)
+from workers.kvcache.pool_size import PoolSize, is_measured, num_positions, pool_size
 from workers.kvcache.sanitizer import KVSanitizer
 from workers.models.draft_weights import load_draft
 from workers.models.weights import load_model
@@ -45,7 +40,6 @@ from workers.plan import (
     CloseSlot,
     FreePages,
     LoadPages,
-    Mode,
     OpenSlot,
     OwnPages,
     PlanOp,
@@ -56,6 +50,7 @@ from workers.plan import (
     StepOutput,
 )
 from workers.speculative.acceptance import Verified
+from workers.speculative.assembly import DraftParts, assemble_draft
 from workers.speculative.speculator import Speculator
 
 logger = logging.getLogger(__name__)
@@ -146,21 +141,22 @@ class Engine:
         if tp_group.rank == 0:
             greedy = chosen.greedy_tokens
             self._sampler = Sampler(card.vocab_size, max_slots, device, copies, greedy=greedy)
-        draft_model = None if draft is None else draft.model
-        self._runner = ModelRunner(loaded.decoder, chosen.attention, self._pool, draft_model)
-        self._speculator: Speculator | None = None
-        if draft_model is not None:
-            self._speculator = Speculator(
-                draft_model,
-                choose_draft_attention(config, self._pool, draft_model, chosen),
+        self._guard = guard_for(config, device, chosen.attention.captured_modes, max_tokens)
+        self._draft: DraftParts | None = None
+        if draft is not None:
+            self._draft = assemble_draft(
+                config,
+                draft.model,
+                loaded.decoder,
+                chosen,
                 self._pool,
                 self._table,
                 tp_group,
                 copies,
-                max_tokens=max_tokens,
-                max_drafts=config.max_drafts,
+                self._guard,
             )
-        self._guard = guard_for(config, device, chosen.attention.captured_modes, max_tokens)
+        extend = None if self._draft is None else self._draft.extend
+        self._runner = ModelRunner(loaded.decoder, chosen.attention, self._pool, extend)
         self._graphs = GraphRunner(
             self._runner,
             self._guard.buckets,
@@ -169,6 +165,7 @@ class Engine:
             device,
             mechanisms,
             chosen.kernels if tp_group.size == 1 else None,
+            samples_per_row=1 + config.max_drafts,
         )
         if self._guard.buckets:
             with torch.inference_mode():
@@ -185,6 +182,11 @@ class Engine:
             if self._is_checked
             else None
         )
+        self._speculator: Speculator | None = None
+        if self._draft is not None:
+            self._speculator = Speculator(
+                self._draft.state, self._draft.runner, self._pool, self._table, copies, self._sanitizer
+            )
         if device.type == "cuda":
             log_memory(device, self._pool.data.nbytes)
 
@@ -194,7 +196,7 @@ class Engine:
         return self._pool
 
     @property
-    def graph_steps(self) -> Counter[tuple[Mode, Outcome]]:
+    def graph_steps(self) -> Counter[tuple[StepPart, Outcome]]:
         """Steps by how they ran."""
         return self._guard.steps
 
@@ -204,7 +206,7 @@ class Engine:
         return self._guard.token_sizes
 
     @property
-    def eager_steps(self) -> Counter[tuple[Mode, EagerReason]]:
+    def eager_steps(self) -> Counter[tuple[StepPart, EagerReason]]:
         """Eager steps by why."""
         return self._guard.eager_steps
 
@@ -252,12 +254,13 @@ class Engine:
         self._apply(plan.ops)
         self._version = version
         sampled: Sampled | Verified | None = None
+        fence: Fence | None = None
         if plan.slots:
             if self._is_checked:
                 self._check_tokens(plan)
             with torch.inference_mode():
-                sampled = self._run_rows(plan)
-        self._launched.append(LaunchedStep(plan.step, version, sampled, self._copies.fence()))
+                sampled, fence = self._run_rows(plan)
+        self._launched.append(LaunchedStep(plan.step, version, sampled, fence or self._copies.fence()))
 
     def collect(self) -> StepOutput:
         """Wait until the oldest launched step has ended and return what came of it. Raises StepTimeoutError.
@@ -280,6 +283,7 @@ class Engine:
     def close(self) -> None:
         """Let go of the device's memory; no plan may follow."""
         del self._graphs, self._runner, self._pool, self._sanitizer, self._mover
+        del self._draft, self._speculator
 
     def _advance(self, plan: BatchPlan) -> RelocationVersion:
         """Return this rank's version once the plan's ops are applied: each OwnPages and FreePages adds 1."""
@@ -317,18 +321,17 @@ class Engine:
             assert self._mover is not None, "checked above"
             self._mover.start(move)
 
-    def _run_rows(self, plan: BatchPlan) -> Sampled | Verified | None:
+    def _run_rows(self, plan: BatchPlan) -> tuple[Sampled | Verified | None, Fence | None]:
+        """Run a plan's rows; return what they got, and a fence behind that, None: behind all of it."""
         mode = plan.mode
         has_waited = self._wait_for_loads(plan)
-        decision = self._guard.decide(
-            mode, len(plan.slots), plan.num_tokens, after_load=has_waited, has_drafts=bool(plan.num_drafts)
-        )
+        decision = self._guard.decide(mode, len(plan.slots), plan.num_tokens, after_load=has_waited)
         if decision.bucket is None:
             batch, slots = self._stager.stage_eager(plan, mode)
         else:
             batch, slots = self._stager.stage_bucket(plan, self._graphs.inputs(decision.bucket))
-        if self._speculator is not None and plan.num_drafts:
-            self._speculator.put_drafts(plan, batch, slots)
+        if self._speculator is not None:
+            self._speculator.begin(plan, batch, slots)
         if self._sanitizer:
             self._sanitizer.check_inputs(batch, slots)
         logits = self._compute(batch)
@@ -340,11 +343,11 @@ class Engine:
         if self._sanitizer:
             self._sanitizer.check_outputs(logits, [plan.slots[row] for row in plan.sampled])
         if self._speculator is None:
-            return self._sample(plan, logits)
-        rows, verified = self._speculator.verify(plan, logits, self._sampler)
-        assert self._runner.features is not None, "a pass with a draft keeps its features"
-        self._speculator.follow(rows, self._runner.features, batch, slots, plan.draft_len, self._sanitizer)
-        return verified
+            return self._sample(plan, logits), None
+        features = self._runner.features
+        assert features is not None and self._draft is not None, "a pass with a draft keeps its features"
+        self._draft.extend.behind(batch, features, decision, has_waited)
+        return self._speculator.advance(plan, batch, slots, logits, self._sampler, features)
 
     def _sample(self, plan: BatchPlan, logits: torch.Tensor | None) -> Sampled | None:
         sampled: Sampled | None = None
@@ -381,11 +384,10 @@ class Engine:
         """Prepare the buckets; one that failed on any rank is given up on every rank (I1)."""
         failed = set(self._graphs.capture())
         buckets = self._guard.buckets
-        flags = torch.tensor([float(bucket in failed) for bucket in buckets], device=self._device)
-        tp_group.all_reduce(flags)
-        for bucket, num_failures in zip(buckets, flags.tolist(), strict=True):  # at start-up: may wait
-            if num_failures:
-                self._guard.mark_failed(bucket)
+        for bucket in failed_anywhere(buckets, failed, tp_group, self._device):
+            self._guard.mark_failed(bucket)
+        if self._draft is not None:
+            self._draft.runner.prepare()
 
     def _check_tokens(self, plan: BatchPlan) -> None:
         lowest, highest = min(plan.token_ids, default=0), max(plan.token_ids, default=0)

@@ -40,6 +40,8 @@ class ForwardBatch:
     """The most that C is at this address"""
     query_starts: torch.Tensor
     """[B + 1] int32"""
+    slots: torch.Tensor
+    """[B] int64: whose row it is, the dummy slot of pads"""
     context_lens: torch.Tensor
     """[B] int32: tokens of the row in the pool once this pass has written its own"""
     out_locations: torch.Tensor

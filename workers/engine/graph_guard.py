@@ -8,14 +8,15 @@ from typing import Literal
 
 from workers.plan import Mode
 
+StepPart = Mode | Literal["draft", "draft_extend"]
+"""What is counted: a step by its mode, with a draft its two passes too."""
 Outcome = Literal["replay", "replay_after_load", "eager"]
 """replay_after_load: the replay had to come after a LOAD in flight of a page that it reads. Loading is no
 reason to run eager (I5)."""
 EagerReason = Literal["no_bucket", "mixed", "disabled", "capture_failed", "unsupported"]
 """no_bucket: more rows or tokens than the largest bucket; mixed: extend and decode rows in one step, where
 only decode steps have buckets; disabled: `graphs` is off; capture_failed: the bucket could not be prepared;
-unsupported: no graph exists for steps that extend, or in which rows bring more drafts than others, or none on
-this device or for this attention."""
+unsupported: no graph exists for steps that extend, or none on this device or for this attention."""
 
 MAX_CAPTURED_ROWS = 512
 MAX_CAPTURED_TOKENS = 1024
@@ -26,7 +27,7 @@ _MIN_TOKENS_STEP = 16
 @dataclass(frozen=True, order=True)
 class Bucket:
     """What one graph computes: `decode`: `size` rows of a token each; `mixed`: `size` tokens in rows of any
-    length; `verify`: `size` tokens in rows of the same length, the logits of all of them."""
+    length; `verify`: `size` tokens in rows of few, the logits of all of them."""
 
     mode: Literal["decode", "verify", "mixed"]
     size: int
@@ -68,8 +69,8 @@ class GraphGuard:
         self._enabled = enabled
         self._supported = supported
         self._failed: set[Bucket] = set()
-        self.steps: Counter[tuple[Mode, Outcome]] = Counter()
-        self.eager_steps: Counter[tuple[Mode, EagerReason]] = Counter()
+        self.steps: Counter[tuple[StepPart, Outcome]] = Counter()
+        self.eager_steps: Counter[tuple[StepPart, EagerReason]] = Counter()
 
     @property
     def buckets(self) -> list[Bucket]:
@@ -93,29 +94,29 @@ class GraphGuard:
         """Run `bucket`'s steps eager from now on: its capture failed."""
         self._failed.add(bucket)
 
-    def decide(
-        self, mode: Mode, num_rows: int, num_tokens: int, after_load: bool = False, has_drafts: bool = False
-    ) -> Decision:
+    def decide(self, mode: Mode, num_rows: int, num_tokens: int, after_load: bool = False) -> Decision:
         """Choose for one step, and count it; whether it comes `after_load` changes its count alone."""
-        bucket, reason = self._choose(mode, num_rows, num_tokens, has_drafts)
-        replay: Outcome = "replay_after_load" if after_load else "replay"
-        self.steps[mode, "eager" if reason else replay] += 1
-        if reason:
-            self.eager_steps[mode, reason] += 1
+        bucket, reason = self._choose(mode, num_rows, num_tokens)
+        self.count(mode, reason, after_load)
         return Decision(bucket, reason)
 
-    def _choose(
-        self, mode: Mode, num_rows: int, num_tokens: int, has_drafts: bool
-    ) -> tuple[Bucket | None, EagerReason | None]:
+    def count(self, part: StepPart, reason: EagerReason | None, after_load: bool = False) -> None:
+        """Count a pass that was replayed, or ran eager for a `reason`."""
+        replay: Outcome = "replay_after_load" if after_load else "replay"
+        self.steps[part, "eager" if reason else replay] += 1
+        if reason:
+            self.eager_steps[part, reason] += 1
+
+    def _choose(self, mode: Mode, num_rows: int, num_tokens: int) -> tuple[Bucket | None, EagerReason | None]:
         if not self._enabled:
             return None, "disabled"
-        if not self._supported or (mode != "verify" and has_drafts):
+        if not self._supported:
             return None, "unsupported"
         bucket: Bucket | None
         if mode == "decode":
             bucket = self._smallest("decode", self._batch_sizes, num_rows)
         elif mode == "verify":
-            if num_tokens not in [num_rows * length for length in self._verify_lens]:
+            if not self._verify_lens:
                 return None, "unsupported"
             bucket = self._smallest("verify", self._verify_sizes, num_tokens)
         elif self._token_sizes:

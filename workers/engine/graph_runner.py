@@ -6,10 +6,10 @@ change, which keeps every rule of graphs but the capture. The engine's thread.
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 
@@ -30,10 +30,12 @@ from workers.engine.model_runner import ModelRunner
 from workers.engine.recording import Arena, Recording, RecordingError, RecordingKernels
 from workers.engine.rehearsal import Rehearsal
 from workers.engine.staging import BucketInputs
+from workers.parallel import TPGroup
 from workers.plan import Mode
 
 logger = logging.getLogger(__name__)
 
+Prepared = TypeVar("Prepared")
 PreparedStep = Callable[[], torch.Tensor | None]
 """Computes the step over the static inputs; returns the logits of every sample index, pads included. They
 last until the next call of any bucket's."""
@@ -62,6 +64,7 @@ class GraphRunner:
         device: torch.device,
         mechanisms: Mechanisms = ALL_ON,
         kernels: RecordingKernels | None = None,
+        samples_per_row: int = 1,
     ) -> None:
         self._runner = runner
         self._kernels = kernels
@@ -73,7 +76,9 @@ class GraphRunner:
         self._graphs = CudaGraphs(device) if device.type == "cuda" else None
         page_size = runner.pool.page_size
         self._inputs = {
-            bucket: BucketInputs(bucket, max_slots, page_size, pages_per_row, device, mechanisms)
+            bucket: BucketInputs(
+                bucket, max_slots, page_size, pages_per_row, device, mechanisms, samples_per_row
+            )
             for bucket in sorted(buckets, key=lambda bucket: bucket.size, reverse=True)
         }
         self._steps: dict[Bucket, PreparedStep] = {}
@@ -130,6 +135,8 @@ class GraphRunner:
             self._runner.pool.zero_dummy_page()
         if logits is None:
             return None
+        if batch.bucket.mode == "verify":  # of all tokens in the batch's order
+            return logits.index_select(0, batch.sample_indices[: batch.num_samples])
         logits = logits[: batch.num_samples]
         return logits.clone() if self._mechanisms.clones_outputs else logits
 
@@ -220,6 +227,16 @@ def guard_for(
         token_sizes,
         verify_lens=[1 + draft_len for draft_len in config.draft_lens] if verifies else (),
     )
+
+
+def failed_anywhere(
+    prepared: Sequence[Prepared], failed: Collection[Prepared], group: TPGroup, device: torch.device
+) -> list[Prepared]:
+    """Return which of what every rank has tried to prepare, in one order, has failed on any of them (I1)."""
+    flags = torch.tensor([float(each in failed) for each in prepared], device=device)
+    group.all_reduce(flags)
+    # At start-up: may wait.
+    return [each for each, num_failures in zip(prepared, flags.tolist(), strict=True) if num_failures]
 
 
 def repeats(

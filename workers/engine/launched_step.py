@@ -22,7 +22,8 @@ class StepTimeoutError(RuntimeError):
 @dataclass(frozen=True)
 class LaunchedStep:
     """`sampled` is on its way to the host, None where no row was sampled here; `fence` is behind that and the
-    whole pass, None where both are done."""
+    target's whole pass, None where both are done. The draft goes on behind it, over places that are nobody's
+    but its rows': what comes to them next, a step or a move, comes after it on the device."""
 
     step: int
     relocation_version: RelocationVersion

@@ -8,7 +8,6 @@ import torch
 from workers.attention.backend import AttentionBackend
 from workers.engine.forward_batch import ForwardBatch
 from workers.kvcache.kv_pool import KVPool
-from workers.models.draft import DraftModel
 
 
 class LanguageModel(Protocol):
@@ -35,6 +34,21 @@ class LanguageModel(Protocol):
         ...
 
 
+class Follower(Protocol):
+    """What runs behind the decoder in the same pass; workers.speculative.draft_extend.DraftExtend."""
+
+    feature_layers: tuple[int, ...]
+    is_apart: bool
+    """It does not: whoever runs the pass runs it afterwards."""
+
+    def features(self, taps: list[torch.Tensor]) -> torch.Tensor:
+        """Return the features [tokens, feature_size] of a pass' taps."""
+        ...
+
+    def run(self, batch: ForwardBatch, features: torch.Tensor) -> None:
+        """Compute the draft's entries of the batch."""
+
+
 class ModelRunner:
     """Plans and computes a batch. Owns pool and backend; the decoder is shared with nobody else."""
 
@@ -43,9 +57,9 @@ class ModelRunner:
         model: LanguageModel,
         attention: AttentionBackend,
         pool: KVPool,
-        draft: DraftModel | None = None,
+        extend: Follower | None = None,
     ) -> None:
-        self._draft = draft
+        self._extend = extend
         self.features: torch.Tensor | None = None
         """What the draft takes from the last pass, [tokens, feature_size]; None without a draft."""
         self._model = model
@@ -63,13 +77,15 @@ class ModelRunner:
         where nothing is sampled.
         """
         self._attention.begin()
-        if self._draft is None:
+        if self._extend is None:
             hidden = self._model.forward(batch.token_ids, batch.positions, self._attention)
         else:
             hidden, taps = self._model.forward_tapped(
-                batch.token_ids, batch.positions, self._attention, self._draft.feature_layers
+                batch.token_ids, batch.positions, self._attention, self._extend.feature_layers
             )
-            self.features = self._draft.feature(taps)
+            self.features = self._extend.features(taps)
+            if not self._extend.is_apart:
+                self._extend.run(batch, self.features)
         num_samples = batch.sample_indices.shape[0]
         if num_samples == 0:
             return None

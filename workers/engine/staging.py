@@ -117,7 +117,8 @@ class StagingRing(Generic[AnySet]):
 
 
 class BucketInputs:
-    """The static inputs of one bucket and the ring that feeds them. `max_slots`: rows of a mixed bucket.
+    """The static inputs of a bucket and the ring that feeds them. `max_slots`: a mixed bucket's rows, each of
+    which wants the logits of `samples_per_row` tokens at most.
 
     A mixed bucket has a row more, for the pad tokens; all of these must find a column in it.
     """
@@ -130,6 +131,7 @@ class BucketInputs:
         pages_per_row: int,
         device: torch.device,
         mechanisms: Mechanisms = ALL_ON,
+        samples_per_row: int = 1,
     ) -> None:
         size = bucket.size
         is_decode = bucket.mode == "decode"
@@ -145,7 +147,8 @@ class BucketInputs:
 
         self.bucket = bucket
         self.num_rows = num_rows
-        self.num_samples = size if bucket.mode == "verify" else num_rows
+        max_samples = size if bucket.mode == "verify" else min(max_slots * samples_per_row, size) + 1
+        self.num_samples = size if is_decode else min(max_samples, max(size, num_rows))
         """Tokens whose logits it computes."""
         self.static = StepInputs(size, num_rows, max_columns, device)
         self.ring = StagingRing(make, mechanisms.rings_staging)
@@ -199,6 +202,7 @@ class Stager:
             positions=self._send(host.positions[:num_tokens]),
             page_rows=self._send(rows),
             query_starts=self._send(host.query_starts[: num_rows + 1]),
+            slots=self._send(host.slots[:num_rows]),
             context_lens=self._send(host.context_lens[:num_rows]),
             out_locations=self._send(host.out_locations[:num_tokens]),
             sample_indices=self._send(host.sample_indices[:num_sampled]),
@@ -208,7 +212,7 @@ class Stager:
             host_context_lens=lens,
         )
         if plan.num_awaited:
-            self._take_awaited(plan, batch.token_ids, self._send(host.slots[: plan.num_awaited]))
+            self._take_awaited(plan, batch.token_ids, batch.slots[: plan.num_awaited])
         host.fence = self._copies.fence()
         return batch, slots
 
@@ -231,6 +235,7 @@ class Stager:
             #   query_starts  | ..., num_tokens | size, size, ... |: the first pad row has all pad tokens
             host.start_array[num_real + 1 :] = bucket.bucket.size
             host.sample_array[num_samples:] = 0
+        host.slot_array[:] = slots
         if self._mechanisms.pads_rows:
             host.token_id_array[num_tokens:] = 0
             host.position_array[num_tokens:] = 0
@@ -266,7 +271,6 @@ class Stager:
         positions = host.position_array[:num_rows]
         positions[:] = plan.starts
         host.token_id_array[:num_rows] = _tokens(plan)
-        host.slot_array[: plan.num_awaited] = slots[: plan.num_awaited]
         host.len_array[:num_rows] = positions
         host.len_array[:num_rows] += 1
         self._table.stage_locations(slots, positions, host.location_array[:num_rows])
@@ -291,7 +295,7 @@ class Stager:
         positions = host.position_array[:num_tokens]
         positions[:] = np.arange(num_tokens) + np.repeat(starts - (ends - lens), lens)
         host.token_id_array[:num_tokens] = tokens
-        host.slot_array[: plan.num_awaited] = slots[: plan.num_awaited]
+        host.slot_array[:num_rows] = slots
         host.start_array[0] = 0
         host.start_array[1 : num_rows + 1] = ends
         host.len_array[:num_rows] = starts + lens
@@ -346,6 +350,7 @@ def static_batch(
         positions=static.positions,
         page_rows=static.page_rows(bucket.num_rows, int(host.num_columns_array[0])),
         query_starts=static.query_starts,
+        slots=static.slots,
         context_lens=static.context_lens,
         out_locations=static.out_locations,
         sample_indices=static.sample_indices[: bucket.num_samples],

@@ -7,105 +7,129 @@ too. That is lossless rejection sampling for a draft that is certain of its toke
 probability that the target gives it, else drawn from all others.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from workers.engine.copies import CopyStream
+from workers.engine.sampled import Sampled
 from workers.engine.sampler import Sampler
 from workers.protocol import TokenLogprobs
 
-TokenArray = npt.NDArray[np.int64]
+IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class VerifiedRow:
-    """A sampled row: its slot, the position of its next token, and the tokens drafted from there on."""
+class VerifiedRows:
+    """A step's B sampled rows, in the plan's order."""
 
-    slot: int
-    position: int
-    drafts: TokenArray
+    slots: IntArray
+    """[B]"""
+    positions: IntArray
+    """[B]: of each row's next token, which is the first draft's place as well"""
+    num_drafts: IntArray
+    """[B]: drafts that the row brings"""
 
 
-@dataclass
-class Accepted:
-    """What a row has got: the drafts that were right, then one token more; with logprobs where asked for."""
+@dataclass(frozen=True)
+class Choices:
+    """What the target chooses at each place of B rows, the last of which is behind all drafts.
 
-    token_ids: list[int]
-    logprobs: list[TokenLogprobs | None]
+    Behind a row's first wrong draft, and behind its last place, there may be anything.
+    """
+
+    token_ids: Tensor
+    """[B, places] int64"""
+    parts: list[tuple[IntArray, Sampled]]
+    """What was sampled at which places, row * places + place"""
+
+    def to_host(self, copies: CopyStream) -> "Choices":
+        """Return the same on the host; to be read once a fence behind this call was passed."""
+        parts = [(places, sampled.to_host(copies)) for places, sampled in self.parts]
+        return Choices(copies.to_host(self.token_ids), parts)
 
 
 @dataclass(frozen=True)
 class Verified:
-    """A step's rows as StepOutput tells them; on the host."""
+    """What a step's rows got, as StepOutput tells it: drafts that were right, and one token more.
 
-    rows: list[Accepted]
+    Both fields are on their way to the host, to be read once a fence behind them was passed.
+    """
+
+    num_right: Tensor
+    """[B] int64"""
+    choices: Choices
 
     @property
     def num_tokens(self) -> list[int]:
         """StepOutput's."""
-        return [len(row.token_ids) for row in self.rows]
+        return [num + 1 for num in self.num_right.tolist()]  # on the host: waits for nothing
 
     def read(self) -> tuple[list[int], list[TokenLogprobs | None]]:
         """Return tokens and logprobs of all rows, one after another."""
-        token_ids = [token_id for row in self.rows for token_id in row.token_ids]
-        return token_ids, [logprobs for row in self.rows for logprobs in row.logprobs]
+        num_places = self.choices.token_ids.shape[1]
+        told: dict[int, TokenLogprobs | None] = {}
+        for places, sampled in self.choices.parts:
+            told.update(zip(places.tolist(), sampled.read()[1], strict=True))
+        rows = self.choices.token_ids.tolist()  # on the host as well
+        kept = [(row, place) for row, num in enumerate(self.num_tokens) for place in range(num)]
+        return [rows[row][place] for row, place in kept], [
+            told[row * num_places + place] for row, place in kept
+        ]
 
 
-def accept(
-    sampler: Sampler, logits: Tensor, rows: Sequence[VerifiedRow], copies: CopyStream
-) -> list[Accepted]:
-    """Return the tokens of each row. `logits` [samples, vocab]: of each row one for its own last token and
-    one for each of its drafts, in order. Waits for the device."""
+def choose(
+    sampler: Sampler, logits: Tensor, rows: VerifiedRows, drafts: Tensor, copies: CopyStream
+) -> Choices:
+    """Choose tokens at all places of `rows`, whose drafts are [B, max_drafts] int64 on the device.
+
+    `logits` [samples, vocab]: of each row one for its own last token and one for each of its drafts, in
+    order. Waits for the device only where penalties make a token depend on those before it.
+    """
     #   rows      |    row 0 (2 drafts)     | row 1 (none) | ...
     #   logits    | own | draft 0 | draft 1 |     own      |
-    lens = np.array([1 + len(row.drafts) for row in rows])
+    num_rows, num_places = drafts.shape[0], drafts.shape[1] + 1
+    lens = 1 + rows.num_drafts
     firsts = np.cumsum(lens) - lens
-    accepted = [Accepted([], []) for _ in rows]
-    # Penalties count the tokens before: such a row is sampled place by place, any other at once.
-    has_history = [sampler.has_history(row.slot) for row in rows]
-    at_once = [index for index, has in enumerate(has_history) if not has]
-    chosen = _sample(
-        sampler, logits, copies, [(rows[i], firsts[i] + j, j) for i in at_once for j in range(lens[i])]
-    )
-    for index in at_once:
-        _extend(accepted[index], rows[index], [next(chosen) for _ in range(lens[index])])
-    going = [index for index, has in enumerate(has_history) if has]
-    for place in range(int(lens.max(initial=0))):
-        chosen = _sample(
-            sampler, logits, copies, [(rows[index], firsts[index] + place, place) for index in going]
-        )
-        going = [index for index in going if _extend(accepted[index], rows[index], [next(chosen)])]
-    return accepted
+    row = np.repeat(np.arange(num_rows), lens)  # [samples]
+    place = np.arange(len(row)) - firsts[row]
+    has_history = np.array([sampler.has_history(slot) for slot in rows.slots.tolist()], dtype=np.bool_)
+    token_ids = torch.zeros(num_rows * num_places, dtype=torch.int64, device=drafts.device)
+    choices = Choices(token_ids.view(num_rows, num_places), [])
+
+    def sample(which: IntArray) -> Tensor | None:
+        """Choose at some of the samples."""
+        if not which.size:
+            return None
+        taken = logits if len(which) == len(logits) else logits.index_select(0, copies.upload(which))
+        positions = rows.positions[row[which]] + place[which]
+        sampled = sampler.sample(taken, rows.slots[row[which]].tolist(), positions.tolist())
+        places = row[which] * num_places + place[which]
+        token_ids.index_copy_(0, copies.upload(places), sampled.token_ids)
+        choices.parts.append((places, sampled))
+        return sampled.token_ids
+
+    sample(np.flatnonzero(~has_history[row]))
+    going = np.flatnonzero(has_history)
+    guessed = drafts.cpu().numpy() if going.size else None  # penalties count what was right: a wait
+    for number in range(num_places):
+        going = going[rows.num_drafts[going] >= number]
+        found = sample(firsts[going] + number)
+        if found is None or guessed is None or number == num_places - 1:
+            break
+        going = going[found.cpu().numpy() == guessed[going, number]]
+    return choices
 
 
-def _sample(
-    sampler: Sampler,
-    logits: Tensor,
-    copies: CopyStream,
-    places: Sequence[tuple[VerifiedRow, int, int]],
-) -> "zip[tuple[int, TokenLogprobs | None]]":
-    """Choose a token at each place: (row, its logits, how many drafts come before it)."""
-    if not places:
-        return zip((), (), strict=True)
-    which = np.array([index for _, index, _ in places], dtype=np.int64)
-    taken = logits if len(which) == len(logits) else logits.index_select(0, copies.upload(which))
-    slots, positions = [row.slot for row, _, _ in places], [row.position + n for row, _, n in places]
-    sampled = sampler.sample(taken, slots, positions).to_host(copies)
-    if (fence := copies.fence()) is not None:
-        fence.synchronize()  # what follows depends on how many were right
-    return zip(*sampled.read(), strict=True)
+def count_right(token_ids: Tensor, drafts: Tensor, num_drafts: Tensor) -> Tensor:
+    """Return how many of each row's first drafts are what the target chose, [B] int64, on the device.
 
-
-def _extend(accepted: Accepted, row: VerifiedRow, chosen: Sequence[tuple[int, TokenLogprobs | None]]) -> bool:
-    """Take tokens on until one is not the draft's; tell whether the row goes on."""
-    for token_id, logprobs in chosen:
-        place = len(accepted.token_ids)
-        accepted.token_ids.append(token_id)
-        accepted.logprobs.append(logprobs)
-        if place == len(row.drafts) or token_id != row.drafts[place]:
-            return False
-    return True
+    `token_ids` [B, max_drafts + 1] are Choices', `drafts` [B, max_drafts], of which `num_drafts` [B] count.
+    """
+    max_drafts = drafts.shape[1]
+    is_right = token_ids[:, :max_drafts] == drafts
+    is_right &= torch.arange(max_drafts, device=drafts.device) < num_drafts[:, None]
+    return is_right.long().cumprod(dim=1).sum(dim=1)

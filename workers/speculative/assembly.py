@@ -1,0 +1,57 @@
+"""assemble_draft: the parts of a rank's draft, put together for its Engine."""
+
+from dataclasses import dataclass
+
+from workers.attention.choice import ChosenKernels, choose_draft_attention
+from workers.config import WorkerConfig
+from workers.engine.copies import CopyStream
+from workers.engine.graph_guard import MAX_CAPTURED_ROWS, EagerReason, GraphGuard, default_batch_sizes
+from workers.kvcache.kv_pool import KVPool
+from workers.kvcache.page_table import PageTable
+from workers.models.decoder import Decoder
+from workers.models.draft import DraftModel
+from workers.parallel import TPGroup
+from workers.speculative.draft_extend import DraftExtend
+from workers.speculative.draft_loop import LoopParts
+from workers.speculative.draft_runner import DraftRunner
+from workers.speculative.draft_state import DraftState
+
+
+@dataclass(frozen=True)
+class DraftParts:
+    """`extend` runs in the target's pass, `runner` behind it."""
+
+    state: DraftState
+    extend: DraftExtend
+    runner: DraftRunner
+
+
+def assemble_draft(
+    config: WorkerConfig,
+    model: DraftModel,
+    decoder: Decoder,
+    chosen: ChosenKernels,
+    pool: KVPool,
+    table: PageTable,
+    group: TPGroup,
+    copies: CopyStream,
+    guard: GraphGuard,
+) -> DraftParts:
+    """Build what drafts for the rows of `table`; raises BackendError where its attention cannot be."""
+    attention = choose_draft_attention(config, pool, model, decoder, chosen)
+    state = DraftState(pool, table.max_slots, config.max_drafts)
+    parts = LoopParts(model, state, pool, table, group, copies, attention.for_passes, chosen.greedy_tokens)
+    reason: EagerReason | None = None
+    if not config.graphs:
+        reason = "disabled"
+    elif not attention.is_prepared:
+        reason = "unsupported"
+    sizes = default_batch_sizes(min(table.max_slots, MAX_CAPTURED_ROWS))
+    if sizes[-1] < table.max_slots:
+        sizes = (*sizes, table.max_slots)
+    kernels = chosen.kernels if group.size == 1 else None
+    return DraftParts(
+        state,
+        DraftExtend(model, attention.extend, pool, state, guard, is_apart=attention.is_apart),
+        DraftRunner(parts, sizes, config.draft_lens, guard, reason, kernels),
+    )

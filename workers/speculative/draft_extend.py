@@ -1,0 +1,74 @@
+"""DraftExtend: brings the draft up to what the target computes, in the target's own pass. Engine's thread.
+
+    place               s        s+1      s+2     ...      of one row of any step
+    token               known    known or drafted
+    the entry's feature carried  of s     of s+1  ...      the target's, of the token before
+
+The draft's entries have the places of the target's: one batch, one plan, one captured graph. What becomes of
+a drafted token that is wrong, in both of them and in a page's tail, is written over by the next step.
+"""
+
+import torch
+
+from workers.attention.backend import AttentionBackend
+from workers.engine.forward_batch import ForwardBatch
+from workers.engine.graph_guard import Decision, GraphGuard
+from workers.kvcache.kv_pool import DUMMY_PAGE, KVPool
+from workers.models.draft import DraftModel
+from workers.speculative.draft_state import DraftState
+
+
+class DraftExtend:
+    """Runs the draft behind the target, over the same batch.
+
+    `attention` is the target's, planned and begun with it, or (`is_apart`) one that cannot be prepared, which
+    then runs behind the target's prepared pass.
+    """
+
+    def __init__(
+        self,
+        draft: DraftModel,
+        attention: AttentionBackend,
+        pool: KVPool,
+        state: DraftState,
+        guard: GraphGuard,
+        *,
+        is_apart: bool,
+    ) -> None:
+        self.feature_layers = draft.feature_layers
+        self.is_apart = is_apart
+        self._draft = draft
+        self._attention = attention
+        self._pool = pool
+        self._state = state
+        self._guard = guard
+
+    def features(self, taps: list[torch.Tensor]) -> torch.Tensor:
+        """Return the features [tokens, feature_size] of a pass' taps."""
+        return self._draft.feature(taps)
+
+    def behind(
+        self, batch: ForwardBatch, features: torch.Tensor, decision: Decision, after_load: bool
+    ) -> None:
+        """Run behind the target's pass where it was no part of that; count how it ran."""
+        if self.is_apart:
+            self.run(batch, features)
+        self._guard.count("draft_extend", "unsupported" if self.is_apart else decision.reason, after_load)
+
+    def run(self, batch: ForwardBatch, features: torch.Tensor) -> None:
+        """Compute the batch's entries from its tokens' features; keep those of pages' last tokens."""
+        if self.is_apart:
+            self._attention.plan(batch)
+            self._attention.begin()
+        num_tokens = features.shape[0]
+        # Rows without tokens, of buckets, begin behind the last token: there is a place for what they carry.
+        before = torch.empty(num_tokens + 1, features.shape[1], dtype=features.dtype, device=features.device)
+        before[1:] = features
+        carried = self._state.carried.index_select(0, batch.slots)
+        before.index_copy_(0, batch.query_starts[:-1].long(), carried)
+        self._draft.forward(batch.token_ids, before[:num_tokens], batch.positions, self._attention)
+        page_size = self._pool.page_size
+        ends_page = (batch.positions + 1) % page_size == 0
+        pages = batch.out_locations // page_size * ends_page  # others' go to the dummy page
+        self._pool.tails.index_copy_(0, pages, features)
+        self._pool.tails[DUMMY_PAGE].zero_()
