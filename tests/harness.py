@@ -107,6 +107,8 @@ class Answer:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     num_cached_tokens: int = 0
+    num_accepted_drafts: int = 0
+    num_rejected_drafts: int = 0
 
 
 class Harness:
@@ -284,6 +286,8 @@ class Harness:
             answer.logprobs += output.logprobs
             answer.finish_reason = output.finish_reason
             answer.num_cached_tokens = output.num_cached_tokens
+            answer.num_accepted_drafts += output.num_accepted_drafts
+            answer.num_rejected_drafts += output.num_rejected_drafts
 
 
 def bundle_bytes(config: WorkerConfig, card: ModelCard) -> int:

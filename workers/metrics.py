@@ -15,16 +15,18 @@ from prometheus_client.registry import Collector
 
 from cache_service.metrics import SECONDS_BUCKETS, MetricLabels
 from workers.engine.graph_guard import CaptureStats, EagerReason, Outcome, StepPart
+from workers.engine.part_times import TimedPart
 from workers.inbox import Inbox
 from workers.kvcache.host_tier import HostTier
 from workers.kvcache.manager import KVCacheManager
 from workers.kvcache.moves import MoveStats
 from workers.kvcache.prefetcher import Prefetcher
-from workers.plan import BatchPlan
+from workers.plan import BatchPlan, Mode
 from workers.protocol import LoadReport
 from workers.scheduler.stats import SchedulerStats
 
 StepCounts = Mapping[tuple[StepPart, Outcome], int]
+PartSeconds = Mapping[tuple[Mode, TimedPart], float]
 ReasonCounts = Mapping[tuple[StepPart, EagerReason], int]
 
 LABELS = ("model", "replica", "rank", "node")
@@ -77,12 +79,13 @@ def count_steps(
     graph_steps: StepCounts,
     eager_steps: ReasonCounts,
     capture: CaptureStats,
+    part_seconds: PartSeconds,
 ) -> None:
     """Declare what every rank has on `registry`: the engine's own counters, read when scraped.
 
-    They are by (mode, outcome) and by (mode, reason); `capture` is the start's.
+    They are by (mode, outcome), by (mode, reason) and by (mode, part); `capture` is the start's.
     """
-    registry.register(_StepCollector(labels, graph_steps, eager_steps, capture))
+    registry.register(_StepCollector(labels, graph_steps, eager_steps, capture, part_seconds))
 
 
 class LeaderMetrics:
@@ -127,7 +130,9 @@ class _StepCollector(Collector):
         graph_steps: StepCounts,
         eager_steps: ReasonCounts,
         capture: CaptureStats,
+        part_seconds: PartSeconds,
     ) -> None:
+        self._part_seconds = part_seconds
         self._labels = labels
         self._capture = capture
         self._graph_steps = graph_steps
@@ -144,10 +149,19 @@ class _StepCollector(Collector):
             graph.add_metric([*self._labels.values, mode, outcome], count)
         for (mode, reason), count in dict(self._eager_steps).items():
             eager.add_metric([*self._labels.values, mode, reason], count)
+        parts = CounterMetricFamily(
+            "eyrie_draft_seconds",
+            "With a draft, what a step's parts took on the device: target, with draft_extend where that is"
+            " part of its pass, accept, draft.",
+            labels=[*LABELS, "mode", "kind"],
+        )
+        for (mode, part), seconds in dict(self._part_seconds).items():
+            parts.add_metric([*self._labels.values, mode, part], seconds)
         gauge = MetricLabels(LABELS, self._labels.values).gauge
         return [
             graph,
             eager,
+            parts,
             gauge("eyrie_graphs", "Steps prepared at the start.", self._capture.num_graphs),
             gauge("eyrie_graph_capture_seconds", "What preparing them took.", self._capture.seconds),
             gauge("eyrie_graph_bytes", "Device memory that they take.", self._capture.num_bytes),
@@ -216,6 +230,30 @@ class _LeaderCollector(Collector):
         for (origin, length), count in dict(stats.accept_lengths).items():
             lengths.add_metric([*self._values, origin, str(length)], count)
         yield lengths
+        tokens = CounterMetricFamily(
+            "eyrie_step_tokens",
+            "Tokens that steps of a mode brought; by the count of eyrie_step_seconds: tokens a step.",
+            labels=[*LABELS, "mode"],
+        )
+        for mode, count in dict(stats.step_tokens).items():
+            tokens.add_metric([*self._values, mode], count)
+        yield tokens
+        steps = CounterMetricFamily(
+            "eyrie_draft_steps",
+            "Steps that sampled beside a draft, by how many tokens it guessed for each row; 0: it was off.",
+            labels=[*LABELS, "length"],
+        )
+        for length, count in dict(stats.draft_steps).items():
+            steps.add_metric([*self._values, str(length)], count)
+        yield steps
+        switches = CounterMetricFamily(
+            "eyrie_draft_switches",
+            "Times that `draft_tokens: auto` turned guessing on or off, and why.",
+            labels=[*LABELS, "outcome", "reason"],
+        )
+        for switch, count in dict(stats.draft_switches).items():
+            switches.add_metric([*self._values, *switch], count)
+        yield switches
 
     def _pages(self) -> Iterable[Metric]:
         pages = self._sources.cache.stats()

@@ -144,6 +144,10 @@ class RequestOutput(msgspec.Struct, frozen=True, array_like=True):
     """For `error` and `rejected`: what was found, what is allowed."""
     error_code: str | None = None
     """For `rejected`: `queue_full`, `prompt_too_long`, `bad_token`, `bad_request`."""
+    num_accepted_drafts: int = 0
+    """Of `token_ids`, those that the draft had guessed."""
+    num_rejected_drafts: int = 0
+    """Tokens that it guessed in vain in this step."""
 
 
 class StepMessage(msgspec.Struct, frozen=True, array_like=True, tag="step"):

@@ -87,7 +87,14 @@ class Rank:
         self._engine = Engine(config, card, self._group)
         labels = RankLabels(card.name, spec.replica_id, spec.rank, spec.node)
         engine = self._engine
-        count_steps(self.registry, labels, engine.graph_steps, engine.eager_steps, engine.capture_stats)
+        count_steps(
+            self.registry,
+            labels,
+            engine.graph_steps,
+            engine.eager_steps,
+            engine.capture_stats,
+            engine.part_times.seconds,
+        )
         if spec.rank == 0 and config.max_context_len is None:
             warn_of_short_context(self._engine.max_context_len, card.context_len)
         self._clock = clock

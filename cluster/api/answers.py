@@ -15,6 +15,13 @@ class CachedTokens(msgspec.Struct, frozen=True):
     cached_tokens: int
 
 
+class DraftedTokens(msgspec.Struct, frozen=True):
+    """What a draft model guessed: those among the completion's tokens, and those that were not to be."""
+
+    accepted_prediction_tokens: int
+    rejected_prediction_tokens: int
+
+
 class Usage(msgspec.Struct, frozen=True):
     """Tokens of a call; a prompt with n choices counts once."""
 
@@ -22,6 +29,8 @@ class Usage(msgspec.Struct, frozen=True):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: CachedTokens
+    completion_tokens_details: DraftedTokens | UnsetType = UNSET
+    """Where the call asked for it."""
 
 
 class TopLogprob(msgspec.Struct, frozen=True):

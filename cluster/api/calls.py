@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from cluster.api.answers import CachedTokens, Usage
+from cluster.api.answers import CachedTokens, DraftedTokens, Usage
 from cluster.api.choice_text import ChoiceText, Piece
 from cluster.api.errors import ApiError, internal_error, prompt_timeout
 from cluster.api.failure_log import log_failure
@@ -191,9 +191,9 @@ async def send_json(send: Send, record: msgspec.Struct) -> None:
     await response({"type": "http"}, _no_receive, send)
 
 
-def usage(generation: Generation, num_choices: int) -> Usage:
-    """Return the tokens of a call so far; `num_choices` is n, the choices each prompt has."""
-    choices = generation.choices
+def usage(generation: Generation, body: ChatCompletionRequest | CompletionRequest) -> Usage:
+    """Return the tokens of a call so far, with as much detail as its body asks for."""
+    choices, num_choices = generation.choices, body.num_choices
     prompt_tokens = cached_tokens = 0
     for first in range(0, len(choices), num_choices):
         of_prompt = choices[first : first + num_choices]
@@ -202,7 +202,18 @@ def usage(generation: Generation, num_choices: int) -> Usage:
         cached_tokens += min(choice.cached_len or 0 for choice in of_prompt)
     completion_tokens = sum(choice.text.num_tokens for choice in choices)
     return Usage(
-        prompt_tokens, completion_tokens, prompt_tokens + completion_tokens, CachedTokens(cached_tokens)
+        prompt_tokens,
+        completion_tokens,
+        prompt_tokens + completion_tokens,
+        CachedTokens(cached_tokens),
+        _drafted(choices) if body.usage_details else msgspec.UNSET,
+    )
+
+
+def _drafted(choices: Sequence[Choice]) -> DraftedTokens:
+    return DraftedTokens(
+        accepted_prediction_tokens=sum(choice.num_accepted_drafts for choice in choices),
+        rejected_prediction_tokens=sum(choice.num_rejected_drafts for choice in choices),
     )
 
 

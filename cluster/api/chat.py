@@ -60,7 +60,7 @@ class ChatCompletions:
             created=call.created,
             model=call.body.model,
             choices=choices,
-            usage=usage(generation, call.body.num_choices),
+            usage=usage(generation, call.body),
         )
 
     async def _stream(self, call: Call[ChatCompletionRequest], generation: Generation, send: Send) -> None:
@@ -84,7 +84,7 @@ class ChatCompletions:
         def closing() -> list[ChatChunk]:
             if not call.body.streams_usage:
                 return []
-            totals = usage(generation, num_choices)
+            totals = usage(generation, call.body)
             return [
                 ChatChunk(id=answer_id, created=call.created, model=call.body.model, choices=[], usage=totals)
             ]

@@ -48,7 +48,7 @@ class Completions:
             created=call.created,
             model=call.body.model,
             choices=choices,
-            usage=usage(generation, call.body.num_choices),
+            usage=usage(generation, call.body),
         )
 
     async def _stream(self, call: Call[CompletionRequest], generation: Generation, send: Send) -> None:
@@ -70,7 +70,7 @@ class Completions:
         def closing() -> list[TextCompletion]:
             if not call.body.streams_usage:
                 return []
-            totals = usage(generation, call.body.num_choices)
+            totals = usage(generation, call.body)
             return [
                 TextCompletion(
                     id=answer_id, created=call.created, model=call.body.model, choices=[], usage=totals

@@ -34,6 +34,8 @@ class Choice:
     text: ChoiceText
     stream: RequestStream | None = None
     cached_len: int | None = None
+    num_accepted_drafts: int = 0
+    num_rejected_drafts: int = 0
     finish_reason: FinishReason | None = None
 
 
@@ -136,6 +138,8 @@ class Generation:
         output = first
         last_s: float | None = None
         while True:
+            choice.num_accepted_drafts += output.num_accepted_drafts
+            choice.num_rejected_drafts += output.num_rejected_drafts
             if output.token_ids:
                 last_s = self._record_tokens(len(output.token_ids), last_s)
                 if choice.cached_len is None:

@@ -176,6 +176,8 @@ class SamplingFields(_Strict):
     priority: Annotated[int, PlainValidator(_priority)] | None = None
     cache_salt: Annotated[str, PlainValidator(_cache_salt)] | None = None
     """Only requests with the same one, of the same API key, share cached pages."""
+    usage_details: bool | None = None
+    """The usage tells what became of tokens that a draft model guessed."""
 
     user: Ignored = None
     metadata: Ignored = None
@@ -212,6 +214,11 @@ class SamplingFields(_Strict):
         """Raise ApiError (400) for fields that are fine alone but not together."""
         if self.stream_options is not None and not self.stream:
             raise bad_request("'stream_options': allowed only with 'stream': true.", "stream_options")
+        if self.usage_details and self.stream and not self.streams_usage:
+            raise bad_request(
+                "'usage_details': allowed in a stream only with 'stream_options': {'include_usage': true}.",
+                "usage_details",
+            )
 
     @property
     def num_choices(self) -> int:

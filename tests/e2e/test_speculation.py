@@ -86,6 +86,24 @@ def test_any_page_size_and_length(model, draft, page_size, draft_tokens):
         assert answer.token_ids == wanted.token_ids
 
 
+@pytest.mark.parametrize("draft", ["self", "random-eagle3"])
+def test_each_answer_tells_what_became_of_its_drafts(model, draft):
+    """Of a draft that is always right, those behind the end were guessed in vain, too."""
+    harness, found = answers(model, draft=draft, max_tokens=20)
+    num_drafts = [answer.num_accepted_drafts + answer.num_rejected_drafts for answer in found]
+    assert sum(num_drafts) == sum(sum(plan.num_drafts) for plan in harness.plans)
+    if draft == "self":
+        # the first token comes with the prompt; then four times three drafts and one, then two drafts and one
+        assert {(answer.num_accepted_drafts, answer.num_rejected_drafts) for answer in found} == {(15, 0)}
+
+
+def test_parts_of_steps_are_timed(model):
+    harness, _ = answers(model, draft="random-eagle3")
+    seconds = harness.engine.part_times.seconds
+    for part in ("target", "accept", "draft"):
+        assert seconds["verify", part] > 0 and seconds["extend", part] + seconds["mixed", part] > 0
+
+
 def test_a_step_in_flight_beside_a_draft_is_refused(model):
     with pytest.raises(ValidationError, match="overlap_depth: found 1 with draft=self, allowed is 0"):
         tiny_config(model, draft="self", overlap_depth=1)

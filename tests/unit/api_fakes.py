@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as LibraryTokenizer
 
@@ -160,8 +161,13 @@ class FakeRecorder:
         return b"eyrie_fake 1\n", "text/plain; version=0.0.4"
 
 
-def says(text: str, *, finish: FinishReason = "stop", cached: int = 0, step: int = 1) -> Script:
-    """A worker that generates `text`, `step` tokens at a time, then its end token or the given finish."""
+def says(
+    text: str, *, finish: FinishReason = "stop", cached: int = 0, step: int = 1, num_drafts: int = 0
+) -> Script:
+    """A worker that generates `text`, `step` tokens at a time, then its end token or the given finish.
+
+    Of `num_drafts` drafts in each step, all but the last of its tokens were right.
+    """
 
     def script(stream: FakeStream) -> Iterable[RequestOutput]:
         yield stream.output()
@@ -171,7 +177,11 @@ def says(text: str, *, finish: FinishReason = "stop", cached: int = 0, step: int
             ids = token_ids[start : start + step]
             is_last = start + step >= len(token_ids)
             logprobs = [] if num_top is None else [_logprobs(token_id, num_top) for token_id in ids]
-            yield stream.output(ids, finish if is_last else None, logprobs, cached)
+            output = stream.output(ids, finish if is_last else None, logprobs, cached)
+            num_right = min(num_drafts, len(ids) - 1)
+            yield msgspec.structs.replace(
+                output, num_accepted_drafts=num_right, num_rejected_drafts=num_drafts - num_right
+            )
 
     return script
 

@@ -71,6 +71,7 @@ CHAT_FAULTS = [
     ({"temperature": "hot"}, "temperature", "number"),
     ({"temperature": True}, "temperature", "number"),
     ({"top_p": 0}, "top_p", "a number above 0, at most 1 (found 0)"),
+    ({"usage_details": True, "stream": True}, "usage_details", "'include_usage': true"),
     ({"n": 0}, "n", "an integer from 1 to 128 (found 0)"),
     ({"n": 129}, "n", "128"),
     ({"n": 1.0}, "n", "integer"),

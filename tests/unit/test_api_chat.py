@@ -109,6 +109,24 @@ async def test_a_stream_sends_role_text_finish_and_usage():
     assert len(recorder.first_tokens) == 1 and len(recorder.gaps) > 1
 
 
+@pytest.mark.parametrize("streams", [False, True])
+async def test_usage_tells_what_became_of_drafts_where_the_call_asks(streams):
+    router = FakeRouter(says("the cat sat", step=3, num_drafts=4))
+    asked = {"stream": True, "stream_options": {"include_usage": True}} if streams else {}
+    num_tokens = len(library_tokenizer().encode("the cat sat").ids) + 1
+    lens = [min(3, num_tokens - start) for start in range(0, num_tokens, 3)]
+    response, _ = await chat(router, n=2, usage_details=True, **asked)
+    usage = (events(response.text)[-1] if streams else response.json())["usage"]
+    num_accepted = 2 * sum(length - 1 for length in lens)
+    assert usage["completion_tokens_details"] == {
+        "accepted_prediction_tokens": num_accepted,
+        "rejected_prediction_tokens": 2 * 4 * len(lens) - num_accepted,
+    }
+    response, _ = await chat(FakeRouter(says("x", num_drafts=4)), **asked)
+    usage = (events(response.text)[-1] if streams else response.json())["usage"]
+    assert "completion_tokens_details" not in usage, "nobody asked"
+
+
 async def test_usage_is_absent_from_streams_that_did_not_ask():
     response, _ = await chat(FakeRouter(says("x")), stream=True)
     assert all("usage" not in chunk for chunk in events(response.text))

@@ -23,6 +23,7 @@ from workers.scheduler.stats import SchedulerStats
 
 ROOT = Path(__file__).resolve().parents[2]
 CAPTURE = CaptureStats(num_graphs=9, seconds=1.5, num_bytes=4096)
+PARTS = {("verify", "target"): 2.5, ("verify", "draft"): 0.5}
 ALLOWED_LABELS = {
     "model", "replica", "rank", "node",
     "finish_reason", "route", "status", "mode", "outcome", "reason", "state", "le",
@@ -96,9 +97,10 @@ def rank():
     cache = KVCacheManager(16, 16, NAMESPACE, 1)
     stats.verified(3, 2, prompt_len=40, origins={"host": 32})
     stats.verified(3, 4, prompt_len=40, origins={"host": 16})
+    stats.step_tokens["verify"], stats.draft_steps[3], stats.draft_switches["off", "loss"] = 8, 7, 6
     sources = LeaderSources(stats, cache, FakeInbox(), 4096)
     labels = RankLabels("tiny", "replica-0", 0, "10.0.0.1")
-    count_steps(registry, labels, {("decode", "replay"): 5}, {("mixed", "mixed"): 4}, CAPTURE)
+    count_steps(registry, labels, {("decode", "replay"): 5}, {("mixed", "mixed"): 4}, CAPTURE, PARTS)
     count_tier(registry, labels, tier_sources())
     metrics = LeaderMetrics(registry, labels, sources)
     metrics.stepped(BatchPlan(1, RelocationVersion(1, 0), [], [0], [0], [1], [5], [0]), 0.02)
@@ -200,11 +202,12 @@ def test_names_and_labels_keep_to_the_rules(process, request):
 def test_a_follower_declares_no_more_than_it_counts():
     registry = CollectorRegistry()
     labels = RankLabels("tiny", "replica-0", 1, "10.0.0.1")
-    count_steps(registry, labels, {("decode", "replay"): 5}, {("mixed", "mixed"): 4}, CAPTURE)
+    count_steps(registry, labels, {("decode", "replay"): 5}, {("mixed", "mixed"): 4}, CAPTURE, PARTS)
     families = text_string_to_metric_families(generate_latest(registry).decode())
     assert {family.name for family in families} == {
         "eyrie_graph_steps",
         "eyrie_graph_eager",
+        "eyrie_draft_seconds",
         "eyrie_graphs",
         "eyrie_graph_capture_seconds",
         "eyrie_graph_bytes",
@@ -228,3 +231,11 @@ def test_drafts_are_counted_by_place_and_by_where_the_prompt_was_found(rank):
     assert value(rank, "eyrie_drafts_total", place="2", outcome="rejected") == 1
     assert value(rank, "eyrie_accept_lengths_total", origin="host", length="2") == 1
     assert value(rank, "eyrie_accept_lengths_total", origin="computed", length="4") == 1
+
+
+def test_what_drafting_takes_brings_and_when_it_was_off_is_counted(rank):
+    assert value(rank, "eyrie_draft_seconds_total", mode="verify", kind="target") == 2.5
+    assert value(rank, "eyrie_draft_seconds_total", mode="verify", kind="draft") == 0.5
+    assert value(rank, "eyrie_step_tokens_total", mode="verify") == 8
+    assert value(rank, "eyrie_draft_steps_total", length="3") == 7
+    assert value(rank, "eyrie_draft_switches_total", outcome="off", reason="loss") == 6

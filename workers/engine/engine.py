@@ -24,6 +24,7 @@ from workers.engine.launched_step import LaunchedStep
 from workers.engine.mechanisms import ALL_ON, Mechanisms
 from workers.engine.model_runner import ModelRunner
 from workers.engine.namespace import kv_namespace
+from workers.engine.part_times import part_times_of
 from workers.engine.sampled import Sampled
 from workers.engine.sampler import Sampler
 from workers.engine.staging import Stager
@@ -54,7 +55,6 @@ from workers.speculative.assembly import DraftParts, assemble_draft
 from workers.speculative.speculator import Speculator
 
 logger = logging.getLogger(__name__)
-
 
 NUM_LOGGED_PLANS = 64
 
@@ -128,6 +128,7 @@ class Engine:
         self._table = PageTable(max_slots, pages_per_row, config.page_size, size.num_pages, self._is_checked)
         copies = self._copies = copies_to(device)
         self._launched: deque[LaunchedStep] = deque()
+        self.part_times = part_times_of(device)
         self.plans: deque[BatchPlan] = deque(maxlen=NUM_LOGGED_PLANS)
         """The log's end, for crash dumps."""
         # A step may hold max_tokens_per_step tokens or one token of every slot.
@@ -154,6 +155,7 @@ class Engine:
                 tp_group,
                 copies,
                 self._guard,
+                self.part_times,
             )
         extend = None if self._draft is None else self._draft.extend
         self._runner = ModelRunner(loaded.decoder, chosen.attention, self._pool, extend)

@@ -36,8 +36,15 @@ class _Kept(NamedTuple):
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None]
     reason: FinishReason | None
+    num_drafts: int
+    """That were verified in the row."""
     num_found: int
-    """Tokens that the engine has brought, those behind its end included."""
+    """Tokens that the engine has brought, those behind the request's end included."""
+
+    @property
+    def num_accepted(self) -> int:
+        """Drafts among its tokens."""
+        return min(self.num_found - 1, len(self.token_ids))
 
 
 class Scheduler:
@@ -145,7 +152,7 @@ class Scheduler:
         if request is None:
             return None
         self._finish(request, reason)
-        return self._output(request, [], [])
+        return RequestOutput(request_id, [], [], request.finish_reason, request.num_cached or 0)
 
     def plan(self, now_s: float) -> BatchPlan | None:
         """Decide the next step; None if there is nothing to run and nothing to tell the ranks.
@@ -192,7 +199,7 @@ class Scheduler:
             raise RelocationVersionError(output.step, output.relocation_version, planned)
         self._running.drop_unproven(self._rows_of(step))
         rows = self._rows_of(step)
-        kept = self._append(rows, plan.sampled, output)
+        kept = self._append(rows, plan, output)
         self._compute(rows, plan, kept)
         return [self._answer(rows[row], tokens) for row, tokens in kept.items()]
 
@@ -254,18 +261,20 @@ class Scheduler:
             draft_len = self._draft_length.choose(sum(request.is_sampled for request in rows))
         step = assemble(self._num_steps, self._cache.version, ops, rows, draft_len)
         self._in_flight.append(step)
+        if self._config.draft_lens and step.plan.sampled:
+            self.stats.draft_steps[draft_len] += 1
         return step.plan
 
     def _rows_of(self, step: Step) -> list[Request | None]:
         """Return the requests of a step's rows, None where a row is void."""
         return step.rows() if self._safety.voids_rows else step.rows_with_a_slot()
 
-    def _append(self, rows: list[Request | None], sampled: list[int], output: StepOutput) -> dict[int, _Kept]:
+    def _append(self, rows: list[Request | None], plan: BatchPlan, output: StepOutput) -> dict[int, _Kept]:
         """Give requests their next tokens, up to one that ends them; return what each row has kept."""
         found = output.tokens_by_row()
-        assert len(found) == len(sampled), "the engine sampled other rows"
+        assert len(found) == len(plan.sampled), "the engine sampled other rows"
         kept: dict[int, _Kept] = {}
-        for row, (token_ids, logprobs) in zip(sampled, found, strict=True):
+        for row, (token_ids, logprobs) in zip(plan.sampled, found, strict=True):
             request = rows[row]
             if request is None:
                 continue
@@ -278,8 +287,12 @@ class Scheduler:
                 num_kept += 1
             if is_first and request.num_cached is not None:
                 self.stats.prompted(request.prompt_len, request.num_cached, request.origins)
-            kept[row] = _Kept(token_ids[:num_kept], logprobs[:num_kept], reason, len(token_ids))
-            self.stats.num_generated_tokens += num_kept
+            kept[row] = _Kept(
+                token_ids[:num_kept], logprobs[:num_kept], reason, plan.drafts(row), len(token_ids)
+            )
+        num_tokens = sum(len(each.token_ids) for each in kept.values())
+        self.stats.num_generated_tokens += num_tokens
+        self.stats.step_tokens[plan.mode] += num_tokens
         return kept
 
     def _reason(self, request: Request, token_id: int) -> FinishReason | None:
@@ -301,7 +314,7 @@ class Scheduler:
             num_more = length - num_drafts
             if num_drafts:
                 num_more += len(kept[row].token_ids) - 1
-                self._verified(request, num_drafts, kept[row].num_found)
+                self._verified(request, kept[row])
             num_computed = request.num_computed + num_more
             if num_computed // page_size > request.num_computed // page_size:
                 assert request.slot is not None
@@ -309,18 +322,26 @@ class Scheduler:
             request.num_computed = num_computed
             request.num_in_flight -= length
 
-    def _verified(self, request: Request, num_drafts: int, num_found: int) -> None:
+    def _verified(self, request: Request, kept: _Kept) -> None:
         """Count what became of a row's drafts, be it behind the request's end."""
-        self.stats.verified(num_drafts, num_found, request.prompt_len, request.origins)
+        self.stats.verified(kept.num_drafts, kept.num_found, request.prompt_len, request.origins)
         if self._draft_length is not None:
-            self._draft_length.verified(num_drafts, num_found - 1)
+            self._draft_length.verified(kept.num_drafts, kept.num_found - 1)
 
     def _answer(self, request: Request | None, kept: _Kept) -> RequestOutput:
         """End a request where its last token did, and tell what it has got."""
         assert request is not None, "a void row keeps nothing"
         if kept.reason is not None:
             self._finish(request, kept.reason)
-        return self._output(request, kept.token_ids, [each for each in kept.logprobs if each is not None])
+        return RequestOutput(
+            request.request_id,
+            kept.token_ids,
+            [each for each in kept.logprobs if each is not None],
+            request.finish_reason,
+            request.num_cached or 0,
+            num_accepted_drafts=kept.num_accepted,
+            num_rejected_drafts=kept.num_drafts - kept.num_accepted,
+        )
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         if request.slot is None:
@@ -330,8 +351,3 @@ class Scheduler:
         del self._requests[request.request_id]
         request.finish_reason = reason
         self.stats.num_finished[reason] += 1
-
-    def _output(self, request: Request, token_ids: list[int], logprobs: list[TokenLogprobs]) -> RequestOutput:
-        return RequestOutput(
-            request.request_id, token_ids, logprobs, request.finish_reason, request.num_cached or 0
-        )

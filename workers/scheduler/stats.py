@@ -7,6 +7,7 @@ from typing import Literal
 
 from workers.kvcache.arrivals import Origin
 from workers.kvcache.manager import KVCacheManager
+from workers.plan import Mode
 from workers.protocol import FinishReason, LoadReport
 from workers.scheduler.draft_length import DraftSwitch
 
@@ -36,6 +37,10 @@ class SchedulerStats:
     accept_lengths: Counter[tuple[PrefixOrigin, int]] = field(default_factory=Counter)
     """Rows that verified drafts by how many tokens that brought, the one sampled behind the right drafts
     included, and by where the most of their request's prompt was found."""
+    step_tokens: Counter[Mode] = field(default_factory=Counter)
+    """Tokens sampled and kept, by mode of the step."""
+    draft_steps: Counter[int] = field(default_factory=Counter)
+    """With a draft: steps that sampled, by how many tokens were drafted for each row."""
     draft_switches: Counter[DraftSwitch] = field(default_factory=Counter)
     """How often `auto` began or ceased to draft, and why."""
     queue_s: list[float] = field(default_factory=list)

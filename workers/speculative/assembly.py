@@ -6,6 +6,7 @@ from workers.attention.choice import ChosenKernels, choose_draft_attention
 from workers.config import WorkerConfig
 from workers.engine.copies import CopyStream
 from workers.engine.graph_guard import MAX_CAPTURED_ROWS, EagerReason, GraphGuard, default_batch_sizes
+from workers.engine.part_times import PartTimes
 from workers.kvcache.kv_pool import KVPool
 from workers.kvcache.page_table import PageTable
 from workers.models.decoder import Decoder
@@ -36,6 +37,7 @@ def assemble_draft(
     group: TPGroup,
     copies: CopyStream,
     guard: GraphGuard,
+    times: PartTimes,
 ) -> DraftParts:
     """Build what drafts for the rows of `table`; raises BackendError where its attention cannot be."""
     attention = choose_draft_attention(config, pool, model, decoder, chosen)
@@ -52,6 +54,6 @@ def assemble_draft(
     kernels = chosen.kernels if group.size == 1 else None
     return DraftParts(
         state,
-        DraftExtend(model, attention.extend, pool, state, guard, is_apart=attention.is_apart),
-        DraftRunner(parts, sizes, config.draft_lens, guard, reason, kernels),
+        DraftExtend(model, attention.extend, pool, state, guard, times, is_apart=attention.is_apart),
+        DraftRunner(parts, sizes, config.draft_lens, guard, times, reason, kernels),
     )

@@ -13,6 +13,7 @@ import torch
 from workers.attention.backend import AttentionBackend
 from workers.engine.forward_batch import ForwardBatch
 from workers.engine.graph_guard import Decision, GraphGuard
+from workers.engine.part_times import PartTimes
 from workers.kvcache.kv_pool import DUMMY_PAGE, KVPool
 from workers.models.draft import DraftModel
 from workers.speculative.draft_state import DraftState
@@ -32,6 +33,7 @@ class DraftExtend:
         pool: KVPool,
         state: DraftState,
         guard: GraphGuard,
+        times: PartTimes,
         *,
         is_apart: bool,
     ) -> None:
@@ -42,6 +44,7 @@ class DraftExtend:
         self._pool = pool
         self._state = state
         self._guard = guard
+        self._times = times
 
     def features(self, taps: list[torch.Tensor]) -> torch.Tensor:
         """Return the features [tokens, feature_size] of a pass' taps."""
@@ -51,8 +54,10 @@ class DraftExtend:
         self, batch: ForwardBatch, features: torch.Tensor, decision: Decision, after_load: bool
     ) -> None:
         """Run behind the target's pass where it was no part of that; count how it ran."""
+        self._times.ended("target")
         if self.is_apart:
             self.run(batch, features)
+            self._times.ended("draft_extend")
         self._guard.count("draft_extend", "unsupported" if self.is_apart else decision.reason, after_load)
 
     def run(self, batch: ForwardBatch, features: torch.Tensor) -> None:

@@ -15,6 +15,7 @@ import torch
 from workers.engine.cuda_graphs import CudaGraphs
 from workers.engine.graph_guard import EagerReason, GraphGuard
 from workers.engine.graph_runner import failed_anywhere
+from workers.engine.part_times import PartTimes
 from workers.engine.recording import Arena, Recording, RecordingError, RecordingKernels
 from workers.plan import CloseSlot, SetRow
 from workers.speculative.acceptance import VerifiedRows
@@ -37,12 +38,14 @@ class DraftRunner:
         sizes: Sequence[int],
         lengths: Sequence[int],
         guard: GraphGuard,
+        times: PartTimes,
         reason: EagerReason | None,
         kernels: RecordingKernels | None,
     ) -> None:
         self._parts = parts
         self._lengths = lengths
         self._guard = guard
+        self.times = times
         self._kernels = kernels
         self._reason = reason
         self._loops = [DraftLoop(size, parts) for size in sorted(sizes)]
@@ -64,6 +67,7 @@ class DraftRunner:
     def accept(self, loop: DraftLoop) -> None:
         """Find out what was right in the rows that were staged."""
         self._prepared.get((loop.size, 0), loop.accept)()
+        self.times.ended("accept")
 
     def draft(self, loop: DraftLoop, num_drafts: int) -> None:
         """Draft behind the rows that were accepted, and count how."""
@@ -76,6 +80,7 @@ class DraftRunner:
             prepared()
         if loop.has_pads:
             self._parts.pool.zero_dummy_page()
+        self.times.ended("draft")
 
     def prepare(self) -> None:
         """Prepare every size, the largest first; one that failed on any rank is given up on every rank (I1).

@@ -60,6 +60,7 @@ class Speculator:
     def begin(self, plan: BatchPlan, batch: ForwardBatch, slots: IntArray) -> None:
         """Put what the staged step's rows bring into it: the tokens drafted for them, and what they carry."""
         self._load_carried(plan)
+        self._runner.times.begin(plan.mode)
         if not plan.num_drafts:
             return
         #   token ids of a row   | own ... | draft 0 | ... |
