@@ -1,23 +1,16 @@
-"""Renders a chat into the model's own prompt format, in a sandbox, within bounds.
-
-The template comes with the model's files and is not trusted: no attribute access beyond data, no mutation,
-bounded output and time. Called in the API process's prompt threads.
+"""Renders a chat into the model's own prompt format, in the sandbox of `workers.chat_environment`, within
+bounds of output and time. Called in the API process's prompt threads.
 """
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from typing import Any, NoReturn
 
 import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from cluster.api.errors import ApiError, bad_request
 from cluster.api.schemas import Message
+from workers.chat_environment import chat_environment
 
 MAX_RENDERED_CHARS = 64 * 1024 * 1024
 RENDER_TIMEOUT_S = 10.0
@@ -39,14 +32,8 @@ class ChatTemplate:
         now: Callable[[], datetime] = datetime.now,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationTag]
-        )
-        environment.filters["tojson"] = _tojson
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = lambda layout: now().strftime(layout)
         try:
-            self._template = environment.from_string(source)
+            self._template = chat_environment(now).from_string(source)
         except jinja2.TemplateError as error:
             raise ChatTemplateError(f"the model's chat template does not compile: {error}") from error
         self._special_tokens = dict(special_tokens)
@@ -91,31 +78,3 @@ def _refused(reason: str) -> ApiError:
     return bad_request(
         f"'messages': the model's chat template refused them: {reason[:_MAX_REASON_CHARS]}", "messages"
     )
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Return plain JSON: jinja2's own filter escapes HTML, which no template for a model expects."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-class _GenerationTag(Extension):
-    """`{% generation %}` marks the assistant's part for training; for serving its body is plain text."""
-
-    tags = {"generation"}  # noqa: RUF012  jinja2 reads it from the class
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body, lineno=line)

@@ -1,0 +1,134 @@
+"""Measures a draft with the engine that serves: accept length, and speed beside the same engine without."""
+
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+
+from workers.card import load_card
+from workers.config import WorkerConfig
+from workers.draft_training.chat import Chat
+from workers.draft_training.offline_engine import OfflineEngine, Question
+from workers.draft_training.options import EvalOptions
+from workers.draft_training.prompts import PromptError, read_prompts
+from workers.protocol import SamplingParams
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens per second of both arms, medians over the repeats, at so many requests at a time."""
+
+    batch_size: int
+    tokens_per_s: float
+    tokens_per_s_without: float
+    speedup: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a draft is worth on greedy answers. `accept_length`: tokens that a verify step brings, the
+    target's own included; `rates`: of the drafts tried at each place, the share that was right;
+    `equal_ratio`: answers that are the same without the draft, all of them in float32."""
+
+    draft_tokens: int
+    num_prompts: int
+    num_answer_tokens: int
+    accept_length: float
+    rates: list[float]
+    equal_ratio: float
+    speeds: list[Speed]
+
+
+@dataclass
+class _Arm:
+    """One engine, and what it has done."""
+
+    engine: OfflineEngine
+    seconds: dict[int, list[float]]
+    answers: dict[int, list[int]]
+
+
+def measure(options: EvalOptions, progress: Progress) -> Measured:
+    """Answer the prompts with and without the draft, in turn, after a round that does not count.
+
+    Raise PromptError, ModelError and RequestRefusedError, for the user.
+    """
+    if options.num_threads:
+        torch.set_num_threads(options.num_threads)
+    chat = Chat(load_card(options.model))
+    conversations = read_prompts(options.prompts)[: options.max_prompts]
+    if not conversations:
+        raise PromptError("no prompts; at least one is needed")
+    sampling = SamplingParams(temperature=0.0, max_tokens=options.max_answer_tokens)
+    questions = [
+        Question(place, chat.prompt(conversation), sampling)
+        for place, conversation in enumerate(conversations)
+    ]
+    drafted, accepted = Counter[int](), Counter[int]()
+    num_rows = num_kept = 0
+    with ExitStack() as stack:
+        arms = []
+        for draft in (options.draft, None):
+            progress(f"starting the engine {'without a draft' if draft is None else f'with {draft}'}")
+            arms.append(_Arm(stack.enter_context(OfflineEngine(_config(options, draft))), {}, {}))
+        for repeat in range(-1, options.repeats):
+            for batch_size in options.batch_sizes:
+                for arm in arms:
+                    took_s = _answer(arm, questions if repeat >= 0 else questions[:batch_size], batch_size)
+                    counts = arm.engine.take_counts()
+                    if repeat < 0:
+                        continue
+                    arm.seconds.setdefault(batch_size, []).append(took_s)
+                    drafted.update(counts.drafted)
+                    accepted.update(counts.accepted)
+                    num_rows, num_kept = num_rows + counts.num_rows, num_kept + counts.num_kept
+            if repeat >= 0:
+                progress(f"round {repeat + 1} of {options.repeats}")
+    with_draft, without = arms
+    num_tokens = sum(map(len, without.answers.values()))
+    equal = sum(with_draft.answers[place] == without.answers[place] for place in without.answers)
+    return Measured(
+        draft_tokens=options.draft_tokens,
+        num_prompts=len(questions),
+        num_answer_tokens=num_tokens,
+        accept_length=num_kept / max(1, num_rows),
+        rates=[accepted[place] / drafted[place] for place in sorted(drafted)],
+        equal_ratio=equal / len(questions),
+        speeds=[_speed(with_draft, without, size, num_tokens) for size in options.batch_sizes],
+    )
+
+
+def _answer(arm: _Arm, questions: Sequence[Question], batch_size: int) -> float:
+    start_s = time.perf_counter()
+    for answered in arm.engine.answer(questions, batch_size):
+        arm.answers[answered.number] = answered.token_ids
+    return time.perf_counter() - start_s
+
+
+def _speed(with_draft: _Arm, without: _Arm, batch_size: int, num_tokens: int) -> Speed:
+    own_s = statistics.median(with_draft.seconds[batch_size])
+    other_s = statistics.median(without.seconds[batch_size])
+    return Speed(batch_size, num_tokens / own_s, num_tokens / other_s, other_s / own_s)
+
+
+def _config(options: EvalOptions, draft: str | None) -> WorkerConfig:
+    return WorkerConfig(
+        model=options.model,
+        load_format=options.load_format,
+        device=options.device,
+        dtype=options.dtype,
+        attention_backend=options.attention_backend,
+        max_running_requests=max(options.batch_sizes),
+        kv_gb=4.0 if options.device == "cuda" else 0.5,
+        draft=draft,
+        draft_tokens=options.draft_tokens,
+        draft_attention_backend=options.draft_attention_backend,
+        prefix_caching=False,
+        num_threads=options.num_threads,
+    )
