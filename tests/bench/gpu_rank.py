@@ -302,9 +302,11 @@ class _WatchedEngine:
         engine, before = self._rank.engine, Counter(self._rank.engine.graph_steps)
         was_moving = self._rank.num_moving > 0
         engine.launch(plan)
-        for mode, outcome in Counter(engine.graph_steps) - before:
-            num_decodes = sum(length == 1 for length in plan.lens)
-            record = StepRecord(mode, outcome, num_decodes, sum(plan.lens), was_moving=was_moving)
+        for part, outcome in Counter(engine.graph_steps) - before:
+            if part != plan.mode:  # the draft's
+                continue
+            num_decodes = sum(length - plan.drafts(row) == 1 for row, length in enumerate(plan.lens))
+            record = StepRecord(part, outcome, num_decodes, sum(plan.lens), was_moving=was_moving)
             self._records[plan.step] = record
         if self._launched is not None:
             self._launched(plan, self._records.get(plan.step))

@@ -47,6 +47,15 @@ def test_a_storm_finds_nothing_and_goes_on_where_it_ended(tmp_path):
     assert written["rounds"][2]["options"]["page_size"] == 4
 
 
+@pytest.mark.parametrize("draft", ["self", "random-eagle3"])
+def test_a_storm_with_a_draft_finds_nothing(draft):
+    found = storm("--rounds", "1", "--page-size", "4", "--draft", draft, "--draft-tokens", "3")
+    assert found["num_violations"] == 0
+    assert found["num_compared_tokens"] > 300
+    assert found["num_evictions"] > 50 and found["num_loaded_pages"] > 10
+    assert found["outcomes"]["verify replay"] > 100
+
+
 QUIET = parser().parse_args([*SMALL, "--page-size", "4", "--injection", "off", "--keep-logits"])
 
 

@@ -56,6 +56,9 @@ OPTIONS = (
     "graphs",
     "attention_backend",
     "checked",
+    "draft",
+    "draft_tokens",
+    "draft_attention_backend",
 )
 """Of WorkerConfig: given, they are not drawn."""
 INJECTED_RATIO = 0.3
@@ -119,7 +122,7 @@ class Leg:
             "write_policy": random.choice(POLICIES),
             "max_tokens_per_step": random.choice(STEP_TOKENS),
             "itl_target_ms": random.choice(ITL_TARGETS),
-            "overlap_depth": random.choice((1, 1, 0)),
+            "overlap_depth": random.choice((1, 1, 0)) if arguments.draft is None else 0,
             **given,
         }
         self.is_injected = (
@@ -165,6 +168,7 @@ class Leg:
                         **common,
                         "num_pages": concurrency * (-(-request_len // page_size) + 1),
                         "prefix_caching": False,
+                        "draft": None,
                     },
                 )
             )

@@ -134,12 +134,15 @@ class DraftRunner:
     def _rehearse(self, loop: DraftLoop, num_rows: int, *, position: int, token_id: int) -> None:
         """Stage rows that never were, with what they carry and bring, over pages that nobody owns yet."""
         parts, max_drafts = self._parts, self._parts.state.max_drafts
-        table, slots = parts.table, range(num_rows)
+        table = parts.table
         # Drafts are tokens 0: right where token 0 is chosen.
         parts.state.drafts.zero_()
         num_pages = -(-(position + 2 * max_drafts) // table.page_size)
         if num_pages > table.pages_per_row:  # a table of one page
             position, num_pages = 1, table.pages_per_row
+        # No page is two rows': what one writes the other would read, the second time.
+        num_rows = max(1, min(num_rows, table.num_pages // num_pages))
+        slots = range(num_rows)
         for slot in slots:
             pages = [(slot * num_pages + column) % table.num_pages + 1 for column in range(num_pages)]
             table.set_row(SetRow(slot, 0, pages, [], []))
