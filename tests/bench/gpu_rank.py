@@ -337,7 +337,10 @@ class _Recorder:
 
 
 def shape_config(folder: Path, shape: str, options: dict[str, Any]) -> WorkerConfig:
-    """Return the options of a model with random weights, whose description is written to `folder`."""
+    """Return the options of a model with random weights, whose description is written to `folder`; of any
+    other that the service knows where no shape has its name."""
+    if shape not in SHAPES:
+        return WorkerConfig(model=shape, **options)
     model = write_tiny_model(folder / shape, **SHAPES[shape])
     return WorkerConfig(model=str(model), load_format="dummy", **options)
 
