@@ -11,6 +11,8 @@ _KEPT_STEPS = 9
 """The newest of a kind count, and of these the median: what held one of them up was something else."""
 _GUESSED_TOKEN_RATIO = 0.15
 """A token more in each row is taken for so much of a step, before anything was measured."""
+_LEAST_TOKEN_RATIO = 0.03
+"""And for so much at least: what seems cheaper was measured while the machine had less else to do."""
 _SIZES = sorted([1, *(size << shift for shift in range(13) for size in (2, 3))])
 """1, 2, 3, 4, 6, 8, 12, ...: steps of numbers of rows between two of these are of the upper one's kind."""
 
@@ -52,7 +54,13 @@ class DraftCosts:
 
     def seconds(self, kind: int, length: int) -> float:
         """Return what such a step takes: measured, on the line through the next lengths, or as much longer
-        than the one that is known as in the nearest kind of step."""
+        than the one that is known as in the nearest kind of step; more than one that drafts less."""
+        found_s = self._seconds(kind, length)
+        if length == 0:
+            return found_s
+        return max(found_s, (1 + _LEAST_TOKEN_RATIO * length) * self._seconds(kind, 0))
+
+    def _seconds(self, kind: int, length: int) -> float:
         steps = self._steps.get(kind, {})
         if length in steps:
             return steps[length].median_s
@@ -70,4 +78,4 @@ class DraftCosts:
         others = [other for other, steps in self._steps.items() if other != kind and len(steps) > 1]
         if not others:
             return 1.0 + _GUESSED_TOKEN_RATIO * length
-        return self.seconds(min(others, key=lambda other: max(other / kind, kind / other)), length)
+        return self._seconds(min(others, key=lambda other: max(other / kind, kind / other)), length)

@@ -25,6 +25,9 @@ SETTLED_STEPS = 8
 FIRST_PROBE_STEPS = 16
 """Another length is probed after so many steps, and after twice as many each time that it is not better."""
 MAX_PROBE_STEPS = 1024
+"""But after so many at the latest while nothing is drafted."""
+_MAX_PROBE_STEPS_ON = 256
+"""While tokens are: how long steps without them take is not seen meanwhile."""
 _PROBING_STEPS = 4
 """A probe's steps, of which the first still verifies drafts of the length before."""
 _PROBING_ROWS = 16
@@ -143,7 +146,8 @@ class DraftLength:
         near = {length for length in near if not length or speeds[length] > least}
         choice.probed = min(near, key=lambda length: (self._costs.measured_at(self._kind, length), length))
         choice.num_unprobed, choice.num_probing = 0, _PROBING_STEPS
-        choice.probe_after = min(2 * choice.probe_after, MAX_PROBE_STEPS)
+        most = _MAX_PROBE_STEPS_ON if choice.length else MAX_PROBE_STEPS
+        choice.probe_after = min(2 * choice.probe_after, most)
         if not choice.length:
             self._rates.age(_PROBING_ROWS // 2)
             choice.num_probing = max(_PROBING_STEPS, -(-_PROBING_ROWS // num_rows))
