@@ -21,6 +21,7 @@ from cache_service.log_format import without_colours
 from cluster.cache_command import cache_app
 from cluster.config import ClusterConfig, ConfigError, Flag, flags, json_schema, load_config
 from cluster.debug_command import debug_app
+from cluster.draft_command import draft_app
 
 # Plain help: rich's table cuts the names of options at 80 columns.
 app = typer.Typer(
@@ -30,6 +31,7 @@ config_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The 
 app.add_typer(config_app, name="config")
 app.add_typer(cache_app, name="cache")
 app.add_typer(debug_app, name="debug")
+app.add_typer(draft_app, name="draft")
 
 CONFIG_EXIT_CODE = 2
 FAILURE_EXIT_CODE = 1

@@ -92,7 +92,7 @@ class EvalOptions:
     """Number format of weights and KV; `auto`: the checkpoint's own."""
     attention_backend: Backend = "auto"
     """Of the target."""
-    draft_attention_backend: Literal["auto", "reference", "native"] = "auto"
+    draft_attention_backend: Backend = "auto"
     """Of the draft."""
     num_threads: Annotated[int, Field(ge=0)] = 0
     """Compute threads on the CPU; 0: as torch chooses."""
