@@ -1,8 +1,9 @@
-"""Writes a trained draft's card: what it was trained on, how, and what it is worth. No torch."""
+"""Writes a trained draft's card: what it was trained on, how, and what it is worth."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
+from workers.draft_training.generation import TEMPERATURES
 from workers.draft_training.options import TrainOptions
 
 
@@ -35,7 +36,7 @@ def write_readme(folder: Path, facts: Facts, options: TrainOptions) -> None:
         f" {facts.held_out_coverage:.2%} of those in the answers held out",
         "Data": f"{facts.num_answers} answers of {facts.num_answer_tokens} tokens that {facts.model} wrote to"
         f" {', '.join(sources)}",
-        "Sampling": "temperatures 0, 0.6 and 1.0 in the ratio 2 : 2 : 1, at most"
+        "Sampling": f"temperatures {', '.join(map(str, TEMPERATURES))} in equal parts, at most"
         f" {options.max_answer_tokens} tokens",
         "Steps": f"{facts.step} of {facts.num_steps}, {options.batch_tokens} tokens each,"
         f" {options.simulated_drafts} drafts simulated one on another",

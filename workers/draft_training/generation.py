@@ -19,9 +19,9 @@ from workers.draft_training.options import TrainOptions
 from workers.draft_training.prompts import Conversation
 from workers.protocol import SamplingParams
 
-_TEMPERATURES = (0.0, 0.0, 0.6, 0.6, 1.0)
+TEMPERATURES = (0.0, 0.0, 0.5, 0.8)
 """Of answers, drawn evenly: drafts are judged on greedy ones, sampled ones bring variety."""
-_USER_TEMPERATURE = 1.0
+_USER_TEMPERATURE = 0.9
 _MAX_USER_TOKENS = 128
 _MIN_USER_CHARS, _MAX_USER_CHARS = 8, 1000
 _FOLLOWED_RATIO = 0.4
@@ -73,7 +73,7 @@ class Author:
         draws = Random(seed)
         sampling = [
             SamplingParams(
-                temperature=0.0 if is_greedy else draws.choice(_TEMPERATURES),
+                temperature=0.0 if is_greedy else draws.choice(TEMPERATURES),
                 max_tokens=self._options.max_answer_tokens,
                 seed=_seed(seed, place),
             )
