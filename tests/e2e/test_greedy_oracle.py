@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tests.conftest import NUM_WORKERS
 from tests.covering import pairwise
+from tests.drafts import DRAFTS
 from tests.followers import Followers
 from tests.harness import TINY_CONFIG, write_tiny_model
 from tests.oracle.make_oracle import Oracle, greedy_tokens, read_records
@@ -22,6 +23,17 @@ SERVED = FACTORS | {"attention_backend": ["auto"], "overlap_depth": [0]}
 PRODUCT = [  # with each depth in half of it, spread over all other factors
     dict(zip(SERVED, values, strict=True)) | {"overlap_depth": number.bit_count() % 2}
     for number, values in enumerate(itertools.product(*SERVED.values()))
+]
+DRAFTED = [  # the steps of one that verifies drafts do not overlap
+    combination | {"overlap_depth": 0, "draft": draft} for combination in COVERING for draft in DRAFTS
+]
+QUICK_DRAFTED = [combination for n, combination in enumerate(DRAFTED) if n % 4 in (0, 3)]
+SMOLLM2_DRAFTED = [
+    next(n for n, combination in enumerate(DRAFTED) if wanted.items() <= combination.items())
+    for wanted in (
+        {"draft": "self", "attention_backend": "auto", "tp_size": 2},
+        {"draft": "random-eagle3", "attention_backend": "auto", "tp_size": 1},
+    )
 ]
 RECORDS = [Case(record.prompt_ids, record.token_ids, record.margins) for record in read_records()]
 
@@ -66,14 +78,24 @@ def tiny(tmp_path_factory):
     return str(folder), cases
 
 
+def three_prompts(number):
+    short = [case.cut(12) for case in RECORDS if len(case.prompt_ids) < 58]
+    whole_page = [case.cut(12) for case in RECORDS if 58 <= len(case.prompt_ids) <= 76]  # once half answered
+    return [*short[2 * number : 2 * number + 2], whole_page[number]]
+
+
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("number", range(len(QUICK)), ids=[name_of(c) for c in QUICK])
 def test_smollm2_answers_like_the_oracle(number, followers, comparison):
     """Each combination serves three other prompts; `make test-slow` serves 25, `make test-long` all."""
-    short = [case.cut(12) for case in RECORDS if len(case.prompt_ids) < 58]
-    whole_page = [case.cut(12) for case in RECORDS if 58 <= len(case.prompt_ids) <= 76]  # once half answered
-    cases = [*short[2 * number : 2 * number + 2], whole_page[number]]
-    play(QUICK[number], cases, comparison, followers, max_running=2)
+    play(QUICK[number], three_prompts(number), comparison, followers, max_running=2)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("number", SMOLLM2_DRAFTED, ids=[name_of(DRAFTED[n]) for n in SMOLLM2_DRAFTED])
+def test_smollm2_with_a_draft_answers_like_the_oracle(number, followers, comparison):
+    """A few; `make test-slow` serves all prompts, each under one combination."""
+    play(DRAFTED[number], three_prompts(number % 8), comparison, followers, max_running=2)
 
 
 @pytest.mark.slow
@@ -95,6 +117,29 @@ def test_smollm2_answers_all_prompts_like_the_oracle(combination, followers, com
 def test_a_random_model_answers_like_the_oracle(combination, tiny, followers, comparison):
     model, cases = tiny
     play(combination, cases, comparison, followers, max_running=2, model=model)
+
+
+@pytest.mark.parametrize("combination", QUICK_DRAFTED, ids=name_of)
+def test_a_random_model_with_a_draft_answers_like_the_oracle(combination, tiny, followers, comparison):
+    model, cases = tiny
+    play(combination, cases, comparison, followers, max_running=2, model=model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("combination", [c for c in DRAFTED if c not in QUICK_DRAFTED], ids=name_of)
+def test_a_random_model_with_the_other_draft_answers_like_the_oracle(
+    combination, tiny, followers, comparison
+):
+    model, cases = tiny
+    play(combination, cases, comparison, followers, max_running=2, model=model)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("number", range(len(DRAFTED)), ids=[name_of(c) for c in DRAFTED])
+def test_smollm2_with_a_draft_answers_each_prompt_like_the_oracle(number, followers, comparison):
+    """Each prompt is served under one combination."""
+    play(DRAFTED[number], RECORDS[number :: len(DRAFTED)], comparison, followers, max_running=8)
 
 
 @pytest.mark.slow
