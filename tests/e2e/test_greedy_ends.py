@@ -1,4 +1,4 @@
-"""With a draft, on one rank and two, answers end where they did without: aborted, stopped, at the context's end."""
+"""With a draft, on one rank and two, answers end where they did without: aborted, stopped, out of context."""
 
 import pytest
 
