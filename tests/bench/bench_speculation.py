@@ -52,11 +52,13 @@ from tests.bench.speculation_chats import (  # noqa: E402
     Chats,
     chat_prompts,
 )
+from workers.kvcache.page_pool import Safety  # noqa: E402
 from workers.protocol import FetchHint  # noqa: E402
 
 ARMS = ("plain", "drafted")
 NUM_ORIGIN_CHATS = 32
-NUM_RUNNING = 8
+NUM_TOGETHER = 4
+"""Whose prompts are fetched at a time: of more than some, those behind are computed."""
 OTHER_NODE = "127.0.0.2"
 ARENA_ROOM = 2.0
 
@@ -119,11 +121,11 @@ def measure_origins(arguments: argparse.Namespace, prompts: list[list[int]]) -> 
     num_pages = len(prompts) * _pages_per_request(arguments)
     options = {
         "num_pages": num_pages,
-        "max_running_requests": NUM_RUNNING,
+        "max_running_requests": NUM_TOGETHER,
         "max_tokens_per_step": 1024,
         "draft": arguments.draft,
         "draft_tokens": arguments.accept_draft_tokens,
-        "prefetch_policy": "timeout",  # a prompt is fetched even where computing it is thought to be sooner
+        "prefetch_policy": "timeout",
         "prefetch_timeout_s": 10.0,
     } | arguments.options
     lengths: dict[str, float | None] = {}
@@ -135,7 +137,9 @@ def measure_origins(arguments: argparse.Namespace, prompts: list[list[int]]) -> 
         num_saved = 0
         for origins in (("computed", "device"), ("host",), ("peer",)):
             with ExitStack() as stack:
-                rank = stack.enter_context(BenchRank(arguments.model, options))
+                # Prompts are fetched even where computing them is thought to be sooner.
+                safety = Safety(weighs_fetches=False)
+                rank = stack.enter_context(BenchRank(arguments.model, options, safety=safety))
                 if node is None or other is None:
                     arena_gb = ARENA_ROOM * num_pages * rank.engine.layout.bundle_bytes / (1 << 30)
                     node = nodes.enter_context(CacheNode(arena_gb, transfer="tcp"))
@@ -150,7 +154,12 @@ def measure_origins(arguments: argparse.Namespace, prompts: list[list[int]]) -> 
                     hints = [[FetchHint(node.endpoint, len(tokens) // size)] for tokens in prompts]
                 for origin in origins:
                     acceptance = Acceptance(rank)
-                    rank.run(Chats(origin, prompts, arguments.tokens, hints))
+                    for first in range(0, len(prompts), NUM_TOGETHER):
+                        group = slice(first, first + NUM_TOGETHER)
+                        asked = Chats(
+                            f"{origin}/{first}", prompts[group], arguments.tokens, hints and hints[group]
+                        )
+                        rank.run(asked)
                     rank.settle()
                     num_saved = max(num_saved, pages.client.num_known_pages)
                     lengths[origin] = _rounded(acceptance.length())

@@ -27,6 +27,7 @@ from workers.engine.mechanisms import ALL_ON, Mechanisms
 from workers.host_pages import CachePlace, HostPages
 from workers.kvcache.manager import KVCacheManager
 from workers.kvcache.moves import MoveInjection
+from workers.kvcache.page_pool import Safety
 from workers.parallel import TPGroup
 from workers.plan import BatchPlan, StepOutput
 from workers.protocol import Received, RequestId, RequestOutput
@@ -130,7 +131,13 @@ Launched = Callable[[BatchPlan, StepRecord | None], None]
 class BenchRank:
     """Use as a context manager. `options` are WorkerConfig's beside the shape."""
 
-    def __init__(self, shape: str, options: dict[str, Any], mechanisms: Mechanisms = ALL_ON) -> None:
+    def __init__(
+        self,
+        shape: str,
+        options: dict[str, Any],
+        mechanisms: Mechanisms = ALL_ON,
+        safety: Safety | None = None,
+    ) -> None:
         with ExitStack() as stack:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             config = self.config = shape_config(Path(folder), shape, options)
@@ -150,6 +157,7 @@ class BenchRank:
                 self.engine.namespace.digest(),
                 incarnation=1,
                 prefix_caching=config.prefix_caching,
+                safety=safety,
             )
             self.host_pages: HostPages | None = None
             self._mechanisms = mechanisms

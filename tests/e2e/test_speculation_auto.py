@@ -11,6 +11,7 @@ from tests.harness import Harness, tiny_config, write_tiny_model
 PROMPT = [(11 * i) % 200 + 3 for i in range(33)]
 NEXT_TURN = [(7 * i) % 200 + 3 for i in range(9)]
 NUM_TOKENS = 240
+NUM_NEXT_TOKENS = 61
 NUM_DEAR_TOKENS = 120
 """Of the answer, while drafting is dear."""
 
@@ -25,7 +26,7 @@ def expected(model):
     """The answer, and the next one in that chat, without a draft."""
     with Harness(tiny_config(model)) as harness:
         answer = ask(harness, PROMPT, NUM_TOKENS)
-        return answer, ask(harness, PROMPT + answer + NEXT_TURN, 21)
+        return answer, ask(harness, PROMPT + answer + NEXT_TURN, NUM_NEXT_TOKENS)
 
 
 def ask(harness, prompt, num_tokens):
@@ -70,7 +71,7 @@ def go_on(model, draft, prompt, host=None, incarnation=1):
             return found
 
         speculator.advance = noted
-        return ask(harness, prompt, 21), drafts, harness
+        return ask(harness, prompt, NUM_NEXT_TOKENS), drafts, harness
 
 
 def is_on(harness):

@@ -22,8 +22,10 @@ LEAST_GAIN_RATIO = 1.02
 """Another length is chosen once it is so much faster: else noise would change it all the time."""
 SETTLED_STEPS = 8
 """And once the one that is chosen was kept so long: it is measured by then."""
+_NEW_PROBE_STEPS = 4
+"""With a new number of rows another length is probed so soon: what none costs is not known yet."""
 FIRST_PROBE_STEPS = 16
-"""Another length is probed after so many steps, and after twice as many each time that it is not better."""
+"""Else after so many steps, and after twice as many each time that what is probed is not better."""
 MAX_PROBE_STEPS = 1024
 """But after so many at the latest while nothing is drafted."""
 _MAX_PROBE_STEPS_ON = 256
@@ -45,7 +47,7 @@ class _Choice:
     """Steps since it was chosen."""
     num_unprobed: int = 0
     """Steps since another was probed."""
-    probe_after: int = FIRST_PROBE_STEPS
+    probe_after: int = _NEW_PROBE_STEPS
     probed: int = 0
     num_probing: int = 0
     """Steps left in which `probed` is used instead."""
