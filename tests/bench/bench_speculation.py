@@ -58,7 +58,7 @@ from workers.protocol import FetchHint  # noqa: E402
 ARMS = ("plain", "drafted")
 NUM_ORIGIN_CHATS = 32
 NUM_TOGETHER = 4
-"""Whose prompts are fetched at a time: of more than some, those behind are computed."""
+"""Chats of which all prompts are fetched: of 32 at once most were computed instead."""
 OTHER_NODE = "127.0.0.2"
 ARENA_ROOM = 2.0
 
