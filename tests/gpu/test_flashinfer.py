@@ -44,7 +44,7 @@ def test_windows_beside_whole_contexts(mix: str, window: int) -> None:
     for of_layer in (window, None):
         found = attention.forward(rows.with_window(of_layer), rows.q, rows.k, rows.v)
         assert_near(found, rows.expected(of_layer))
-    assert attention.captured_modes == {"decode"}
+    assert attention.captured_modes == {"decode", "verify"}
 
 
 @pytest.mark.parametrize("mix", MIXES)
