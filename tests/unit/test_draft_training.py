@@ -164,8 +164,12 @@ def test_a_run_refuses_other_options_but_those_that_may_change(options: TrainOpt
     assert train(replace(options, steps=2), silent).step == 2
     with pytest.raises(RunError, match=r"learning_rate=0\.003, found 0\.1; .*another --out"):
         train(replace(options, learning_rate=0.1), silent)
+    other = options.out.with_name("other")
+    with pytest.raises(PromptError):
+        train(replace(options, prompts=(other,), out=other), silent)
+    assert train(replace(options, out=other), silent).is_done, "what failed at once leaves no run"
     with pytest.raises(RunError, match="draft_vocab_size is 256; it must be below the model's 256"):
-        train(replace(options, draft_vocab_size=256, out=options.out.with_name("other")), silent)
+        train(replace(options, draft_vocab_size=256, out=options.out.with_name("third")), silent)
 
 
 def corpus_of(options: TrainOptions) -> None:

@@ -14,6 +14,7 @@ from rich.console import Console
 from workers.draft_training.options import EvalOptions, TrainOptions
 
 FAILED_EXIT_CODE = 1
+_INTERRUPTED_EXIT_CODE = 130
 _OURS = ("workers", "cache_service")
 
 
@@ -25,6 +26,8 @@ def main() -> None:
         _fail(f"usage: {sys.argv[0]} train|eval, with options as JSON on stdin")
     try:
         told = _train(console) if command == "train" else _evaluate(console)
+    except KeyboardInterrupt:
+        sys.exit(_INTERRUPTED_EXIT_CODE)  # the last checkpoint is whole
     except ValidationError as error:
         first = error.errors()[0]
         _fail(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")

@@ -158,7 +158,7 @@ def _evaluate(trainer: Trainer, corpus: _Corpus, log: MetricsLog, progress: Prog
 
 
 def _check_same_run(options: TrainOptions) -> None:
-    """Raise RunError where the folder holds a run with other options; else note them there."""
+    """Raise RunError where the folder holds a run with other options."""
     file = options.out / "run.json"
     adapter = TypeAdapter(TrainOptions)
     if file.exists():
@@ -173,9 +173,12 @@ def _check_same_run(options: TrainOptions) -> None:
                 f" a run that goes on may change {', '.join(_MAY_CHANGE)} alone: give"
                 " the same, or another --out"
             )
-        return
+
+
+def _note_run(options: TrainOptions) -> None:
+    """Say in the folder whose run it is, once there is something to keep."""
     options.out.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(adapter.dump_json(options, indent=2))
+    (options.out / "run.json").write_bytes(TypeAdapter(TrainOptions).dump_json(options, indent=2))
 
 
 def _corpus(options: TrainOptions, card: ModelCard, progress: Progress) -> _Corpus:
@@ -190,6 +193,7 @@ def _corpus(options: TrainOptions, card: ModelCard, progress: Progress) -> _Corp
             f"{len(prompts) + len(held)} prompts and held_out={options.held_out} leave nothing to train or to"
             " evaluate on; give more prompts, or self_prompts and held_out_prompts"
         )
+    _note_run(options)
     folder = options.out / "corpus"
     if not _start(options).exists():  # what training has begun on stays as it is
         write_corpus(folder, card, options, prompts, held, progress)
