@@ -53,7 +53,7 @@ def _eval(as_json: bool, **given: Any) -> None:
     rates = ", ".join(f"{rate:.1%}" for rate in told["rates"])
     _say(
         f"accept length {told['accept_length']:.2f} with {told['draft_tokens']} drafts at a time, the model's"
-        f" own token counted; right by place: {rates}"
+        f" own token counted; accepted by place: {rates}"
     )
     for speed in told["speeds"]:
         _say(

@@ -33,8 +33,8 @@ class Speed:
 @dataclass(frozen=True)
 class Measured:
     """What a draft is worth on greedy answers. `accept_length`: tokens that a verify step brings, the
-    target's own included; `rates`: of the drafts tried at each place, the share that was right;
-    `equal_ratio`: answers that are the same without the draft, all of them in float32."""
+    target's own included; `rates`: of the drafts at each place, the share that was accepted, so
+    right behind right ones; `equal_ratio`: answers that are the same without the draft, in float32 all."""
 
     draft_tokens: int
     num_prompts: int
