@@ -28,7 +28,7 @@ from workers.draft_training.corpus import (
 from workers.draft_training.generation import shards, write_corpus
 from workers.draft_training.measuring import measure
 from workers.draft_training.metrics_log import MetricsLog, Record, read_records
-from workers.draft_training.options import EvalOptions, TrainOptions
+from workers.draft_training.options import Dtype, EvalOptions, TrainOptions
 from workers.draft_training.prompts import PromptError, hold_out, read_prompts
 from workers.draft_training.published import collected
 from workers.draft_training.run import RunError, train
@@ -156,6 +156,14 @@ def test_training_lowers_the_loss_and_makes_more_drafts_right(options: TrainOpti
     assert (first.step, last.step) == (20, 60)
     assert last.loss < first.loss - 0.1, "the rest is the random target's own entropy"
     assert last.rates[0] > first.rates[0] + 0.1, (first, last)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_target_of_half_the_width_trains_weights_of_the_whole(options: TrainOptions, dtype: Dtype) -> None:
+    narrow = replace(options, dtype=dtype, steps=60, learning_rate=1e-2, evaluate_every=100)
+    assert train(narrow, silent).accept_length > 1.3
+    state = load_checkpoint(options.out / "checkpoint")
+    assert state is not None and {weight.dtype for weight in state["parameters"]} == {torch.float32}
 
 
 def test_a_run_refuses_other_options_but_those_that_may_change(options: TrainOptions) -> None:

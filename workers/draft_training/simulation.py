@@ -25,8 +25,8 @@ _ROWS_AT_A_TIME = 8192
 
 @dataclass(frozen=True)
 class TargetView:
-    """What the target makes of a batch: the taps [tokens, hidden], and at each asked place its likeliest next
-    token [asks] int64 and its distribution among the draft's tokens [asks, draft vocabulary] float32."""
+    """What the target makes of a batch: taps [tokens, hidden] float32, and at each asked place its likeliest
+    next token [asks] int64 and its distribution among the draft's tokens [asks, draft vocabulary] float32."""
 
     taps: list[Tensor]
     best: Tensor
@@ -50,6 +50,7 @@ def view_target(
         best.append(logits.argmax(dim=-1))
         drafted.append(logits.index_select(1, vocabulary.target_ids).float().softmax(dim=-1))
     likeliest = torch.cat(best)
+    taps = [tap.float() for tap in taps]  # autocast to bfloat16 joins no float16
     return TargetView(taps, likeliest, vocabulary.is_known.index_select(0, likeliest), torch.cat(drafted))
 
 

@@ -129,9 +129,10 @@ class Trainer:
         self._order = batches_from(self._lens, options.batch_tokens, self._max_len, options.seed, self.step)
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
-        if self._device.type == "cuda":
-            return torch.autocast("cuda", dtype=torch.bfloat16)
-        return contextlib.nullcontext()
+        """Return in what the draft computes: bfloat16 over float32 weights, but for float32 on the CPU."""
+        if self._device.type == "cpu" and self._decoder.norm.weight.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self._device.type, dtype=torch.bfloat16)
 
     def _rates(self, right: Tensor, batch: Batch) -> Tensor:
         reached = torch.stack([batch.behind >= step for step in range(len(right))])
