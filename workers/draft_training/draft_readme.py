@@ -28,17 +28,17 @@ def write_readme(folder: Path, facts: Facts, options: TrainOptions) -> None:
     """Write README.md."""
     sources = [f"`{file.name}`" for file in options.prompts]
     if options.self_prompts:
-        sources.append(f"{options.self_prompts} prompts that it was to write itself")
+        sources.append(f"at most {options.self_prompts} that it wrote itself")
     rates = ", ".join(f"{rate:.3f}" for rate in facts.rates)
     rows = {
         "Layout": "EAGLE-3: one layer, three taps, the model's embedding shared; bf16",
         "Draft vocabulary": f"{facts.draft_vocab_size} tokens: {facts.coverage:.2%} of those in the answers,"
         f" {facts.held_out_coverage:.2%} of those in the answers held out",
-        "Data": f"{facts.num_answers} answers of {facts.num_answer_tokens} tokens that {facts.model} wrote to"
+        "Data": f"{facts.num_answers} answers of {facts.num_answer_tokens} tokens that {facts.model} wrote to prompts:"
         f" {', '.join(sources)}",
         "Sampling": f"temperatures {', '.join(map(str, TEMPERATURES))} in equal parts, at most"
         f" {options.max_answer_tokens} tokens",
-        "Steps": f"{facts.step} of {facts.num_steps}, {options.batch_tokens} tokens each,"
+        "Steps": f"{facts.step} of {facts.num_steps}, at most {options.batch_tokens} tokens each,"
         f" {options.simulated_drafts} drafts simulated one on another",
         "Optimizer": f"AdamW, peak learning rate {options.learning_rate:g}, seed {options.seed}",
         "Accept length": f"{facts.accept_length:.3f} on {facts.num_held_out} held-out prompts, greedy, chains"
