@@ -34,8 +34,8 @@ def write_readme(folder: Path, facts: Facts, options: TrainOptions) -> None:
         "Layout": "EAGLE-3: one layer, three taps, the model's embedding shared; bf16",
         "Draft vocabulary": f"{facts.draft_vocab_size} tokens: {facts.coverage:.2%} of those in the answers,"
         f" {facts.held_out_coverage:.2%} of those in the answers held out",
-        "Data": f"{facts.num_answers} answers of {facts.num_answer_tokens} tokens that {facts.model} wrote to prompts:"
-        f" {', '.join(sources)}",
+        "Data": f"{facts.num_answers} answers of {facts.num_answer_tokens} tokens that {facts.model} wrote to"
+        f" prompts: {', '.join(sources)}",
         "Sampling": f"temperatures {', '.join(map(str, TEMPERATURES))} in equal parts, at most"
         f" {options.max_answer_tokens} tokens",
         "Steps": f"{facts.step} of {facts.num_steps}, at most {options.batch_tokens} tokens each,"
