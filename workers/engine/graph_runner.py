@@ -135,9 +135,7 @@ class GraphRunner:
             self._runner.pool.zero_dummy_page()
         if logits is None:
             return None
-        if batch.bucket.mode == "verify":  # of all tokens in the batch's order
-            return logits.index_select(0, batch.sample_indices[: batch.num_samples])
-        logits = logits[: batch.num_samples]
+        logits = _of_samples(batch, logits)
         return logits.clone() if self._mechanisms.clones_outputs else logits
 
     def _capture(self, inputs: BucketInputs, rehearsal: Rehearsal) -> PreparedStep:
@@ -167,13 +165,15 @@ class GraphRunner:
                 return logits
         else:
             return compute
-        self._runner.plan(rehearsal.second(inputs))  # other inputs than those captured
+        second = rehearsal.second(inputs)  # other inputs than those captured
+        self._runner.plan(second)
         replayed = step()
-        replayed = None if replayed is None else replayed.clone()
+        # Pads, whose tokens all write one place, say nothing.
+        replayed = None if replayed is None else _of_samples(second, replayed).clone()
         computed = compute()
         if replayed is None or computed is None:  # not rank 0
             return step
-        if not repeats(replayed, computed, self._max_rounding_ratio()):
+        if not repeats(replayed, _of_samples(second, computed), self._max_rounding_ratio()):
             raise RecordingError(f"bucket {inputs.bucket}: a replay differs from the decoder")
         return step
 
@@ -237,6 +237,13 @@ def failed_anywhere(
     group.all_reduce(flags)
     # At start-up: may wait.
     return [each for each, num_failures in zip(prepared, flags.tolist(), strict=True) if num_failures]
+
+
+def _of_samples(batch: ForwardBatch, logits: torch.Tensor) -> torch.Tensor:
+    """Return the logits of a bucket's samples, without those of pads."""
+    if batch.bucket is not None and batch.bucket.mode == "verify":  # of all tokens in the batch's order
+        return logits.index_select(0, batch.sample_indices[: batch.num_samples])
+    return logits[: batch.num_samples]
 
 
 def repeats(

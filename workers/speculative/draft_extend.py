@@ -57,6 +57,8 @@ class DraftExtend:
         self._times.ended("target")
         if self.is_apart:
             self.run(batch, features)
+            if batch.host_query_starts[batch.num_real_rows] < batch.num_tokens:  # the pads' tokens
+                self._pool.zero_dummy_page()
             self._times.ended("draft_extend")
         self._guard.count("draft_extend", "unsupported" if self.is_apart else decision.reason, after_load)
 
