@@ -116,7 +116,8 @@ def test_a_draft_whose_kv_was_lost_is_not_believed_as_often(model, expected):
     """What a tier that keeps the target's KV alone comes to: right answers, silently fewer at a time."""
     _, (again, answers, _) = first_and_again(model, "self", 1, None, forget_kv, kv_sanitizer=False)
     assert answers == expected
-    assert again.scheduler.stats.accept_lengths != {("host", 4): 3 * len(PROMPTS)}
+    lengths = again.scheduler.stats.accept_lengths
+    assert sum(length * count for (_, length), count in lengths.items()) < 4 * sum(lengths.values())
 
 
 def test_a_draft_whose_feature_was_lost_drafts_something_else(model, expected):
