@@ -157,3 +157,30 @@ def test_two_ranks_answer_like_one_without_a_draft(model, expected, followers, d
         assert (steps["verify", "replay"] > 0) == graphs, steps
         pages = harness.idle_pages()
         assert pages["owned"] == pages["cached"], f"pages leaked: {pages}"
+
+
+SAMPLINGS = {
+    "warm": {"temperature": 0.9, "seed": 3},
+    "nucleus": {"temperature": 1.2, "top_p": 0.8, "seed": 4},
+    "penalties": {"temperature": 0.8, "repetition_penalty": 1.3, "frequency_penalty": 0.4, "seed": 5},
+}
+
+
+def sampled(model, followers=None, **options):
+    """Answer each prompt in each way; return all answers, and the harness, closed."""
+    with Harness(tiny_config(model, **options), followers=followers) as harness:
+        for name, sampling in SAMPLINGS.items():
+            for number, prompt in enumerate(PROMPTS):
+                harness.submit(f"{name}/{number}", prompt, max_tokens=NUM_TOKENS, ignore_eos=True, **sampling)
+        harness.run()
+        return {name: answer.token_ids for name, answer in harness.answers.items()}, harness
+
+
+@pytest.mark.parametrize("draft", ["self", "random-eagle3"])
+def test_sampled_answers_of_two_ranks_are_those_of_one_without_a_draft(model, followers, draft):
+    plain, _ = sampled(model)
+    one, _ = sampled(model, draft=draft, draft_tokens=3)
+    two, harness = sampled(model, followers, draft=draft, draft_tokens=3, tp_size=2)
+    assert plain == one == two
+    lengths = {length for _, length in harness.scheduler.stats.accept_lengths}
+    assert (len(lengths) > 1) == (draft == "self"), "at random they are never right"
