@@ -37,6 +37,7 @@ Restart = Literal["none", "stopped", "killed"]
 WRITE_POLICIES: tuple[WritePolicy, ...] = ("write_through", "write_through_selective", "write_back")
 PREFETCH_POLICIES: tuple[PrefetchPolicy, ...] = ("best_effort", "wait_complete", "timeout")
 MAX_STEPS = 100_000
+DRAFT_TOKENS = 3
 SETTLE_S = 30.0
 SHORT = Deadlines(grant_s=0.1, commit_s=0.3, report_s=2.0, resync_s=0.2)
 HASTY = Patience(
@@ -68,6 +69,11 @@ class TookPlace:
                 "restarts seen": follower.num_restarts,
                 "attached again": max(0, client.stats.num_attaches - 1),
                 "breaker opened": client.connection.breaker.num_opened,
+                "drafts accepted": sum(
+                    count
+                    for (_, outcome), count in harness.scheduler.stats.num_drafts.items()
+                    if outcome == "accepted"
+                ),
             }
         )
         for name, counter in (
@@ -120,6 +126,7 @@ class TierSeed:
     mechanisms: Mechanisms = ALL_ON
     """Of the engine; those of its mover are the node's."""
     overlap_depth: int = 0
+    draft: str | None = None
 
     @classmethod
     def draw(cls, seed: int, sources: Sequence[Source], page_sizes: Sequence[int]) -> Self:
@@ -143,6 +150,7 @@ class TierSeed:
             random.random() < 0.3,
             _faults(seed, random),
             overlap_depth=random.choice((0, 1)),
+            draft=random.choice((None, None, "self", "random-eagle3")),
         )
 
     def play(
@@ -221,7 +229,10 @@ class _Play:
         self._random = Random(f"turns/{draw.seed}")
         self._network = InProcessNetwork() if draw.source == "peer" else None
         self._store = f"disk:{folder / 'store'}?gb=0.25" if draw.source == "disk" else store
-        sizes = sorted(-(-(len(c.prompt_ids) + len(c.token_ids)) // draw.page_size) for c in cases)
+        window = 0 if draw.draft is None else 2 * DRAFT_TOKENS
+        sizes = sorted(
+            -(-(len(case.prompt_ids) + len(case.token_ids) + window) // draw.page_size) for case in cases
+        )
         chosen: dict[str, object] = {
             "dtype": "float32",
             "tp_size": draw.tp_size,
@@ -229,7 +240,9 @@ class _Play:
             "num_pages": sizes[-1] + draw.num_spare_pages,  # it forgets all the time
             "max_tokens_per_step": 16,
             "max_running_requests": 2,
-            "overlap_depth": draw.overlap_depth,
+            "overlap_depth": draw.overlap_depth if draw.draft is None else 0,
+            "draft": draw.draft,
+            "draft_tokens": DRAFT_TOKENS,
             "kv_sanitizer": True,
             "num_threads": 1,
             "prefetch_policy": draw.prefetch_policy,

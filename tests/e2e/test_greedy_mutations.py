@@ -40,7 +40,9 @@ def first_red(tiny, tmp_path, change, num_seeds=NUM_SEEDS, **options):
     """Return what the first red seed says; None if all are green."""
     model, cases = tiny
     for seed in range(num_seeds):
-        draw = change(replace(TierSeed.draw(seed, ["host", "peer"], (2, 4, 8)), tp_size=1, restart="none"))
+        draw = change(
+            replace(TierSeed.draw(seed, ["host", "peer"], (2, 4, 8)), tp_size=1, restart="none", draft=None)
+        )
         folder = tmp_path / str(seed)
         folder.mkdir()
         try:

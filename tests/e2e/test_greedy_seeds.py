@@ -52,6 +52,7 @@ MUST_HAPPEN = (
     "duplicates",
     "gaps",
     "undecodable",
+    "drafts accepted",
 )
 
 
