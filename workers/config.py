@@ -76,8 +76,8 @@ class WorkerConfig:
     kernels, on cuda in float16 and bfloat16; `reference`: plain torch; `auto`: the device's kernels where
     they compile, else reference."""
     draft: str | None = None
-    """A draft model that guesses tokens ahead, which the model then checks together: answers are the same,
-    sooner. A directory, a hub id or an alias. Not given: none."""
+    """A draft model that guesses tokens ahead, which the model then checks together: the same answers, as far
+    as sums of more rows round alike, sooner. A directory, a hub id or an alias. Not given: none."""
     draft_tokens: Annotated[
         Literal["auto"] | Annotated[int, Field(ge=1, le=_MAX_DRAFTS)], WrapValidator(_draft_tokens)
     ] = "auto"

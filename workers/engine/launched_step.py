@@ -32,7 +32,7 @@ class LaunchedStep:
 
     @property
     def has_ended(self) -> bool:
-        """Tell whether the device has done all of it."""
+        """Tell whether the device has done all of it, drafting on aside."""
         return self.fence is None or self.fence.query()
 
     def output(

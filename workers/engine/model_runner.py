@@ -89,7 +89,10 @@ class ModelRunner:
         num_samples = batch.sample_indices.shape[0]
         if num_samples == 0:
             return None
-        takes_all = num_samples == batch.num_tokens if batch.bucket is None else batch.bucket.mode != "mixed"
+        if batch.bucket is not None:
+            takes_all = batch.bucket.mode != "mixed"
+        else:  # where rows verify, samples come in the plan's order, tokens in that of staging
+            takes_all = num_samples == batch.num_tokens and batch.mode != "verify"
         if not takes_all:
             hidden = hidden[batch.sample_indices]
         logits = self._model.logits(hidden)

@@ -95,8 +95,8 @@ class DraftLength:
         self.length = choice.length
         if choice.num_probing:
             choice.num_probing -= 1
-            self.length = choice.probed
-        return min(self.length, lengths[-1])
+            self.length = min(choice.probed, lengths[-1])
+        return self.length
 
     def verified(self, num_drafts: int, num_accepted: int) -> None:
         """Take in what became of a row's drafts."""

@@ -130,7 +130,8 @@ class Speculator:
         self._runner.accept(loop)
         if choices is None:
             return None, loop
-        num_right = self._copies.to_host(loop.num_right[: len(rows.slots)])
+        # A copy on the CPU, too: the next step writes there (I9).
+        num_right = self._copies.to_host(loop.num_right[: len(rows.slots)].clone())
         return Verified(num_right, choices.to_host(self._copies)), loop
 
     def _check(self, rows: VerifiedRows, loop: DraftLoop, num_drafts: int) -> None:
