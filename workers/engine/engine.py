@@ -267,7 +267,7 @@ class Engine:
     def collect(self) -> StepOutput:
         """Wait until the oldest launched step has ended and return what came of it. Raises StepTimeoutError.
 
-        The device has then done all of it (I2) but the draft's passes: freed pages' next use comes behind them.
+        The device has then done all of it (I2) but the draft's passes: freed pages are used behind them.
         """
         return self._launched.popleft().output()
 
