@@ -276,8 +276,10 @@ def test_passes_are_planned_once_and_read_their_lengths_on_the_device() -> None:
     plan = staged.plan(s3=(39, 1), s1=(2, 1), s0=(62, 1))
     batch, _ = staged.stager.stage_eager(plan, "decode")
     passes = attention.for_passes(replace(batch, host_context_lens=np.ones(3, dtype=np.int32)))
+    other_passes = attention.for_passes(replace(batch, context_lens=torch.ones(3, dtype=torch.int32)))
     num_plans = len(library.kernels("short").plans)
     for ahead in range(2):
+        other_passes.begin()  # in the same room
         later = staged.plan(s3=(39 + ahead, 1), s1=(2 + ahead, 1), s0=(62 + ahead, 1))
         eager, _ = staged.stager.stage_eager(later, "decode")
         batch.context_lens.copy_(eager.context_lens)

@@ -161,6 +161,7 @@ class FlashInferAttention:
         limits = PlanLimits(max_rows, max_tokens, is_captured=False)
         self._eager = self._make_planners(limits, limits, always_has_rows=True)
         self._buckets: dict[Bucket, _BucketState] = {}
+        self._pass_pages: dict[tuple[int, int], RowPages] = {}
         # The current pass:
         self._batch: ForwardBatch | None = None
         self._pages: RowPages | None = None
@@ -209,7 +210,11 @@ class FlashInferAttention:
         limits = PlanLimits(num_rows, num_rows, is_captured=False)
         planners = self._make_planners(limits, None, always_has_rows=True)
         attention = copy(self)
-        attention._batch, attention._pages, attention._out = batch, _room_for_pages(batch), None
+        # Each pass lines up its own pages when it begins: passes of one shape need room once.
+        shape = (num_rows, batch.max_columns)
+        if shape not in self._pass_pages:
+            self._pass_pages[shape] = _room_for_pages(batch)
+        attention._batch, attention._pages, attention._out = batch, self._pass_pages[shape], None
         attention._parts = {
             window: [of_window.short.plan_whole(rows)] for window, of_window in planners.items()
         }
