@@ -48,6 +48,7 @@ test-long: $(dev)
 	$(bin)/python -m pytest -m 'long and not gpu' $(parallel) $(ARGS)
 
 test-gpu: $(dev)
+	@$(bin)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: no CUDA device, nothing to test")'
 	$(bin)/python -m pytest -m gpu tests/gpu $(ARGS)
 
 storm-gpu: $(dev)

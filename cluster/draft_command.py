@@ -53,14 +53,14 @@ def _eval(as_json: bool, **given: Any) -> None:
     rates = ", ".join(f"{rate:.1%}" for rate in told["rates"])
     _say(
         f"accept length {told['accept_length']:.2f} with {told['draft_tokens']} drafts at a time, the model's"
-        f" own token counted; accepted by place: {rates}"
+        f" own token counted; of all guesses at each place accepted: {rates}"
     )
     for speed in told["speeds"]:
         _say(
             f"{speed['batch_size']} at a time: {speed['tokens_per_s']:.0f} tokens/s, without the draft"
             f" {speed['tokens_per_s_without']:.0f}: {speed['speedup']:.2f} times as fast"
         )
-    _say(f"{told['equal_ratio']:.1%} of the answers are the same without it")
+    _say(f"{told['equal_ratio']:.1%} of the answers are the same without it; with --dtype float32 all are")
 
 
 def _options(kind: _Options, given: dict[str, Any]) -> bytes:

@@ -67,7 +67,9 @@ def draw(sampling, num_drafts, first_seed, kind=Sampler, count=count_right):
             rows = VerifiedRows(np.array(going), ends, nums)
             guessed = zip(going, nums, drafts.tolist(), strict=True)
             tokens = [token for slot, num, row in guessed for token in (texts[slot][-1], *row[:num])]
-            choices = choose(sampler, LOGITS[tokens], rows, drafts, InlineCopies())
+            of_slots = torch.zeros(NUM_SLOTS, num_drafts, dtype=torch.int64)
+            of_slots[torch.tensor(going)] = drafts
+            choices = choose(sampler, LOGITS[tokens], rows, of_slots, InlineCopies())
             num_right = count(choices.token_ids, drafts, torch.from_numpy(nums))
             verified = Verified(num_right, choices)
             found = iter(verified.read()[0])

@@ -82,22 +82,25 @@ class Verified:
 
 
 def choose(
-    sampler: Sampler, logits: Tensor, rows: VerifiedRows, drafts: Tensor, copies: CopyStream
+    sampler: Sampler, logits: Tensor, rows: VerifiedRows, all_drafts: Tensor, copies: CopyStream
 ) -> Choices:
-    """Choose tokens at all places of `rows`, whose drafts are [B, max_drafts] int64 on the device.
+    """Choose tokens at all places of `rows`; `all_drafts` [slots, max_drafts] int64 are on the device.
 
     `logits` [samples, vocab]: of each row one for its own last token and one for each of its drafts, in
     order. Waits for the device only where penalties make a token depend on those before it.
     """
     #   rows      |    row 0 (2 drafts)     | row 1 (none) | ...
     #   logits    | own | draft 0 | draft 1 |     own      |
-    num_rows, num_places = drafts.shape[0], drafts.shape[1] + 1
+    num_rows, num_places = len(rows.slots), all_drafts.shape[1] + 1
     lens = 1 + rows.num_drafts
     firsts = np.cumsum(lens) - lens
     row = np.repeat(np.arange(num_rows), lens)  # [samples]
     place = np.arange(len(row)) - firsts[row]
     has_history = np.array([sampler.has_history(slot) for slot in rows.slots.tolist()], dtype=np.bool_)
-    token_ids = torch.zeros(num_rows * num_places, dtype=torch.int64, device=drafts.device)
+    if len(row) == num_rows * num_places and not has_history.any():  # as they come
+        sampled = sampler.sample(logits, rows.slots[row].tolist(), (rows.positions[row] + place).tolist())
+        return Choices(sampled.token_ids.view(num_rows, num_places), [(np.arange(len(row)), sampled)])
+    token_ids = torch.zeros(num_rows * num_places, dtype=torch.int64, device=all_drafts.device)
     choices = Choices(token_ids.view(num_rows, num_places), [])
 
     def sample(which: IntArray) -> Tensor | None:
@@ -114,7 +117,8 @@ def choose(
 
     sample(np.flatnonzero(~has_history[row]))
     going = np.flatnonzero(has_history)
-    guessed = drafts.cpu().numpy() if going.size else None  # penalties count what was right: a wait
+    # Penalties count what was right: a wait.
+    guessed = all_drafts.cpu().numpy()[rows.slots] if going.size else None
     for number in range(num_places):
         going = going[rows.num_drafts[going] >= number]
         found = sample(firsts[going] + number)

@@ -37,10 +37,10 @@ lengths are known on the device alone."""
 
 
 class _HostInputs:
-    """A staging set: | slots | places | drafts | is real |, each [rows], and page rows."""
+    """A staging set: | slots | places | drafts | is real | features' places ... |, [rows] each; page rows."""
 
-    def __init__(self, num_rows: int, max_columns: int, is_pinned: bool) -> None:
-        self.numbers = torch.zeros(4, num_rows, dtype=torch.int64, pin_memory=is_pinned)
+    def __init__(self, num_rows: int, num_places: int, max_columns: int, is_pinned: bool) -> None:
+        self.numbers = torch.zeros(4 + num_places, num_rows, dtype=torch.int64, pin_memory=is_pinned)
         self.pages = torch.zeros(num_rows * max_columns, dtype=torch.int32, pin_memory=is_pinned)
         self.fence: Fence | None = None
 
@@ -69,9 +69,10 @@ class DraftLoop:
         is_pinned = device.type == "cuda"
         self.size = size
         self._parts = parts
-        self._ring = StagingRing(lambda: _HostInputs(size, max_columns, is_pinned))
-        self._numbers = torch.zeros(4, size, dtype=torch.int64, device=device)
-        self._slots, self._places, self._num_drafts, self._is_real = self._numbers
+        self._ring = StagingRing(lambda: _HostInputs(size, num_places, max_columns, is_pinned))
+        self._numbers = torch.zeros(4 + num_places, size, dtype=torch.int64, device=device)
+        self._slots, self._places, self._num_drafts, self._is_real = self._numbers[:4]
+        self._features_at = self._numbers[4:].view(-1)
         self._pages = torch.zeros(size, max_columns, dtype=torch.int32, device=device)
         self.chosen = torch.zeros(size, num_places, dtype=torch.int64, device=device)
         """[rows, places] int64: Choices'"""
@@ -86,7 +87,6 @@ class DraftLoop:
         self._context_lens = torch.ones(max_drafts, size, dtype=torch.int32, device=device)
         self._row_numbers = torch.arange(size, device=device)
         self._ahead = torch.arange(max_drafts, device=device)[:, None]
-        self._first_features = self._row_numbers * num_places
         self._batches = self._make_batches(device, max_columns)
         self._attentions = [parts.pass_attention(batch) for batch in self._batches]
         self._num_rows = self._num_columns = 0
@@ -104,8 +104,10 @@ class DraftLoop:
         parts, num_rows = self._parts, len(rows.slots)
         host = self._ring.acquire()
         numbers = host.numbers.numpy()
-        numbers[:, :num_rows] = rows.slots, rows.positions, rows.num_drafts, np.ones(num_rows)
-        numbers[:, num_rows:] = np.array([parts.table.dummy_slot, 0, 0, 0])[:, None]
+        numbers[:4, :num_rows] = rows.slots, rows.positions, rows.num_drafts, np.ones(num_rows)
+        numbers[4:, :num_rows] = at.T
+        numbers[:, num_rows:] = 0
+        numbers[0, num_rows:] = parts.table.dummy_slot
         ends = rows.positions + rows.num_drafts + parts.state.max_drafts
         num_columns = -(-int(ends.max()) // parts.table.page_size)
         pages = host.pages[: self.size * num_columns].view(self.size, num_columns)
@@ -115,8 +117,7 @@ class DraftLoop:
         if chosen is not None:
             self.chosen[:num_rows].copy_(chosen)
         parts.group.broadcast(self.chosen)
-        places = parts.copies.upload(at.reshape(-1))
-        torch.index_select(features, 0, places, out=self._features[: len(places)])
+        torch.index_select(features, 0, self._features_at, out=self._features)
         host.fence = parts.copies.fence()
         self._num_rows, self._num_columns = num_rows, num_columns
 
@@ -127,7 +128,8 @@ class DraftLoop:
         num_right = count_right(self.chosen, drafts, self._num_drafts)
         self.num_right.copy_(num_right)
         self._token_ids.copy_(self.chosen.gather(1, num_right[:, None]).view(-1))
-        self._feature.copy_(self._features.index_select(0, self._first_features + num_right))
+        #   features   | of each row's own token | of its draft 0 | ... |
+        self._feature.copy_(self._features.index_select(0, num_right * self.size + self._row_numbers))
         state.carried.index_copy_(0, self._slots, self._feature)
         # Pads stay on the dummy page: a place further on would be another row's.
         positions = (self._places + num_right + self._ahead) * self._is_real

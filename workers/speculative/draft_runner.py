@@ -152,6 +152,8 @@ class DraftRunner:
         places = (num_rows, max_drafts + 1)
         chosen = torch.full(places, token_id, dtype=torch.int64, device=self._device)
         features = parts.state.carried.new_full((1, parts.state.carried.shape[1]), 0.5 * token_id)
-        loop.stage(rows, chosen, features, np.zeros(places, dtype=np.int64))
-        for slot in slots:
-            table.close_slot(CloseSlot(slot))
+        try:
+            loop.stage(rows, chosen, features, np.zeros(places, dtype=np.int64))
+        finally:
+            for slot in slots:
+                table.close_slot(CloseSlot(slot))

@@ -122,8 +122,7 @@ class Speculator:
         choices = None
         if sampler is not None:
             assert logits is not None, "rank 0 has the logits of what is sampled"
-            drafts = self._state.drafts.index_select(0, self._copies.upload(rows.slots))
-            choices = choose(sampler, logits, rows, drafts, self._copies)
+            choices = choose(sampler, logits, rows, self._state.drafts, self._copies)
         numbers = np.arange(self._state.max_drafts + 1)
         at = lasts[:, None] + np.minimum(numbers, rows.num_drafts[:, None])
         loop.stage(rows, None if choices is None else choices.token_ids, features, at)
