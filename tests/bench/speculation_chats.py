@@ -5,10 +5,10 @@ from collections import Counter
 from pathlib import Path
 from random import Random
 
-from cluster.api.prompts import ServedModel
-from cluster.api.schemas import Message
 from tests.bench.gpu_rank import SHAPES, BenchRank, prompt
 from workers.card import load_card
+from workers.chat_environment import Message
+from workers.draft_training.chat import Chat
 from workers.protocol import FetchHint, Received, RequestId, RequestOutput, SamplingParams, SubmitRequest
 
 HELD_OUT = Path(__file__).parent / "held_out_prompts.jsonl"
@@ -30,11 +30,11 @@ def chat_prompts(model: str, file: Path) -> list[list[int]]:
         chats = [json.loads(line)["messages"] for line in file.read_text().splitlines()]
     else:
         chats = _chitchat(random)
-    served = ServedModel.from_card(load_card(model), None)
-    assert served.chat_template is not None, "chats need a model with a chat template"
+    chat_of = Chat(load_card(model))
     random.shuffle(chats)
-    texts = [served.chat_template.render([Message.model_validate(each) for each in chat]) for chat in chats]
-    prompts = [served.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    prompts = [
+        chat_of.prompt(tuple(Message(each["role"], each["content"]) for each in chat)) for chat in chats
+    ]
     return [tokens for tokens in prompts if len(tokens) <= MAX_PROMPT_LEN]
 
 
