@@ -53,7 +53,7 @@ def test_a_storm_with_a_draft_finds_nothing(draft):
     assert found["num_violations"] == 0
     assert found["num_compared_tokens"] > 300
     assert found["num_evictions"] > 50 and found["num_loaded_pages"] > 10
-    assert found["outcomes"]["verify replay"] > 100
+    assert found["outcomes"]["verify replay"] > 40
 
 
 QUIET = parser().parse_args([*SMALL, "--page-size", "4", "--injection", "off", "--keep-logits"])
