@@ -33,6 +33,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from tests.bench.measuring import cpu_name  # noqa: E402
+
 NUM_CORES = len(os.sched_getaffinity(0))
 THREAD_ENVIRONMENT = {
     "OMP_NUM_THREADS": str(NUM_CORES),
@@ -98,13 +100,6 @@ def main():
         for name, value in results.items():
             print(f"{name:24} {value}")
     print(json.dumps(results))
-
-
-def cpu_name():
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith(("model name", "CPU part")):
-            return line.split(":")[1].strip()
-    return ""
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ off_ratio_b1, ...       with `--draft-tokens auto`: steps in which nothing was d
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 from collections import Counter
@@ -44,7 +43,7 @@ import torch  # noqa: E402
 from cache_service.client import CacheClient  # noqa: E402
 from tests.bench.cache_node import CacheNode, eventually  # noqa: E402
 from tests.bench.gpu_rank import ARENA_TIMEOUT_S, BenchRank, option_names, worker_options  # noqa: E402
-from tests.bench.measuring import Medians, say  # noqa: E402
+from tests.bench.measuring import Medians, cpu_name, say  # noqa: E402
 from tests.bench.speculation_chats import (  # noqa: E402
     HELD_OUT,
     MAX_PROMPT_LEN,
@@ -244,7 +243,7 @@ def main() -> None:
         "num_prompts": len(prompts),
         "tokens": arguments.tokens,
         "rounds": arguments.rounds,
-        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else _cpu_name(),
+        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else cpu_name(),
         "dtype": arguments.dtype,
         "options": {name: str(value) for name, value in arguments.options.items()},
         "threads": arguments.threads,
@@ -259,13 +258,6 @@ def main() -> None:
         for name, value in result.items():
             print(f"{name:24} {value}")
     print(json.dumps(result))
-
-
-def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith(("model name", "CPU part")):
-            return line.split(":")[1].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

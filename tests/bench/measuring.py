@@ -1,11 +1,20 @@
-"""What the parts of a benchmark share: progress on stderr, medians over rounds."""
+"""What the parts of a benchmark share: progress on stderr, medians over rounds, the machine's name."""
 
+import platform
 import statistics
 import sys
+from pathlib import Path
 
 
 def say(text):
     print(text, file=sys.stderr, flush=True)
+
+
+def cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith(("model name", "CPU part")):
+            return line.split(":")[1].strip()
+    return platform.processor()
 
 
 class Medians:
