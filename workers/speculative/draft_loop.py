@@ -22,7 +22,7 @@ from workers.engine.copies import CopyStream, Fence
 from workers.engine.forward_batch import ForwardBatch
 from workers.engine.sampler import GreedyTokens
 from workers.engine.staging import StagingRing
-from workers.kvcache.kv_pool import KVPool
+from workers.kvcache.kv_pool import DUMMY_PAGE, KVPool
 from workers.kvcache.page_table import PageTable
 from workers.models.draft import DraftModel
 from workers.parallel import TPGroup
@@ -114,6 +114,9 @@ class DraftLoop:
         parts.table.stage_rows(numbers[0], pages.numpy())
         parts.copies.copy(self._numbers, host.numbers)
         parts.copies.copy(self._pages[:, :num_columns], pages)
+        # What the step before staged, and this one does not, points nowhere again (I9).
+        self._pages[:, num_columns : self._num_columns].fill_(DUMMY_PAGE)
+        self.chosen[num_rows : self._num_rows].zero_()
         if chosen is not None:
             self.chosen[:num_rows].copy_(chosen)
         parts.group.broadcast(self.chosen)
