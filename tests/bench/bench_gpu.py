@@ -38,7 +38,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded
 import torch  # noqa: E402
 
 from tests.bench import gpu_peers  # noqa: E402
-from tests.bench.gpu_rank import option_names, worker_options  # noqa: E402
+from tests.bench.gpu_shapes import option_names, worker_options  # noqa: E402
 from tests.bench.measuring import say  # noqa: E402
 
 PARTS = ("floors", "decode", "multiturn", "moves")

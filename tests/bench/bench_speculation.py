@@ -42,7 +42,9 @@ import torch  # noqa: E402
 
 from cache_service.client import CacheClient  # noqa: E402
 from tests.bench.cache_node import CacheNode, eventually  # noqa: E402
-from tests.bench.gpu_rank import ARENA_TIMEOUT_S, BenchRank, option_names, worker_options  # noqa: E402
+from tests.bench.follower_ranks import START_TIMEOUT_S  # noqa: E402
+from tests.bench.gpu_rank import BenchRank  # noqa: E402
+from tests.bench.gpu_shapes import option_names, worker_options  # noqa: E402
 from tests.bench.measuring import Medians, cpu_name, say  # noqa: E402
 from tests.bench.speculation_chats import (  # noqa: E402
     HELD_OUT,
@@ -176,7 +178,7 @@ def measure_origins(arguments: argparse.Namespace, prompts: list[list[int]]) -> 
 
 def _await_pages(client: CacheClient, num_pages: int) -> None:
     """Wait until a client has heard of the arena's pages."""
-    eventually(lambda: client.num_known_pages >= num_pages, ARENA_TIMEOUT_S)
+    eventually(lambda: client.num_known_pages >= num_pages, START_TIMEOUT_S)
 
 
 def _pages_per_request(arguments: argparse.Namespace) -> int:

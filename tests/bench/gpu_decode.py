@@ -89,7 +89,7 @@ def measure_decode(
             tpot_s = statistics.median(tpots)
             mean_len = PROMPT_LEN + num_tokens / 2
             read_bytes = rank.weight_bytes_read + batch_size * mean_len * rank.token_bytes
-            floor_s = read_bytes / (read_gb_s * 1e9)
+            floor_s = read_bytes / (rank.config.tp_size * read_gb_s * 1e9)
             results[f"b{batch_size}"] = found = {
                 "ttft_ms": round(1000 * statistics.median(ttft_s for ttft_s, _, _ in rounds), 3),
                 "tpot_ms": round(1000 * tpot_s, 4),

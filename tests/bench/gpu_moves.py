@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from cache_service.arena_files import SHARED_MEMORY
-from tests.bench.gpu_rank import shape_config
+from tests.bench.gpu_shapes import shape_config
 from tests.bench.kv_decode import Decode, DecodeSetup
 from tests.bench.measuring import say
 from tests.unit.tiers import Tier, eventually, keys

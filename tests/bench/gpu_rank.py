@@ -3,10 +3,8 @@
 What a client sees is timed where the service would send it: after a step's commit.
 """
 
-import contextlib
 import dataclasses
 import gc
-import json
 import tempfile
 import time
 from collections import Counter
@@ -16,74 +14,24 @@ from pathlib import Path
 from random import Random
 from typing import Any, Protocol
 
-from pydantic import TypeAdapter, ValidationError
+import msgspec
 
-from tests.bench.cache_node import SECRET, CacheNode, eventually
-from tests.harness import write_tiny_model
+from tests.bench.cache_node import SECRET, CacheNode
+from tests.bench.follower_ranks import BenchGroup, FollowerRanks, TierTask, wait_until_usable
+from tests.bench.gpu_shapes import shape_config
 from workers.card import load_card
-from workers.config import WorkerConfig
 from workers.engine.engine import Engine
 from workers.engine.mechanisms import ALL_ON, Mechanisms
 from workers.host_pages import CachePlace, HostPages
 from workers.kvcache.manager import KVCacheManager
 from workers.kvcache.moves import MoveInjection
 from workers.kvcache.page_pool import Safety
-from workers.parallel import TPGroup
 from workers.plan import BatchPlan, StepOutput
 from workers.protocol import Received, RequestId, RequestOutput
 from workers.scheduler.scheduler import Scheduler
 from workers.scheduler.step_budget import StepBudget
 from workers.step_loop import STALL_S, StepLoop
 
-LLAMA_8B = {
-    "vocab_size": 128_256,
-    "hidden_size": 4_096,
-    "intermediate_size": 14_336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 8_192,
-    "rope_theta": 500_000.0,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
-SMOL_135M = {
-    "vocab_size": 49_152,
-    "hidden_size": 576,
-    "intermediate_size": 1_536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "head_dim": 64,
-    "max_position_embeddings": 8_192,
-    "rope_theta": 100_000.0,
-    "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
-}
-SMALL = {
-    "vocab_size": 4_096,
-    "hidden_size": 512,
-    "intermediate_size": 1_024,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "max_position_embeddings": 8_192,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
-"""For tools that slow the card down a hundredfold."""
-TINY = {"vocab_size": 2_048, "max_position_embeddings": 8_192}
-"""For rehearsals without a GPU: whatever is left out of write_tiny_model's shape."""
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama8b": LLAMA_8B,
-    "smol135m": SMOL_135M,
-    "small": SMALL,
-    "tiny": TINY,
-}
-ARENA_TIMEOUT_S = 240.0
-"""A machine may give 50 GB of memory as slowly as that."""
 FIRST_TOKEN = 100
 """Prompts are of random tokens from here on."""
 
@@ -129,7 +77,11 @@ Launched = Callable[[BatchPlan, StepRecord | None], None]
 
 
 class BenchRank:
-    """Use as a context manager. `options` are WorkerConfig's beside the shape."""
+    """Rank 0 of a group, in this process; the others are in processes of their own.
+
+    Use as a context manager. `options` are WorkerConfig's beside the shape. `followers` are borrowed; without
+    them a group of several ranks starts its own.
+    """
 
     def __init__(
         self,
@@ -137,14 +89,22 @@ class BenchRank:
         options: dict[str, Any],
         mechanisms: Mechanisms = ALL_ON,
         safety: Safety | None = None,
+        followers: FollowerRanks | None = None,
     ) -> None:
         with ExitStack() as stack:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             config = self.config = shape_config(Path(folder), shape, options)
             card = load_card(config.model)
             self.model = card.config
-            self._group = TPGroup.single()
             began_s = time.perf_counter()
+            if config.tp_size == 1:
+                self._group, self._followers = BenchGroup.single(), None
+            else:
+                self._followers = followers or stack.enter_context(
+                    FollowerRanks(config.tp_size - 1, config.device)
+                )
+                self._group = stack.enter_context(self._followers.group(config, mechanisms))
+            self._has_begun = False
             self.engine = Engine(config, card, self._group, mechanisms)
             stack.callback(self.engine.close)
             self.start_s = time.perf_counter() - began_s
@@ -180,6 +140,10 @@ class BenchRank:
 
     def attach(self, node: CacheNode, injection: MoveInjection | None = None) -> HostPages:
         """Save pages to a node's arena and load them, once all of the arena can be had; the caller closes."""
+        assert not self._has_begun, "the ranks run"
+        self._has_begun = True
+        if self._followers is not None:
+            self._followers.begin(TierTask(node.endpoint, self._mechanisms, injection))
         pages = self.host_pages = HostPages(
             CachePlace(node.endpoint, SECRET),
             self.config,
@@ -190,11 +154,9 @@ class BenchRank:
             injection,
         )
         pages.lead(self.cache)
-        arena, num_pinned_bytes = pages.client.arena, pages.mover.stats.num_pinned_bytes
-        eventually(lambda: arena.num_usable_slots == arena.spec.num_slots, ARENA_TIMEOUT_S)
-        if self.config.device == "cuda":
-            num_bytes = arena.spec.num_slots * arena.spec.slot_bytes
-            eventually(lambda: num_pinned_bytes() == num_bytes, ARENA_TIMEOUT_S)
+        wait_until_usable(pages, self.config.device)
+        if self._followers is not None:
+            self._followers.await_begun()
         return pages
 
     def limit_steps(self, max_tokens: int, target_ms: float | None) -> None:
@@ -213,8 +175,8 @@ class BenchRank:
 
     @property
     def token_bytes(self) -> float:
-        """Bytes of KV a token."""
-        return self.engine.layout.bundle_bytes / self.config.page_size
+        """Bytes of KV a token, on all ranks."""
+        return self.config.tp_size * self.engine.layout.bundle_bytes / self.config.page_size
 
     def run(
         self,
@@ -226,6 +188,7 @@ class BenchRank:
 
         `launched` is told of each step; of one without rows there is no record.
         """
+        self._begin()
         records: dict[int, StepRecord] = {}
         inbox = _Inbox(clients, timeout_s)
         loop = StepLoop(
@@ -254,11 +217,20 @@ class BenchRank:
             if plan is None:
                 time.sleep(STALL_S)
                 continue
+            if self._followers is not None:
+                self._group.broadcast_plan(msgspec.msgpack.encode(plan))
             output = self.engine.run(plan)
             self._group.board.publish(plan.step)
             self.scheduler.commit(output)
         self.cache.take_events()
         self.scheduler.check()
+
+    def _begin(self) -> None:
+        """Let the followers run without a tier unless they run."""
+        if not self._has_begun and self._followers is not None:
+            self._followers.begin(None)
+            self._followers.await_begun()
+        self._has_begun = True
 
     @property
     def num_moving(self) -> int:
@@ -342,41 +314,6 @@ class _Recorder:
 
     def loaded(self, load: object) -> None:
         pass
-
-
-def shape_config(folder: Path, shape: str, options: dict[str, Any]) -> WorkerConfig:
-    """Return the options of a model with random weights, whose description is written to `folder`; of any
-    other that the service knows where no shape has its name."""
-    if shape not in SHAPES:
-        return WorkerConfig(model=shape, **options)
-    model = write_tiny_model(folder / shape, **SHAPES[shape])
-    return WorkerConfig(model=str(model), load_format="dummy", **options)
-
-
-def worker_options(texts: dict[str, str | None]) -> dict[str, Any]:
-    """Return WorkerConfig's options from the command line's texts; those not given are left out.
-
-    Raise ValueError for what it does not allow.
-    """
-    found = {}
-    types = {field.name: field.type for field in dataclasses.fields(WorkerConfig)}
-    for name in option_names():
-        if (text := texts.get(name)) is None:
-            continue
-        value: object = text
-        with contextlib.suppress(json.JSONDecodeError):
-            value = json.loads(text)
-        try:
-            found[name] = TypeAdapter(types[name]).validate_python(value)
-        except ValidationError as error:
-            raise ValueError(f"{name}: found {text}; {error.errors()[0]['msg']}") from error
-    return found
-
-
-def option_names() -> list[str]:
-    """WorkerConfig's options that a command line may give: all but what the benchmark itself decides."""
-    decided = ("model", "load_format", "device", "dtype", "tp_size")
-    return [field.name for field in dataclasses.fields(WorkerConfig) if field.name not in decided]
 
 
 def prompt(random: Random, length: int, vocab_size: int) -> list[int]:

@@ -5,7 +5,8 @@ from collections import Counter
 from pathlib import Path
 from random import Random
 
-from tests.bench.gpu_rank import SHAPES, BenchRank, prompt
+from tests.bench.gpu_rank import BenchRank, prompt
+from tests.bench.gpu_shapes import SHAPES
 from workers.card import load_card
 from workers.chat_environment import Message
 from workers.draft_training.chat import Chat

@@ -49,11 +49,25 @@ def test_a_storm_finds_nothing_and_goes_on_where_it_ended(tmp_path):
 
 @pytest.mark.parametrize("draft", ["self", "random-eagle3"])
 def test_a_storm_with_a_draft_finds_nothing(draft):
-    found = storm("--rounds", "1", "--page-size", "4", "--draft", draft, "--draft-tokens", "3")
+    found = storm("--rounds", "1", "--page-size", "4", *drafting(draft))
     assert found["num_violations"] == 0
     assert found["num_compared_tokens"] > 300
     assert found["num_evictions"] > 50 and found["num_loaded_pages"] > 10
     assert found["outcomes"]["verify replay"] > 40
+
+
+@pytest.mark.parametrize("draft", [None, "self"])
+def test_a_storm_over_two_ranks_finds_nothing(draft):
+    found = storm("--rounds", "1", "--tp-size", "2", "--page-size", "4", *drafting(draft))
+    assert found["tp_size"] == 2 and found["num_violations"] == 0
+    assert found["num_compared_tokens"] > 300
+    assert found["num_evictions"] > 50 and found["num_loaded_pages"] > 10
+    # Sampled answers often are not what was drafted.
+    assert found["accept_len"] is None if draft is None else found["accept_len"] > 1.6
+
+
+def drafting(draft):
+    return [] if draft is None else ["--draft", draft, "--draft-tokens", "3"]
 
 
 QUIET = parser().parse_args([*SMALL, "--page-size", "4", "--injection", "off", "--keep-logits"])

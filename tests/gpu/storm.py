@@ -1,9 +1,10 @@
-"""A storm over the whole of one rank: cache tier on, a device pool that evicts all the time, sanitizer on.
+"""A storm over the whole of one group: cache tier on, a device pool that evicts all the time, sanitizer on.
 
-    python tests/gpu/storm.py [--minutes 6] [--progress FILE] [--device cuda|cpu] [--shape smol135m] ...
+    python tests/gpu/storm.py [--tp-size 2] [--minutes 6] [--progress FILE] [--device cuda|cpu]
+        [--shape smol135m] ...
 
 128 mixed requests at a time (tests/gpu/storm_clients.py), in rounds. After each round its greedy answers are
-compared with those of a second rank without the tier (storm_compare.py), all pages are proven to be there,
+compared with those of a rank by itself without the tier (storm_compare.py), all pages are proven to be there,
 and the progress is written: called again with the same file it goes on with the next seed. A leg is a number
 of rounds under one draw of page size, write policy and token budget.
 
@@ -34,10 +35,13 @@ import torch  # noqa: E402
 
 from cache_service.messages import Check, Done  # noqa: E402
 from tests.bench.cache_node import CacheNode  # noqa: E402
-from tests.bench.gpu_rank import SHAPES, BenchRank, worker_options  # noqa: E402
+from tests.bench.follower_ranks import FollowerRanks  # noqa: E402
+from tests.bench.gpu_rank import BenchRank  # noqa: E402
+from tests.bench.gpu_shapes import SHAPES, worker_options  # noqa: E402
 from tests.bench.measuring import say  # noqa: E402
 from tests.gpu.storm_clients import MAX_TOKENS, StormClients  # noqa: E402
 from tests.gpu.storm_compare import Verdict, WrongToken, compare, max_margin_of  # noqa: E402
+from tests.gpu.storm_progress import Round, read_progress, totals, write_progress  # noqa: E402
 from tests.gpu.storm_trace import StormTrace, look_again  # noqa: E402
 from workers.engine.mechanisms import ALL_ON, Mechanisms  # noqa: E402
 from workers.kvcache.moves import MoveInjection  # noqa: E402
@@ -70,42 +74,10 @@ ARENA_POOLS = 6
 """Device pools that the arena holds: it evicts as well, more rarely."""
 
 
-@dataclasses.dataclass
-class Round:
-    """What one round came to, as it stands in the progress."""
-
-    number: int
-    seed: int
-    options: dict[str, Any]
-    num_requests: int = 0
-    finished: dict[str, int] = dataclasses.field(default_factory=dict)
-    num_tokens: int = 0
-    seconds: float = 0.0
-    num_steps: int = 0
-    evicting_steps_ratio: float = 0.0
-    """Steps since the last of which the pool has evicted."""
-    num_evictions: int = 0
-    num_preemptions: int = 0
-    num_loaded_pages: int = 0
-    num_saved_pages: int = 0
-    failed_moves: dict[str, int] = dataclasses.field(default_factory=dict)
-    outcomes: dict[str, int] = dataclasses.field(default_factory=dict)
-    """Steps by mode and outcome."""
-    num_sanitized_steps: int = 0
-    num_compared: int = 0
-    num_compared_tokens: int = 0
-    num_ties: int = 0
-    num_deep_ties: int = 0
-    largest_tie: float = 0.0
-    violations: list[str] = dataclasses.field(default_factory=list)
-    diagnoses: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    """Of each wrong token: how it came to be, and what both ranks say when they are asked again."""
-
-
 class Leg:
-    """Two ranks and a node under one draw of options. Use as a context manager.
+    """A group, a rank to compare it with and a node under one draw of options. Use as a context manager.
 
-    `mechanisms` and `injection` are for tests that see what the storm then finds.
+    `mechanisms` and `injection` are for tests that see what the storm then finds. `followers` are borrowed.
     """
 
     def __init__(
@@ -114,6 +86,7 @@ class Leg:
         arguments: argparse.Namespace,
         mechanisms: Mechanisms = ALL_ON,
         injection: MoveInjection | None = None,
+        followers: FollowerRanks | None = None,
     ) -> None:
         random = Random(f"{arguments.seed}/leg/{number}")
         given = worker_options({name: getattr(arguments, name) for name in OPTIONS})
@@ -157,8 +130,10 @@ class Leg:
                         **common,
                         "num_pages": -(-self.pool_tokens // page_size) + 1,
                         "kv_sanitizer": True,
+                        "tp_size": arguments.tp_size,
                     },
                     mechanisms,
+                    followers=followers,
                 )
             )
             self.reference = stack.enter_context(
@@ -199,6 +174,7 @@ class Leg:
     def _play(self, found: Round, arguments: argparse.Namespace) -> None:
         rank = self.rank
         before, failed_before = self._counts(), self._failed_moves()
+        accepted_before = self._accept_lens()
         clients = StormClients(
             f"{arguments.seed}/{found.number}",
             arguments.requests,
@@ -223,6 +199,7 @@ class Leg:
         for name, count in self._counts().items():
             setattr(found, name, count - before[name])
         found.failed_moves = dict(self._failed_moves() - failed_before)
+        found.accept_lens = dict(self._accept_lens() - accepted_before)
         found.violations += self._violations(found, clients)
         self._compare(found, [one for one in asked if one.is_greedy])
 
@@ -243,6 +220,12 @@ class Leg:
         stats = self.rank.host_pages.figures.tier.stats
         kinds = {"load": stats.failed_loads, "save": stats.failed_saves}
         return Counter({f"{kind} {why}": count for kind, of in kinds.items() for why, count in of.items()})
+
+    def _accept_lens(self) -> Counter[str]:
+        counts: Counter[str] = Counter()
+        for (_, length), count in self.rank.scheduler.stats.accept_lengths.items():
+            counts[str(length)] += count
+        return counts
 
     def _violations(self, found: Round, clients: StormClients) -> list[str]:
         """Hold what is left against what must be."""
@@ -287,51 +270,6 @@ class Leg:
         return told
 
 
-def totals(rounds: list[Round]) -> dict[str, Any]:
-    """Sum up what the rounds came to."""
-    num_steps = sum(one.num_steps for one in rounds)
-    outcomes: dict[str, int] = {}
-    for one in rounds:
-        for name, count in one.outcomes.items():
-            outcomes[name] = outcomes.get(name, 0) + count
-    summed = [
-        field.name
-        for field in dataclasses.fields(Round)
-        if field.name.startswith("num_") and field.name != "num_steps"
-    ]
-    return {
-        "num_rounds": len(rounds),
-        "num_steps": num_steps,
-        "minutes": round(sum(one.seconds for one in rounds) / 60, 2),
-        **{name: sum(getattr(one, name) for one in rounds) for name in summed},
-        "largest_tie": max((one.largest_tie for one in rounds), default=0.0),
-        "evicting_steps_ratio": round(
-            sum(one.evicting_steps_ratio * one.num_steps for one in rounds) / max(num_steps, 1), 3
-        ),
-        "outcomes": outcomes,
-        "num_violations": sum(len(one.violations) for one in rounds),
-    }
-
-
-def read_progress(path: Path | None) -> list[Round]:
-    if path is None or not path.exists():
-        return []
-    return [Round(**one) for one in json.loads(path.read_text())["rounds"]]
-
-
-def write_progress(path: Path | None, rounds: list[Round], about: dict[str, str]) -> None:
-    if path is None:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(
-        {"about": about, "totals": totals(rounds), "rounds": [dataclasses.asdict(one) for one in rounds]},
-        indent=1,
-    )
-    partial = path.with_suffix(".partial")
-    partial.write_text(text + "\n")
-    partial.replace(path)
-
-
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     made.add_argument("--minutes", type=float, default=6.0, help="no round begins after so many")
@@ -341,6 +279,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seed", type=int, default=1)
     made.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     made.add_argument("--shape", choices=tuple(SHAPES), default="smol135m")
+    made.add_argument("--tp-size", type=int, default=1, help="ranks of the group, on CUDA with a card each")
     made.add_argument("--concurrency", type=int, default=128)
     made.add_argument("--requests", type=int, default=512, help="of a round")
     made.add_argument("--max-prompt-len", type=int, default=400)
@@ -360,12 +299,21 @@ def main() -> None:
     about = {"torch": torch.__version__, "card": "cpu", "shape": arguments.shape}
     if arguments.device == "cuda":
         about["card"] = torch.cuda.get_device_name()
+    if arguments.tp_size == 1:
+        play(arguments, about, None)
+        return
+    with FollowerRanks(arguments.tp_size - 1, arguments.device) as followers:
+        play(arguments, about | {"tp_size": arguments.tp_size}, followers)
+
+
+def play(arguments: argparse.Namespace, about: dict[str, Any], followers: FollowerRanks | None) -> None:
+    """Play rounds and print what all of them came to; exit with 1 after a violation."""
     rounds = read_progress(arguments.progress)
     number = arguments.first_round if arguments.first_round is not None else len(rounds)
     end_s = time.perf_counter() + 60 * arguments.minutes
     new: list[Round] = []
     while time.perf_counter() < end_s and len(new) != arguments.rounds:
-        with Leg(number // ROUNDS_PER_LEG, arguments) as leg:
+        with Leg(number // ROUNDS_PER_LEG, arguments, followers=followers) as leg:
             say(f"leg of round {number}: {leg.options}, {leg.pool_tokens} tokens, {leg.is_injected=}")
             while True:
                 new.append(leg.play(number, arguments))
