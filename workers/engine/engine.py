@@ -344,12 +344,11 @@ class Engine:
             logits = logits.index_select(0, self._copies.upload(plan.sampled))
         if self._sanitizer:
             self._sanitizer.check_outputs(logits, [plan.slots[row] for row in plan.sampled])
-        if self._speculator is None:
-            return self._sample(plan, logits), None
-        features = self._runner.features
-        assert features is not None and self._draft is not None, "a pass with a draft keeps its features"
-        self._draft.extend.behind(batch, features, decision, has_waited)
-        return self._speculator.advance(plan, batch, slots, logits, self._sampler, features)
+        if self._speculator is not None and self._draft is not None:
+            features = self._draft.extend.behind(batch, self._runner.features, decision, has_waited)
+            if self._speculator.advances(plan):
+                return self._speculator.advance(plan, batch, slots, logits, self._sampler, features)
+        return self._sample(plan, logits), None
 
     def _sample(self, plan: BatchPlan, logits: torch.Tensor | None) -> Sampled | None:
         sampled: Sampled | None = None

@@ -5,7 +5,8 @@
     the entry's feature carried  of s     of s+1  ...      the target's, of the token before
 
 The draft's entries have the places of the target's: one batch, one plan, one captured graph. What becomes of
-a drafted token that is wrong, in both of them and in a page's tail, is written over by the next step.
+a drafted token that is wrong, in both of them and in a page's tail, is written over by the next step. A row
+without drafts needs no more than this pass: what it carries on is its last token's feature.
 """
 
 import torch
@@ -51,9 +52,10 @@ class DraftExtend:
         return self._draft.feature(taps)
 
     def behind(
-        self, batch: ForwardBatch, features: torch.Tensor, decision: Decision, after_load: bool
-    ) -> None:
-        """Run behind the target's pass where it was no part of that; count how it ran."""
+        self, batch: ForwardBatch, features: torch.Tensor | None, decision: Decision, after_load: bool
+    ) -> torch.Tensor:
+        """Run behind the target's pass where it was no part of that; count how it ran; return features."""
+        assert features is not None, "a pass with a draft keeps its features"
         self._times.ended("target")
         if self.is_apart:
             self.run(batch, features)
@@ -61,6 +63,7 @@ class DraftExtend:
                 self._pool.zero_dummy_page()
             self._times.ended("draft_extend")
         self._guard.count("draft_extend", "unsupported" if self.is_apart else decision.reason, after_load)
+        return features
 
     def run(self, batch: ForwardBatch, features: torch.Tensor) -> None:
         """Compute the batch's entries from its tokens' features; keep those of pages' last tokens."""
@@ -69,13 +72,15 @@ class DraftExtend:
             self._attention.begin()
         num_tokens = features.shape[0]
         # Rows without tokens, of buckets, begin behind the last token: there is a place for what they carry.
+        starts, carried = batch.query_starts.long(), self._state.carried
         before = torch.empty(num_tokens + 1, features.shape[1], dtype=features.dtype, device=features.device)
         before[1:] = features
-        carried = self._state.carried.index_select(0, batch.slots)
-        before.index_copy_(0, batch.query_starts[:-1].long(), carried)
+        before.index_copy_(0, starts[:-1], carried.index_select(0, batch.slots))
         self._draft.forward(batch.token_ids, before[:num_tokens], batch.positions, self._attention)
         page_size = self._pool.page_size
         ends_page = (batch.positions + 1) % page_size == 0
         pages = batch.out_locations // page_size * ends_page  # others' go to the dummy page
         self._pool.tails.index_copy_(0, pages, features)
         self._pool.tails[DUMMY_PAGE].zero_()
+        # Rows go on from their last token; where that was drafted, accepting finds the one that was right.
+        carried.index_copy_(0, batch.slots, features.index_select(0, starts[1:] - 1))

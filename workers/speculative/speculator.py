@@ -76,6 +76,11 @@ class Speculator:
         index = self._copies.upload(np.stack([places, sources]))
         batch.token_ids.index_copy_(0, index[0], self._state.drafts.view(-1).index_select(0, index[1]))
 
+    @staticmethod
+    def advances(plan: BatchPlan) -> bool:
+        """Tell whether a step has more for a draft to do than to extend: tokens to verify, or to draft."""
+        return bool(plan.sampled) and bool(plan.num_drafts or plan.draft_len)
+
     def advance(
         self,
         plan: BatchPlan,
@@ -85,7 +90,7 @@ class Speculator:
         sampler: Sampler | None,
         features: Tensor,
     ) -> tuple[Verified | None, Fence | None]:
-        """Choose tokens for a step's sampled rows, and draft behind them.
+        """Choose tokens for a step's sampled rows, and draft behind them: of a step that `advances`.
 
         `logits` [samples, vocab] and `sampler` are rank 0's; the others learn the tokens from it, and None is
         returned there. `features` [tokens, feature_size] are those of the staged `batch`. The fence is behind
@@ -96,10 +101,6 @@ class Speculator:
         starts, lens = np.array(plan.starts), np.array(plan.lens)
         nums = np.array(plan.num_drafts) if plan.num_drafts else np.zeros_like(lens)
         lasts = firsts[plan.slots] + lens - nums - 1  # each row's last known token in the batch
-        if len(plan.sampled) < len(plan.slots):
-            self._carry(plan, lasts, features)
-        if not plan.sampled:
-            return None, self._copies.fence()
         of, nums = np.array(plan.sampled), nums[plan.sampled]
         rows = VerifiedRows(np.array(plan.slots)[of], (starts + lens)[of] - nums, nums)
         verified, loop = self._accept(rows, lasts[of], logits, sampler, features)
@@ -141,13 +142,6 @@ class Speculator:
             self._sanitizer.rewind(slot, end)
         if num_drafts:
             self._sanitizer.check_inputs(*loop.passes(num_drafts), is_draft=True)
-
-    def _carry(self, plan: BatchPlan, lasts: IntArray, features: Tensor) -> None:
-        """Carry the last feature of rows that got no token: their next chunk goes on from it."""
-        is_chunk = np.ones(len(plan.slots), dtype=np.bool_)
-        is_chunk[plan.sampled] = False
-        index = self._copies.upload(np.stack([np.array(plan.slots)[is_chunk], lasts[is_chunk]]))
-        self._state.carried.index_copy_(0, index[0], features.index_select(0, index[1]))
 
     def _load_carried(self, plan: BatchPlan) -> None:
         """Find the feature before each row that was opened since: its prefix' last page has it."""
