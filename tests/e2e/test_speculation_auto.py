@@ -7,6 +7,7 @@ import pytest
 
 from tests.arena_host import ArenaHost
 from tests.harness import Harness, tiny_config, write_tiny_model
+from workers.kvcache.sanitizer_error import SanitizerError
 
 PROMPT = [(11 * i) % 200 + 3 for i in range(33)]
 NEXT_TURN = [(7 * i) % 200 + 3 for i in range(9)]
@@ -130,6 +131,12 @@ def test_pages_without_what_was_skipped_while_off_are_found_out(model, expected,
     assert drafts != drafts_computed
     if draft == "self":
         assert lengths(again) != lengths(afresh)
+
+
+@pytest.mark.parametrize("draft", ["self", "random-eagle3"])
+def test_the_sanitizer_finds_pages_of_which_parts_were_skipped(model, draft):
+    with pytest.raises(SanitizerError, match="complete_parts"), ArenaHost(num_slots=128) as host:
+        chat(model, draft, host, skip_extend, graphs=False)
 
 
 def test_many_requests_at_once_are_answered_alike(model):

@@ -1,11 +1,12 @@
 """KVPool: the device bytes of all KV pages of one rank, page by page. Owned by the rank's Engine."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 
 from workers.config import WorkerConfig
-from workers.kvcache.layout import BundleLayout, ElementType, Section
+from workers.kvcache.layout import BundleLayout, ElementType, Section, SectionName
 from workers.kvcache.pool_size import GIB, PoolSizeError, is_measured
 
 DUMMY_PAGE = 0
@@ -65,6 +66,21 @@ class KVPool:
     def is_poisoned(self, page: int) -> bool:
         """Tell whether every byte of `page` still is the poison's. Waits for the device."""
         return bool((self.data[page] == POISON).all().item())  # a sanitizer's question: may wait
+
+    def unwritten(self, pages: Sequence[int]) -> tuple[int, SectionName] | None:
+        """Return one of the poisoned `pages` of which some token's KV in some layer, or the tail, was never
+        written since, and the section where; None: all of them are whole. Waits for the device."""
+        data = self.data[list(pages)]
+        for section in self.layout.sections:
+            if not section.num_bytes:
+                continue
+            # A line is written at once: a token's K or V in a layer, the tail: [pages, lines, bytes]
+            num_lines = math.prod(section.shape[:-2])
+            lines = data[:, section.offset : section.offset + section.num_bytes]
+            is_bare = (lines.view(len(data), num_lines, -1) == POISON).all(dim=2).any(dim=1)
+            if is_bare.any().item():  # a sanitizer's question: may wait
+                return pages[int(is_bare.nonzero()[0].item())], section.name
+        return None
 
     def zero_dummy_page(self) -> None:
         """Clear what padded rows wrote."""

@@ -197,9 +197,17 @@ class KVSanitizer:
         for page, key in zip(op.pages, op.keys, strict=True):
             if self._moves and self._state[page] == _LOADING:
                 self._moves.check_completed(page, key)
+        self._check_whole(pages[self._state[pages] == _OWNED])
         self._state[pages] = _COMPLETE
         self._owner[pages] = _NOBODY
         self._key[pages] = _key_words(op.keys)
+
+    def _check_whole(self, pages: IntArray) -> None:
+        """Hold what the device has of pages that are written against their poison, the draft's part too."""
+        bare = self._pool.unwritten(pages.tolist()) if self._poisons_pages and len(pages) else None
+        if bare is not None:
+            page, section = bare
+            raise SanitizerError("complete_parts", None, page, "all of it written", f"poison in {section}")
 
     def _save(self, op: SavePages) -> None:
         pages = np.asarray(op.pages, dtype=np.int64)
