@@ -222,9 +222,9 @@ def test_a_draft_computes_what_its_paper_says(kind: str, tmp_path: Path) -> None
     torch.testing.assert_close(features, case.oracle.feature(decoder, all_taps))
     assert features.shape == (7, draft.feature_size)
 
-    # Two chunks of known tokens, then drafting on its own output.
+    # Two chunks of known tokens, one of which is but kept, then drafting on its own output.
     entries = entries_of(features)
-    draft.forward(tokens[:3], entries[:3].contiguous(), planned(attention, 3), attention)
+    draft.extend(tokens[:3], entries[:3].contiguous(), planned(attention, 3), attention)
     hidden = draft.forward(tokens[3:], entries[3:].contiguous(), planned(attention, 4, 3), attention)[-1:]
     for length in range(7, 11):
         wanted = case.oracle.outputs(decoder.embedding(tokens), entries)[-1:]
@@ -290,11 +290,13 @@ def test_a_draft_may_be_narrower_than_its_target(tmp_path: Path) -> None:
 
 
 def drafted(draft: DraftModel, decoder: Decoder, attention) -> list[torch.Tensor | None]:
-    """Return features, output and logits of a short sequence."""
+    """Return features, output and logits of a short sequence, of which the first tokens are but kept."""
     tokens = some_tokens(9)
     _, taps = decoder.forward_tapped(tokens, planned(attention, 9), attention, draft.feature_layers)
     features = draft.feature(taps)
-    hidden = draft.forward(tokens, entries_of(features), planned(attention, 9), attention)
+    entries = entries_of(features)
+    draft.extend(tokens[:4], entries[:4].contiguous(), planned(attention, 4), attention)
+    hidden = draft.forward(tokens[4:], entries[4:].contiguous(), planned(attention, 5, 4), attention)
     return [features, hidden, draft.logits(hidden)]
 
 

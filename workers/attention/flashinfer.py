@@ -239,9 +239,13 @@ class FlashInferAttention:
         self, layer: AttentionLayer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> torch.Tensor:
         """See AttentionBackend; the result is a fresh tensor, or a mixed bucket's own."""
+        self.write(layer, k, v)
+        return self._attend(layer, q)
+
+    def write(self, layer: AttentionLayer, k: torch.Tensor, v: torch.Tensor) -> None:
+        """See WritingBackend."""
         assert self._batch is not None, "no batch is planned"
         self._pool_kernels.write_kv(k, v, self._batch.out_locations, *self._pool.layer(layer.index))
-        return self._attend(layer, q)
 
     def forward_unrotated(
         self,

@@ -58,11 +58,18 @@ class NativeAttention:
         self, layer: AttentionLayer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> torch.Tensor:
         """See AttentionBackend; the result is a fresh tensor."""
+        return self._kernels.attention(self._batch_address, self._shape_address(layer), q, k, v)
+
+    def write(self, layer: AttentionLayer, k: torch.Tensor, v: torch.Tensor) -> None:
+        """See WritingBackend."""
+        self._kernels.write_kv(self._batch_address, self._shape_address(layer), k, v)
+
+    def _shape_address(self, layer: AttentionLayer) -> int:
         found = self._shapes.get(layer)
         if found is None:
             shape = self._shape_of(layer)
             found = self._shapes[layer] = (shape, ctypes.addressof(shape))
-        return self._kernels.attention(self._batch_address, found[1], q, k, v)
+        return found[1]
 
     def _shape_of(self, layer: AttentionLayer) -> AttentionShape:
         pool_k, pool_v = self._pool.layer(layer.index)

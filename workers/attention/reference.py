@@ -83,8 +83,7 @@ class ReferenceAttention:
     ) -> torch.Tensor:
         """See AttentionBackend; the result is a fresh tensor."""
         pool_k, pool_v = self._layers[layer.index]
-        pool_k[self._write_pages, self._write_offsets] = k
-        pool_v[self._write_pages, self._write_offsets] = v
+        self.write(layer, k, v)
         masks = self._masks.get(layer.sliding_window)
         if masks is None:
             masks = [self._mask(rows, layer.sliding_window) for rows in self._rows]
@@ -93,6 +92,12 @@ class ReferenceAttention:
         for rows, (visible, unseen) in zip(self._rows, masks, strict=True):
             out[rows.tokens] = _attend(layer, q[rows.tokens], pool_k, pool_v, rows.pages, visible, unseen)
         return out.view(q.shape[0], -1)
+
+    def write(self, layer: AttentionLayer, k: torch.Tensor, v: torch.Tensor) -> None:
+        """See WritingBackend."""
+        pool_k, pool_v = self._layers[layer.index]
+        pool_k[self._write_pages, self._write_offsets] = k
+        pool_v[self._write_pages, self._write_offsets] = v
 
     def _plan_rows(
         self, batch: ForwardBatch, rows: np.ndarray, first: int, stop: int, padded_len: int

@@ -1,10 +1,12 @@
 """Attention: projections, q/k norm and RoPE around the AttentionBackend, heads divided among the ranks."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from workers.attention.backend import AttentionBackend, AttentionLayer
 from workers.layers.kernels import LayerKernels
@@ -33,12 +35,21 @@ class RotatingBackend(Protocol):
         """As AttentionBackend.forward for q and k before RoPE, whose memory it may use."""
 
 
+@runtime_checkable
+class WritingBackend(Protocol):
+    """What an AttentionBackend of a KV pool does besides: write where nobody attends."""
+
+    def write(self, layer: AttentionLayer, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Write k and v, after RoPE, as AttentionBackend.forward does."""
+
+
 class Attention(nn.Module):
     """One layer's attention. One fused projection makes q, k and v:
 
     rows of qkv.weight:  [ q heads * head_dim | k heads * head_dim | v heads * head_dim ]
 
     `input_size`: features of what is attended over (None: hidden_size, as the result has in any case).
+    `writes_alone`: `write` will be called, which has k and v made by themselves.
     """
 
     def __init__(
@@ -50,6 +61,7 @@ class Attention(nn.Module):
         device: torch.device,
         group: TPGroup,
         input_size: int | None = None,
+        writes_alone: bool = False,
     ) -> None:
         super().__init__()
         heads = head_layout(config, group.size)
@@ -80,10 +92,16 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype, device=device)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype=dtype, device=device)
         self._kernels: LayerKernels | None = None
+        self._writes_alone = writes_alone
+        self._kv: Callable[[torch.Tensor], torch.Tensor] = self._plain_kv
 
     def adopt(self, kernels: LayerKernels) -> None:
-        """Rotate by a compiled kernel from now on; the projections and norms adopt theirs themselves."""
+        """Rotate by a compiled kernel from now on; the projections and norms adopt theirs themselves,
+        afterwards."""
         self._kernels = kernels
+        if self._writes_alone:
+            weight, bias = self._kv_weights()
+            self._kv = kernels.matmul(weight, bias) or partial(functional.linear, weight=weight, bias=bias)
 
     def placements(self) -> Iterator[tuple[str, Placement]]:
         """Yield checkpoint names (under the layer's self_attn) and where this rank's share goes."""
@@ -127,6 +145,25 @@ class Attention(nn.Module):
             attended = backend.forward(layer, rotated[:, : layer.num_heads], rotated[:, layer.num_heads :], v)
         out: torch.Tensor = self.output(attended)
         return out
+
+    def write(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backend: AttentionBackend) -> None:
+        """Write the KV of tokens [tokens, input_size] (normalised), and no more."""
+        layer = self.layer
+        assert isinstance(backend, WritingBackend), f"{type(backend).__name__} has no pool"
+        kv = self._kv(x).view(x.shape[0], -1, layer.head_dim)  # [tokens, k + v heads, head_dim]
+        k, v = kv[:, : layer.num_kv_heads], kv[:, layer.num_kv_heads :]
+        if self.k_norm is not None:
+            k = self.k_norm(k)
+        backend.write(layer, self._rotate(k, cos, sin), v)
+
+    def _kv_weights(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the rows of qkv that make k and v, in the memory of all of them."""
+        first = self.layer.num_heads * self.layer.head_dim
+        bias = self.qkv.bias
+        return self.qkv.weight.detach()[first:], None if bias is None else bias.detach()[first:]
+
+    def _plain_kv(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(x, *self._kv_weights())
 
     def _rotate(self, heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Rotate heads that nobody else reads: the kernel does it in place."""

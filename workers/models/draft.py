@@ -61,6 +61,16 @@ class DraftModel(Protocol):
         positions [T] int64; `attention` was planned for them and keeps their KV. Returns [T, hidden]."""
         ...
 
+    def extend(
+        self,
+        token_ids: torch.Tensor,
+        features: torch.Tensor,
+        positions: torch.Tensor,
+        attention: AttentionBackend,
+    ) -> None:
+        """Keep the KV of entries as `forward` does, and compute no more than that takes."""
+        ...
+
     def next_feature(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return what stands for the features [S, feature_size] of the entries' tokens while these are not
         known, of rows [S, hidden] of `forward`."""

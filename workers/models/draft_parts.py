@@ -81,6 +81,7 @@ class EagleLayer(nn.Module):
             device=plan.device,
             group=group,
             input_size=input_size,
+            writes_alone=True,
         )
         self.mlp_norm = plan.norm()
         self.mlp = GatedMLP(config, dtype=plan.dtype, device=plan.device, group=group)
@@ -105,6 +106,10 @@ class EagleLayer(nn.Module):
         the stream and what is yet to be added to it, as DecoderLayer does."""
         hidden, x = self.mlp_norm.add(hidden, self.attention(x, cos, sin, backend))
         return hidden, self.mlp(x)
+
+    def write(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backend: AttentionBackend) -> None:
+        """Write the KV of what would be attended over, [tokens, input_size]: all that a last layer leaves."""
+        self.attention.write(x, cos, sin, backend)
 
 
 class DraftEnds:

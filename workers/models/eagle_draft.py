@@ -71,6 +71,21 @@ class EagleDraft:
         out: torch.Tensor = hidden + delta
         return out
 
+    def extend(
+        self,
+        token_ids: torch.Tensor,
+        features: torch.Tensor,
+        positions: torch.Tensor,
+        attention: AttentionBackend,
+    ) -> None:
+        """See DraftModel."""
+        if self._rest:
+            self.forward(token_ids, features, positions, attention)
+            return
+        x = self._fc(torch.cat((self.ends.embedding(token_ids), features), dim=-1))
+        cos, sin = self._rotary(positions)
+        self._first.write(x, cos, sin, attention)
+
     def next_feature(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the output: it was trained to be the next feature."""
         return hidden
@@ -140,13 +155,22 @@ class Eagle3Draft:
         attention: AttentionBackend,
     ) -> torch.Tensor:
         """See DraftModel."""
-        embedded = self._embedding_norm(self.ends.embedding(token_ids))
-        normalised = self._feature_norm(features)
-        x = torch.cat((embedded, normalised), dim=-1)  # [tokens, 2 * hidden]
+        x, normalised = self._attended(token_ids, features)
         stream = normalised if self._norm_before_residual else features
         hidden, delta = self._layer(stream, x, *self._rotary(positions), attention)
         out: torch.Tensor = hidden + delta
         return out
+
+    def extend(
+        self,
+        token_ids: torch.Tensor,
+        features: torch.Tensor,
+        positions: torch.Tensor,
+        attention: AttentionBackend,
+    ) -> None:
+        """See DraftModel."""
+        cos, sin = self._rotary(positions)
+        self._layer.write(self._attended(token_ids, features)[0], cos, sin, attention)
 
     def next_feature(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the stream before the norm, as it was trained to read it."""
@@ -177,6 +201,12 @@ class Eagle3Draft:
         """See DraftModel."""
         own = [self._fc, self._embedding_norm, self._feature_norm, self._layer, self._norm]
         adopt_all(nn.ModuleList([*self.ends.own, *own]), kernels)
+
+    def _attended(self, token_ids: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what the layer attends over, [tokens, 2 * hidden], and its second half."""
+        normalised = self._feature_norm(features)
+        embedded = self._embedding_norm(self.ends.embedding(token_ids))
+        return torch.cat((embedded, normalised), dim=-1), normalised
 
 
 class MTPDraft:
@@ -228,6 +258,16 @@ class MTPDraft:
         x = self._fc(torch.cat(pair, dim=-1))
         hidden, delta = self._layer(x, None, *self._rotary(positions), attention)
         return self._norm.add(hidden, delta)[1]
+
+    def extend(
+        self,
+        token_ids: torch.Tensor,
+        features: torch.Tensor,
+        positions: torch.Tensor,
+        attention: AttentionBackend,
+    ) -> None:
+        """See DraftModel."""
+        self.forward(token_ids, features, positions, attention)
 
     def next_feature(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the output, normalised as the target's are."""

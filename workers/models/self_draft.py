@@ -43,6 +43,16 @@ class SelfDraft:
         wrapper = _MovedRotatingLayers if isinstance(attention, RotatingBackend) else _MovedLayers
         return self._decoder.forward(token_ids, positions, wrapper(attention, self.attention_layers))
 
+    def extend(
+        self,
+        token_ids: torch.Tensor,
+        features: torch.Tensor,
+        positions: torch.Tensor,
+        attention: AttentionBackend,
+    ) -> None:
+        """See DraftModel."""
+        self.forward(token_ids, features, positions, attention)
+
     def next_feature(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return zeros."""
         return hidden.new_zeros(hidden.shape[0], self.feature_size)

@@ -298,6 +298,14 @@ void attention(const AttentionBatch& batch, const AttentionShape& shape, const v
       .run(shared);
 }
 
+template <class T>
+void write_kv(const AttentionBatch& batch, const AttentionShape& shape, const void* k, int64_t k_stride, const void* v,
+              int64_t v_stride) {
+  Attention<T>{batch, shape, nullptr, static_cast<const T*>(k), static_cast<const T*>(v), 0, k_stride, v_stride,
+               nullptr, nullptr}
+      .write(0, batch.num_tokens);
+}
+
 }  // namespace
 
 extern "C" {
@@ -310,5 +318,14 @@ void eyrie_attention(const AttentionBatch* batch, const AttentionShape* shape, c
     attention<bf16>(*batch, *shape, q, q_stride, k, k_stride, v, v_stride, out);
   else
     attention<float>(*batch, *shape, q, q_stride, k, k_stride, v, v_stride, out);
+}
+
+// Writes k and v alone, as eyrie_attention does before it attends.
+void eyrie_write_kv(const AttentionBatch* batch, const AttentionShape* shape, const void* k, int64_t k_stride,
+                    const void* v, int64_t v_stride) {
+  if (shape->dtype == BFLOAT16)
+    write_kv<bf16>(*batch, *shape, k, k_stride, v, v_stride);
+  else
+    write_kv<float>(*batch, *shape, k, k_stride, v, v_stride);
 }
 }

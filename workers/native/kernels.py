@@ -76,6 +76,9 @@ class NativeKernels:
             functions.eyrie_attention,
             [_POINTER, _POINTER, _POINTER, _INT, _POINTER, _INT, _POINTER, _INT, _POINTER],
         )
+        self._write_kv = self._launched(
+            functions.eyrie_write_kv, [_POINTER, _POINTER, _POINTER, _INT, _POINTER, _INT]
+        )
         self._rms_norm = self._launched(
             functions.eyrie_rms_norm,
             [_POINTER, _INT, _POINTER, _INT, _POINTER, _POINTER, _FLOAT, _INT, _INT, _POINTER, _CODE],
@@ -180,6 +183,11 @@ class NativeKernels:
             out.data_ptr(),
         )
         return out
+
+    def write_kv(self, batch: int, shape: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Write k and v [tokens, kv_heads, head_dim] into the pool, as `attention` does."""
+        k, v = _whole_heads(k), _whole_heads(v)
+        self._write_kv(batch, shape, k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0))
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Return x / rms(x) * weight, x [rows, size]."""

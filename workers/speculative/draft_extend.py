@@ -76,7 +76,7 @@ class DraftExtend:
         before = torch.empty(num_tokens + 1, features.shape[1], dtype=features.dtype, device=features.device)
         before[1:] = features
         before.index_copy_(0, starts[:-1], carried.index_select(0, batch.slots))
-        self._draft.forward(batch.token_ids, before[:num_tokens], batch.positions, self._attention)
+        self._draft.extend(batch.token_ids, before[:num_tokens], batch.positions, self._attention)
         page_size = self._pool.page_size
         ends_page = (batch.positions + 1) % page_size == 0
         pages = batch.out_locations // page_size * ends_page  # others' go to the dummy page
