@@ -84,8 +84,15 @@ def await_router(url, restarts):
 
 
 @pytest.mark.timeout(300)
-def test_pages_come_back_from_the_host_also_after_its_server_was_killed(model):
-    with EyrieProcess(model, *FLAGS) as eyrie:
+@pytest.mark.parametrize(
+    "draft",
+    [
+        pytest.param([], id="plain"),
+        pytest.param(["--draft", "random-eagle3", "--draft-tokens", "3"], id="draft", marks=pytest.mark.slow),
+    ],
+)
+def test_pages_come_back_from_the_host_also_after_its_server_was_killed(model, draft):
+    with EyrieProcess(model, *FLAGS, *draft) as eyrie:
         url = eyrie.url()
         text, cached = complete(url, model, PROMPT)
         assert cached == 0

@@ -9,6 +9,7 @@ import pytest
 
 from cache_service.page_records import Location
 from tests.arena_host import ArenaHost
+from tests.drafts import DRAFTS, is_perfect
 from tests.harness import Harness, tiny_config, write_tiny_model
 from tests.node_host import NodeFaults, NodeHost, NodePlace
 from tests.unit.cache_nodes import eventually
@@ -26,20 +27,31 @@ def model(tmp_path_factory):
     return write_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
-def answers(model, host, incarnation, prompts=(PROMPT, *OTHERS)):
+@pytest.fixture(
+    scope="module", params=[None, *(pytest.param(name, marks=pytest.mark.slow) for name in DRAFTS)], ids=str
+)
+def draft(request):
+    """A draft's name; what its pages hold of it goes wherever they go."""
+    return request.param
+
+
+def answers(model, draft, host, incarnation, prompts=(PROMPT, *OTHERS)):
     """Serve prompts one after the other; return the harness and their tokens."""
-    config = tiny_config(model, num_pages=NUM_PAGES)
+    config = tiny_config(model, num_pages=NUM_PAGES, **DRAFTS.get(draft, {}))
     with Harness(config, host=host, incarnation=incarnation) as harness:
         for number, prompt in enumerate(prompts):
             harness.submit(str(number), prompt, max_tokens=6, ignore_eos=True)
             harness.run()
         harness.idle_pages()
+        num_drafts = harness.scheduler.stats.num_drafts
+        assert not is_perfect(draft) or {outcome for _, outcome in num_drafts} == {"accepted"}
         return harness, [harness.answers[str(number)].token_ids for number in range(len(prompts))]
 
 
 @pytest.fixture(scope="module")
 def expected(model):
-    return answers(model, None, 1)[1]
+    """The tokens without a draft."""
+    return answers(model, None, None, 1)[1]
 
 
 class Joined:
@@ -60,7 +72,7 @@ class Joined:
         return attached
 
 
-def work_until_killed(model: Path, endpoint: str, kind: str, in_copy) -> None:
+def work_until_killed(model: Path, draft: str | None, endpoint: str, kind: str, in_copy) -> None:
     """A worker that serves PROMPT, and stops in the middle of its first copy of this kind."""
 
     def during_copy(move: Move) -> None:
@@ -69,14 +81,16 @@ def work_until_killed(model: Path, endpoint: str, kind: str, in_copy) -> None:
             time.sleep(600)
 
     host = Joined(endpoint, MoveInjection(0, during_copy=during_copy), has_pages=kind == "load")
-    answers(model, host, 2, [PROMPT])
+    answers(model, draft, host, 2, [PROMPT])
 
 
-def kill_in_copy(model, host, kind: Literal["save", "load"]) -> None:
+def kill_in_copy(model, draft, host, kind: Literal["save", "load"]) -> None:
     """Kill a worker in a copy; the server sees what it holds, and then that nothing is held."""
     spawn = multiprocessing.get_context("spawn")
     in_copy = spawn.Event()
-    worker = spawn.Process(target=work_until_killed, args=(model, host.endpoint, kind, in_copy), daemon=True)
+    worker = spawn.Process(
+        target=work_until_killed, args=(model, draft, host.endpoint, kind, in_copy), daemon=True
+    )
     worker.start()
     try:
         assert in_copy.wait(COPY_WAIT_S)
@@ -91,42 +105,42 @@ def kill_in_copy(model, host, kind: Literal["save", "load"]) -> None:
     assert (stats.num_writing, stats.num_draining) == (0, 0)
 
 
-def test_a_worker_killed_while_it_saves_leaves_no_half_page(tmp_path, model, expected):
+def test_a_worker_killed_while_it_saves_leaves_no_half_page(tmp_path, model, draft, expected):
     with NodeHost(tmp_path / "node") as host:
-        kill_in_copy(model, host, "save")
+        kill_in_copy(model, draft, host, "save")
         assert host.stats().num_ready == 0, "it never told of the page"
-        harness, tokens = answers(model, host, 3)
+        harness, tokens = answers(model, draft, host, 3)
         assert tokens == expected
         assert harness.answers["0"].num_cached_tokens == 0
         assert harness.tier.stats.num_saved_pages > 0
 
 
-def test_a_worker_killed_while_it_loads_takes_no_page_along(tmp_path, model, expected):
+def test_a_worker_killed_while_it_loads_takes_no_page_along(tmp_path, model, draft, expected):
     with NodeHost(tmp_path / "node") as host:
-        assert answers(model, host, 1)[1] == expected
+        assert answers(model, draft, host, 1)[1] == expected
         num_ready = host.stats().num_ready
-        kill_in_copy(model, host, "load")
+        kill_in_copy(model, draft, host, "load")
         assert host.stats().num_ready >= num_ready
-        harness, tokens = answers(model, host, 3)
+        harness, tokens = answers(model, draft, host, 3)
         assert tokens == expected
         assert harness.answers["0"].num_cached_tokens > 0
         assert harness.tier.stats.num_loaded_pages > 0 and not harness.tier.stats.failed_loads
 
 
-def test_a_full_arena_with_everything_leased_costs_saves_only(model, expected):
+def test_a_full_arena_with_everything_leased_costs_saves_only(model, draft, expected):
     new = [[number + 20 for number in prompt] for prompt in (PROMPT, *OTHERS)]
     with ArenaHost(num_slots=8) as host:
-        assert answers(model, host, 1)[1] == expected
+        assert answers(model, draft, host, 1)[1] == expected
         pages = list(host.store.stored())
         locations = [Location(page.slot, page.epoch) for page in pages]
         assert host.leases.acquire([page.key for page in pages], locations) == host.store.num_ready == 8
-        second, tokens = answers(model, host, 2, new)
+        second, tokens = answers(model, draft, host, 2, new)
         assert second.tier.stats.skipped_saves["no_grant"] > 0
         assert second.tier.stats.num_saved_pages == 0 and second.tier.stats.num_lost_pages > 0
         assert host.store.num_refused > 0
-        assert tokens == answers(model, None, 1, new)[1]
+        assert tokens == answers(model, None, None, 1, new)[1]
         host.leases.release([location.slot for location in locations])
-        third, tokens = answers(model, host, 3)
+        third, tokens = answers(model, draft, host, 3)
         assert tokens == expected and third.tier.stats.num_saved_pages > 0
 
 

@@ -82,9 +82,12 @@ def test_one_of_two_replicas_dies_then_the_other(model):
     assert any("no replica is left" in line for line in eyrie.stderr)
 
 
-def test_a_dead_follower_ends_its_group(model):
+@pytest.mark.parametrize(
+    "draft", [[], ["--draft", "random-eagle3", "--draft-tokens", "3"]], ids=["plain", "draft"]
+)
+def test_a_dead_follower_ends_its_group(model, draft):
     """Rank 0 cannot go on alone: it says so to its clients and ends."""
-    flags = ["--load-format", "dummy", "--port", "0", "--kv-gb", "0.05", "--tp-size", "2"]
+    flags = ["--load-format", "dummy", "--port", "0", "--kv-gb", "0.05", "--tp-size", "2", *draft]
     flags += ["--max-restarts", "0"]
     with EyrieProcess(model, *flags) as eyrie, concurrent.futures.ThreadPoolExecutor() as pool:
         url = eyrie.url()

@@ -20,6 +20,7 @@ PREFIX_LEN = 1024
 NOISE_LEN = 3000
 NUM_PAGES = PREFIX_LEN // PAGE_SIZE
 BUNDLE_BYTES = 30 * 2 * 3 * 64 * 2 * PAGE_SIZE  # layers, K and V, heads, dimensions, bf16, tokens
+"""Without a draft's part."""
 PLACEMENTS = re.compile(r'eyrie_router_placements_total{[^}]*replica="([^"]+)"[^}]*} ([0-9.]+)')
 ORIGINS = re.compile(r'eyrie_prefix_tokens_total{[^}]*origin="([^"]+)"[^}]*} ([0-9.]+)')
 FAILED_PAGES = re.compile(r'eyrie_fetch_failed_pages_total{[^}]*source="peer"[^}]*} ([0-9.]+)')
@@ -32,7 +33,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 class Service:
     """`eyrie serve` in node a's namespace, a replica on each node. Sides are `a` and `b`."""
 
-    def __init__(self, nodes, folder):
+    def __init__(self, nodes, folder, flags):
         self.nodes = nodes
         secret = folder / "secret"
         secret.touch(mode=0o600)
@@ -43,7 +44,7 @@ class Service:
                 "a", sys.executable, "-m", "cluster", "serve", MODEL,
                 "--ray-address", nodes.head, "--secret-file", secret,
                 "--host", nodes.front, "--port", free_port(), "--num-replicas", 2,
-                "--kv-gb", 0.2, "--host-cache-gb", 0.3, "--transfer", "tcp",
+                "--kv-gb", 0.2, "--host-cache-gb", 0.3, "--transfer", "tcp", *flags,
             ),
             env=nodes.environment,
             stdout=subprocess.PIPE,
@@ -204,9 +205,14 @@ def nodes():
         yield nodes
 
 
-@pytest.fixture(scope="module")
-def service(nodes, tmp_path_factory):
-    service = Service(nodes, tmp_path_factory.mktemp("service"))
+@pytest.fixture(
+    scope="module",
+    params=[[], ["--draft", "smollm2-135m-eagle3", "--draft-tokens", "3"]],
+    ids=["plain", "draft"],
+)
+def service(request, nodes, tmp_path_factory):
+    """A service without a draft, and one whose pages hold a draft's part as well."""
+    service = Service(nodes, tmp_path_factory.mktemp("service"), request.param)
     yield service
     service.close()
 

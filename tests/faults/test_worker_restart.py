@@ -42,6 +42,8 @@ class Chat:
         self.messages = []
         self.num_told = 0
         """Tokens of the turns so far, the last answer not counted."""
+        self.drafts = {}
+        """What became of those of the last answer."""
 
     def body(self, text, **more):
         messages = [*self.messages, {"role": "user", "content": text}]
@@ -49,13 +51,14 @@ class Chat:
 
     def say(self, text):
         """Return the answer and how many tokens of the prompt were cached."""
-        body = self.body(text, max_tokens=40)
+        body = self.body(text, max_tokens=40, usage_details=True)
         answer = (
             httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=60).raise_for_status().json()
         )
         reply, usage = answer["choices"][0]["message"]["content"], answer["usage"]
         self.messages = [*body["messages"], {"role": "assistant", "content": reply}]
         self.num_told = usage["prompt_tokens"]
+        self.drafts = usage.get("completion_tokens_details", {})
         return reply, usage["prompt_tokens_details"]["cached_tokens"]
 
     def say_and_be_cut_off(self, text, in_the_middle):
@@ -117,13 +120,23 @@ def check_metrics(chat, tp_size):
         assert "eyrie_" in httpx.get(f"http://{worker['targets'][0]}/metrics").text
 
 
+SELF = ["--draft", "self", "--draft-tokens", "3"]
+"""A draft that is right always, if what its pages hold of it came back."""
+
+
+def check_drafts(chat, draft):
+    if draft == SELF:
+        assert chat.drafts["rejected_prediction_tokens"] == 0 < chat.drafts["accepted_prediction_tokens"]
+
+
+@pytest.mark.parametrize("draft", [[], SELF], ids=["plain", "draft"])
 @pytest.mark.parametrize(
     ("tp_size", "has_host_cache"),
     [(1, True), (2, True), (1, False)],
     ids=["one-rank", "two-ranks", "no-cache"],
 )
-def test_the_next_turn_hits_the_host_tier_after_a_worker_was_killed(model, tp_size, has_host_cache):
-    flags = [*FLAGS, "--tp-size", str(tp_size), *(HOST_CACHE if has_host_cache else [])]
+def test_the_next_turn_hits_the_host_tier_after_a_worker_was_killed(model, tp_size, has_host_cache, draft):
+    flags = [*FLAGS, *draft, "--tp-size", str(tp_size), *(HOST_CACHE if has_host_cache else [])]
     with EyrieProcess(model, *flags) as eyrie:
         chat = Chat(eyrie.url(), model)
         chat.say("Tell me of the birds of prey. " * 12)
@@ -138,14 +151,16 @@ def test_the_next_turn_hits_the_host_tier_after_a_worker_was_killed(model, tp_si
         reply, cached = chat.say("And of the owls?")
         assert cached >= whole_pages(told) > 0 if has_host_cache else cached == 0
         assert reply.startswith(said), "a restored prefix goes on as the computed one did"
+        check_drafts(chat, draft)
         check_metrics(chat, tp_size)
         eyrie.terminate()
         assert eyrie.wait() == 0
         assert eyrie.leftovers() == []
 
 
-def test_the_next_turn_hits_it_also_after_the_cache_server_was_killed_before_the_worker(model):
-    with EyrieProcess(model, *FLAGS, *HOST_CACHE) as eyrie:
+@pytest.mark.parametrize("draft", [[], SELF], ids=["plain", "draft"])
+def test_the_next_turn_hits_it_also_after_the_cache_server_was_killed_before_the_worker(model, draft):
+    with EyrieProcess(model, *FLAGS, *draft, *HOST_CACHE) as eyrie:
         chat = Chat(eyrie.url(), model)
         chat.say("Tell me of the birds of prey. " * 12)
         told = chat.num_told
@@ -158,6 +173,7 @@ def test_the_next_turn_hits_it_also_after_the_cache_server_was_killed_before_the
         reply, cached = chat.say("And of the owls?")
         assert cached >= whole_pages(told) > 0
         assert reply.startswith(said)
+        check_drafts(chat, draft)
         eyrie.terminate()
         assert eyrie.wait() == 0
         assert eyrie.leftovers() == []

@@ -7,6 +7,7 @@ held in the end.
 
 from collections import Counter
 from random import Random
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -19,7 +20,7 @@ from tests.property.fake_sources import SourceOptions
 from tests.property.fake_tier import TierOptions
 from tests.property.random_tier import live
 from tests.property.sanitized_rank import SanitizedRank
-from tests.property.test_scheduler_machine import TEXTS, SchedulerMachine
+from tests.property.test_scheduler_machine import DRAFT_TOKENS, TEXTS, SchedulerMachine, with_room
 from workers.protocol import SamplingParams
 
 _ratio = st.sampled_from([0.0, 0.0, 0.1, 0.3])
@@ -62,13 +63,14 @@ class TierMachine(SchedulerMachine):
         max_running=st.integers(1, 5),
         max_tokens_per_step=st.integers(1, 24),
         depth=st.integers(0, 1),
+        draft_tokens=DRAFT_TOKENS,
         target_s=st.sampled_from([None, 0.05]),
         tier=_tiers,
         is_sanitized=st.booleans(),
     )
-    def start(self, is_sanitized: bool, **options: int) -> None:
+    def start(self, is_sanitized: bool, **options: Any) -> None:
         self.group = FakeGroup(
-            **options,
+            **with_room(options),
             max_context_len=24,
             safety=self.safety,
             runs_checks=self.runs_checks,
