@@ -266,6 +266,24 @@ class TPGroup:
         except OSError as error:
             raise TPPeerLostError(f"rank 0 is gone: {error}") from error
 
+    def see_off(self, timeout_s: float) -> bool:
+        """Wait until all followers have left, or are lost (rank 0, behind its last plan; others: at once).
+
+        A follower may still be in the last step's collectives, and those end with rank 0's membership. Return
+        False where one is still there after `timeout_s`.
+        """
+        end_s = time.monotonic() + timeout_s
+        for link in self._links if self.rank == 0 else []:
+            link.settimeout(max(0.001, end_s - time.monotonic()))
+            try:
+                while link.recv(1):
+                    pass
+            except TimeoutError:
+                return False
+            except OSError:
+                continue  # lost
+        return True
+
     def close(self) -> None:
         """Leave the group: peers still in a collective, or waiting for a plan, get an error. Idempotent."""
         for link in self._links:

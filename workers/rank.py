@@ -31,6 +31,9 @@ from workers.step_loop import FollowerLoop, StepLoop
 
 logger = logging.getLogger(__name__)
 
+FAREWELL_S = 10.0
+"""How long rank 0 waits at its end for the other ranks' ends."""
+
 
 @dataclass(frozen=True)
 class RankSpec:
@@ -119,6 +122,10 @@ class Rank:
         """Step until `stop`, then give everything back. Raise what ended it otherwise."""
         try:
             self._loop.run()
+            if not self._group.see_off(FAREWELL_S):
+                logger.warning(
+                    "a rank is slow to leave; its last step may fail", extra={"rank": self._spec.rank}
+                )
         except Exception as error:  # the rank's top, but for its thread's
             self._dump(error)
             raise
