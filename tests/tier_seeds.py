@@ -240,7 +240,7 @@ class _Play:
             "num_pages": sizes[-1] + draw.num_spare_pages,  # it forgets all the time
             "max_tokens_per_step": 16,
             "max_running_requests": 2,
-            "overlap_depth": draw.overlap_depth if draw.draft is None else 0,
+            "overlap_depth": draw.overlap_depth,
             "draft": draw.draft,
             "draft_tokens": DRAFT_TOKENS,
             "kv_sanitizer": True,

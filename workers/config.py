@@ -1,6 +1,6 @@
 """WorkerConfig: every option of one TP group's workers, validated once, frozen ever after. No torch."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 from pydantic import (
     ConfigDict,
@@ -8,7 +8,6 @@ from pydantic import (
     ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
-    model_validator,
 )
 from pydantic.dataclasses import dataclass
 
@@ -69,8 +68,9 @@ class WorkerConfig:
     that leaves time for, by what steps were measured to take, and a long prompt leaves half of each step to
     shorter ones behind it. Not given: chunks fill `max_tokens_per_step`, first come, first served."""
     overlap_depth: Literal[0, 1] | None = None
-    """Steps that are planned and launched while one runs; with 0 a step is planned once the last one's tokens
-    are known. Answers are the same. Not given: 1 on cuda, 0 on cpu, where the host is the device."""
+    """Steps that are planned and launched while one runs; with 0, and behind a step that guesses tokens or
+    checks guesses, a step is planned once the last one's tokens are known. Answers are the same. Not given: 1
+    on cuda, 0 on cpu, where the host is the device."""
     attention_backend: Literal["auto", "reference", "native", "flashinfer"] = "auto"
     """`native`: the compiled CPU kernels, for attention and all else they know; `flashinfer`: FlashInfer's
     kernels, on cuda in float16 and bfloat16; `reference`: plain torch; `auto`: the device's kernels where
@@ -116,21 +116,12 @@ class WorkerConfig:
     collective_timeout_s: Annotated[float, Field(gt=0)] = 60.0
     """Seconds a rank waits for its peers before it takes them for lost."""
 
-    @model_validator(mode="after")
-    def _check_draft(self) -> Self:
-        if self.draft is not None and self.overlap_depth:
-            raise ValueError(
-                f"overlap_depth: found {self.overlap_depth} with draft={self.draft}, allowed is 0: a step is"
-                " planned once it is known how many drafts were right"
-            )
-        return self
-
     @property
     def depth(self) -> int:
         """Steps that may be in flight when another is planned: `overlap_depth`, or what holds without it."""
         if self.overlap_depth is not None:
             return self.overlap_depth
-        return 1 if self.device == "cuda" and self.draft is None else 0
+        return 1 if self.device == "cuda" else 0
 
     @property
     def draft_lens(self) -> tuple[int, ...]:

@@ -172,6 +172,12 @@ class BatchPlan(msgspec.Struct, frozen=True, array_like=True):
             return "verify" if any(self.num_drafts) else "decode"
         return "mixed" if 1 in lens else "extend"
 
+    @property
+    def speculates(self) -> bool:
+        """Tell whether it verifies drafted tokens, or drafts some: how far its rows come is not known before it
+        has run, nor which tokens the next step verifies."""
+        return bool(self.sampled) and bool(self.num_drafts or self.draft_len)
+
     def drafts(self, row: int) -> int:
         """Return how many of a row's tokens are drafts."""
         return self.num_drafts[row] if self.num_drafts else 0

@@ -24,9 +24,7 @@ PRODUCT = [  # with each depth in half of it, spread over all other factors
     dict(zip(SERVED, values, strict=True)) | {"overlap_depth": number.bit_count() % 2}
     for number, values in enumerate(itertools.product(*SERVED.values()))
 ]
-DRAFTED = [  # the steps of one that verifies drafts do not overlap
-    combination | {"overlap_depth": 0, "draft": draft} for combination in COVERING for draft in DRAFTS
-]
+DRAFTED = [combination | {"draft": draft} for combination in COVERING for draft in DRAFTS]
 QUICK_DRAFTED = [combination for n, combination in enumerate(DRAFTED) if n % 4 in (0, 3)]
 SMOLLM2_DRAFTED = [
     next(n for n, combination in enumerate(DRAFTED) if wanted.items() <= combination.items())

@@ -104,11 +104,6 @@ def test_parts_of_steps_are_timed(model):
         assert seconds["verify", part] > 0 and seconds["extend", part] + seconds["mixed", part] > 0
 
 
-def test_a_step_in_flight_beside_a_draft_is_refused(model):
-    with pytest.raises(ValidationError, match="overlap_depth: found 1 with draft=self, allowed is 0"):
-        tiny_config(model, draft="self", overlap_depth=1)
-
-
 def test_a_pool_without_room_for_drafts_is_refused(model):
     with pytest.raises(PoolSizeError, match="lower draft_tokens"):
         answers(model, draft="self", num_pages=4, page_size=4, draft_tokens=8)

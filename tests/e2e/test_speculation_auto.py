@@ -85,12 +85,15 @@ def lengths(harness):
     return {length: count for (_, length), count in harness.scheduler.stats.accept_lengths.items()}
 
 
+@pytest.mark.parametrize("overlap_depth", [0, 1])
 @pytest.mark.parametrize("draft", ["self", "random-eagle3"])
-def test_a_chat_that_was_off_and_on_is_drafted_on_like_a_computed_one(model, expected, draft):
+def test_a_chat_that_was_off_and_on_is_drafted_on_like_a_computed_one(model, expected, draft, overlap_depth):
     answer, next_answer = expected
     with ArenaHost(num_slots=128) as host:
-        first, found = chat(model, draft, host)
+        first, found = chat(model, draft, host, overlap_depth=overlap_depth)
         assert found == answer
+        num_ahead = sum(plan.num_awaited > 0 for plan in first.plans)
+        assert num_ahead > 30 if overlap_depth else num_ahead == 0
         assert max(plan.draft_len for plan in first.plans) > 1
         on = is_on(first)
         assert sum(not each for each in on) > 30, "it was off for pages on end"
@@ -139,11 +142,14 @@ def test_the_sanitizer_finds_pages_of_which_parts_were_skipped(model, draft):
         chat(model, draft, host, skip_extend, graphs=False)
 
 
-def test_many_requests_at_once_are_answered_alike(model):
+@pytest.mark.parametrize("overlap_depth", [0, 1])
+def test_many_requests_at_once_are_answered_alike(model, overlap_depth):
     prompts = [[(7 * i + 3 * n) % 200 + 3 for i in range(3 + 5 * n)] for n in range(8)]
     found = []
     for draft in (None, "self", "random-eagle3"):
-        config = tiny_config(model, draft=draft, draft_tokens="auto", num_pages=96)
+        config = tiny_config(
+            model, draft=draft, draft_tokens="auto", num_pages=96, overlap_depth=overlap_depth
+        )
         with Harness(config) as harness:
             for number, prompt in enumerate(prompts):
                 harness.submit(f"{number}", prompt, max_tokens=40, ignore_eos=True)

@@ -95,7 +95,7 @@ class Leg:
             "write_policy": random.choice(POLICIES),
             "max_tokens_per_step": random.choice(STEP_TOKENS),
             "itl_target_ms": random.choice(ITL_TARGETS),
-            "overlap_depth": random.choice((1, 1, 0)) if arguments.draft is None else 0,
+            "overlap_depth": random.choice((1, 1, 0)),
             **given,
         }
         self.is_injected = (

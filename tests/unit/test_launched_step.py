@@ -26,19 +26,30 @@ class FenceAfter:
 
 class Clock:
     now_s = 0.0
+    num_sleeps = 0
+
+    def read(self):
+        self.now_s += 1e-5
+        return self.now_s
 
     def sleep(self, seconds):
-        self.now_s += max(seconds, 1e-6)
+        self.now_s += seconds
+        self.num_sleeps += 1
 
 
 def test_tokens_are_read_once_the_fence_was_passed():
     tokens, clock = torch.zeros(2, dtype=torch.int64), Clock()
     fence = FenceAfter(5, lambda: tokens.copy_(torch.tensor([8, 9])))
-    output = LaunchedStep(4, VERSION, Sampled(tokens, None), fence).output(
-        1.0, lambda: clock.now_s, clock.sleep
-    )
+    output = LaunchedStep(4, VERSION, Sampled(tokens, None), fence).output(1.0, clock.read, clock.sleep)
     assert (output.step, output.relocation_version) == (4, VERSION)
     assert (output.token_ids, output.logprobs) == ([8, 9], [None, None])
+    assert not clock.num_sleeps, "what ends so soon is not slept for"
+
+
+def test_a_long_step_is_slept_for():
+    clock = Clock()
+    LaunchedStep(4, VERSION, None, FenceAfter(500)).output(1.0, clock.read, clock.sleep)
+    assert 200 < clock.num_sleeps < 400
 
 
 def test_a_device_that_hangs_is_an_error():
@@ -46,7 +57,7 @@ def test_a_device_that_hangs_is_an_error():
     step = LaunchedStep(4, VERSION, None, FenceAfter(10**9))
     assert not step.has_ended
     with pytest.raises(StepTimeoutError, match="step 4: the device has not ended it in 2 s"):
-        step.output(2.0, lambda: clock.now_s, clock.sleep)
+        step.output(2.0, clock.read, clock.sleep)
     assert 2.0 < clock.now_s < 2.1
 
 

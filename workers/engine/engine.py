@@ -346,7 +346,7 @@ class Engine:
             self._sanitizer.check_outputs(logits, [plan.slots[row] for row in plan.sampled])
         if self._speculator is not None and self._draft is not None:
             features = self._draft.extend.behind(batch, self._runner.features, decision, has_waited)
-            if self._speculator.advances(plan):
+            if plan.speculates:
                 return self._speculator.advance(plan, batch, slots, logits, self._sampler, features)
         return self._sample(plan, logits), None
 

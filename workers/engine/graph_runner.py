@@ -135,8 +135,9 @@ class GraphRunner:
             self._runner.pool.zero_dummy_page()
         if logits is None:
             return None
-        logits = _of_samples(batch, logits)
-        return logits.clone() if self._mechanisms.clones_outputs else logits
+        samples = _of_samples(batch, logits)
+        is_own = batch.bucket.mode == "verify" or not self._mechanisms.clones_outputs
+        return samples if is_own else samples.clone()
 
     def _capture(self, inputs: BucketInputs, rehearsal: Rehearsal) -> PreparedStep:
         """Run the bucket, which allocates and packs whatever it needs, bind its inputs, and compare.
@@ -240,7 +241,7 @@ def failed_anywhere(
 
 
 def _of_samples(batch: ForwardBatch, logits: torch.Tensor) -> torch.Tensor:
-    """Return the logits of a bucket's samples, without those of pads."""
+    """Return the logits of a bucket's samples, without those of pads; of a verify bucket they are a copy."""
     if batch.bucket is not None and batch.bucket.mode == "verify":  # of all tokens in the batch's order
         return logits.index_select(0, batch.sample_indices[: batch.num_samples])
     return logits[: batch.num_samples]

@@ -57,7 +57,7 @@ class Scheduler:
 
     Up to `config.depth` steps may be in flight, planned and not committed, when the next is planned: each of
     their rows is taken to go on by one token. Where it ends instead, its row in the next step is void, and
-    so are all of a request that has lost its slot since.
+    so are all of a request that has lost its slot since. A step that speculates is committed first.
     """
 
     def __init__(
@@ -155,11 +155,13 @@ class Scheduler:
         return RequestOutput(request_id, [], [], request.finish_reason, request.num_cached or 0)
 
     def plan(self, now_s: float) -> BatchPlan | None:
-        """Decide the next step; None if there is nothing to run and nothing to tell the ranks.
+        """Decide the next step; None if there is nothing to run and nothing to tell the ranks, or not yet.
 
         A plan may have no rows: it then carries ops only, and none but it is in flight.
         """
         assert len(self._in_flight) <= self._config.depth, "commit the oldest step first"
+        if self._in_flight and self._in_flight[-1].plan.speculates:
+            return None  # it says first how far its rows have come
         running = self._running
         running.settle()
         self._cache.settle_fetches(now_s)

@@ -76,11 +76,6 @@ class Speculator:
         index = self._copies.upload(np.stack([places, sources]))
         batch.token_ids.index_copy_(0, index[0], self._state.drafts.view(-1).index_select(0, index[1]))
 
-    @staticmethod
-    def advances(plan: BatchPlan) -> bool:
-        """Tell whether a step has more for a draft to do than to extend: tokens to verify, or to draft."""
-        return bool(plan.sampled) and bool(plan.num_drafts or plan.draft_len)
-
     def advance(
         self,
         plan: BatchPlan,
@@ -90,7 +85,7 @@ class Speculator:
         sampler: Sampler | None,
         features: Tensor,
     ) -> tuple[Verified | None, Fence | None]:
-        """Choose tokens for a step's sampled rows, and draft behind them: of a step that `advances`.
+        """Choose tokens for a step's sampled rows, and draft behind them: of a step that speculates.
 
         `logits` [samples, vocab] and `sampler` are rank 0's; the others learn the tokens from it, and None is
         returned there. `features` [tokens, feature_size] are those of the staged `batch`. The fence is behind
