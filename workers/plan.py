@@ -174,8 +174,8 @@ class BatchPlan(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def speculates(self) -> bool:
-        """Tell whether it verifies drafted tokens, or drafts some: how far its rows come is not known before it
-        has run, nor which tokens the next step verifies."""
+        """Tell whether it verifies drafted tokens or drafts some: how far its rows come, and which tokens the
+        next step verifies, is not known before it has run."""
         return bool(self.sampled) and bool(self.num_drafts or self.draft_len)
 
     def drafts(self, row: int) -> int:

@@ -4,7 +4,6 @@
 """
 
 import pytest
-from pydantic import ValidationError
 
 from tests.harness import Harness, tiny_config, write_tiny_model
 from workers.kvcache.page_pool import Safety
