@@ -23,6 +23,7 @@ from workers.engine.engine import Engine
 from workers.host_pages import CachePlace, HostPages
 from workers.inbox import Inbox
 from workers.kvcache.manager import KVCacheManager
+from workers.kvcache.moves import MoveInjection
 from workers.metrics import LeaderMetrics, LeaderSources, RankLabels, count_steps
 from workers.parallel import TPGroup
 from workers.protocol import PROTOCOL_VERSION, ReplicaId, Welcome
@@ -58,7 +59,8 @@ class RankSpec:
 class Rank:
     """Loads the model and joins the group on construction; `run` blocks until stopped or failed.
 
-    `listener` is rank 0's socket at (group_host, group_port), if it holds one already.
+    `listener` is rank 0's socket at (group_host, group_port), if it holds one already. `injection`: see
+    HostPages.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Rank:
         *,
         listener: socket.socket | None = None,
         clock: Callable[[], float] = time.monotonic,
+        injection: MoveInjection | None = None,
     ) -> None:
         config = spec.config
         self._spec = spec
@@ -104,7 +107,9 @@ class Rank:
         self._host_pages: HostPages | None = None
         if spec.cache_endpoint is not None:
             place = CachePlace(spec.cache_endpoint, cluster_secret)
-            self._host_pages = HostPages(place, config, self._engine, self._group, spec.incarnation)
+            self._host_pages = HostPages(
+                place, config, self._engine, self._group, spec.incarnation, injection=injection
+            )
             self._host_pages.count(self.registry, labels)
         self._loop: StepLoop | FollowerLoop
         if spec.rank == 0:

@@ -118,7 +118,7 @@ def merge(results: dict[str, Any], found: dict[str, Any]) -> None:
             moves[f"{kind}_over_bulk"] = round(moves[f"{kind}_gb_s"] / results["floors"][f"{way}_gb_s"], 3)
 
 
-def about(device: str, arguments: list[str]) -> dict[str, Any]:
+def about(device: str, script: str, arguments: list[str]) -> dict[str, Any]:
     """Return the card, the versions and the command."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     for name in ("triton", "flashinfer-python"):
@@ -130,7 +130,7 @@ def about(device: str, arguments: list[str]) -> dict[str, Any]:
         told = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60).stdout
         card, versions["driver"] = (part.strip() for part in told.split(","))
         versions["cuda"] = str(torch.version.cuda)
-    command = " ".join(["python", "tests/bench/bench_gpu.py", *arguments])
+    command = " ".join(["python", script, *arguments])
     return {
         "card": card,
         "cores": len(os.sched_getaffinity(0)),
@@ -176,7 +176,7 @@ def main() -> None:
         parser().error("there is no CUDA device; --device cpu --quick rehearses on a tiny model")
     models = ["llama8b", "smol135m"] if arguments.model == "both" else [arguments.model]
     runs = runs_of(arguments.parts.split(","), models, arguments.arms.split(","))
-    results = about(arguments.device, sys.argv[1:])
+    results = about(arguments.device, "tests/bench/bench_gpu.py", sys.argv[1:])
     for part, what in runs:
         read_gb_s = results.get("floors", {}).get("read_gb_s", arguments.read_gb_s)
         if part == "decode" and read_gb_s is None:

@@ -71,15 +71,14 @@ class FollowerRanks:
     """
 
     def __init__(self, num_ranks: int, device: str, cards: list[str] | None = None) -> None:
-        told = os.environ.get("CUDA_VISIBLE_DEVICES")
-        cards = cards or (told.split(",") if told else [str(card) for card in range(num_ranks + 1)])
+        cards = cards or visible_cards(num_ranks + 1)
         context = multiprocessing.get_context("spawn")
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
         for rank in range(1, num_ranks + 1):
             mine, theirs = context.Pipe()
             process = context.Process(target=follow, args=(theirs,), name=f"rank-{rank}", daemon=True)
-            with _environment({"CUDA_VISIBLE_DEVICES": cards[rank]} if device == "cuda" else {}):
+            with environment({"CUDA_VISIBLE_DEVICES": cards[rank]} if device == "cuda" else {}):
                 process.start()
             theirs.close()
             self._pipes.append(mine)
@@ -206,8 +205,14 @@ def wait_until_usable(pages: HostPages, device: str) -> None:
         eventually(lambda: num_pinned_bytes() == num_bytes, START_TIMEOUT_S)
 
 
+def visible_cards(num_cards: int) -> list[str]:
+    """Return the names of the first cards that this process may use."""
+    told = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return (told.split(",") if told else [str(card) for card in range(num_cards)])[:num_cards]
+
+
 @contextmanager
-def _environment(changes: dict[str, str]) -> Iterator[None]:
+def environment(changes: dict[str, str]) -> Iterator[None]:
     """Set variables for the processes that are started meanwhile."""
     before = {name: os.environ.get(name) for name in changes}
     os.environ.update(changes)

@@ -1,5 +1,6 @@
 """Greedy decode at several batch sizes: time to first token, time per token, and the floor of the card."""
 
+import re
 import statistics
 import time
 from random import Random
@@ -7,13 +8,16 @@ from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
-from tests.bench.gpu_rank import BenchRank, prompt
+from tests.bench.gpu_rank import BenchRank, Launched, StepRecord, prompt
 from tests.bench.measuring import say
+from workers.plan import BatchPlan
 from workers.protocol import Received, RequestId, RequestOutput, SamplingParams, SubmitRequest
 
 PROMPT_LEN = 128
 PROFILED_TOKENS = 64
 NUM_KERNELS = 25
+_ALL_REDUCE = re.compile("all_?reduce|^_sum_kernel", re.IGNORECASE)
+"""Names of kernels that sum over ranks; waiting for the others counts."""
 MAX_STEP_TOKENS = 8_192
 """Four steps compute all prompts of the largest batch."""
 
@@ -107,37 +111,48 @@ def measure_decode(
 
 
 def _profile(rank: BenchRank, batch_size: int) -> dict[str, Any]:
-    """Return the share of its time that the device worked, and the kernels that took most of it.
-
-    Of a round of as many steps as PROFILED_TOKENS, its prefill included: hence few of the kernels' calls.
-    """
+    """Return the share of its time that the device worked in decode steps of the whole batch, that of it in
+    which it summed over ranks, and the kernels that took most of it."""
     is_cuda = rank.config.device == "cuda"
-    activity = ProfilerActivity.CUDA if is_cuda else ProfilerActivity.CPU
-    with profile(activities=[activity]) as profiler:
-        began_s = time.perf_counter()
-        _one_round(rank, f"{batch_size}/profile", batch_size, PROFILED_TOKENS)
-        wall_us = 1e6 * (time.perf_counter() - began_s)
+    profiler = profile(activities=[ProfilerActivity.CUDA if is_cuda else ProfilerActivity.CPU])
+    times_s: list[float] = []
+
+    def launched(plan: BatchPlan, record: StepRecord | None) -> None:
+        if plan.mode == "decode" and len(plan.slots) == batch_size:
+            if not times_s:
+                profiler.start()
+            times_s.append(time.perf_counter())
+
+    _one_round(rank, f"{batch_size}/profile", batch_size, PROFILED_TOKENS, launched)
+    profiler.stop()
+    wall_us = 1e6 * (times_s[-1] - times_s[0])
+    num_steps = len(times_s) - 1
     times = {
         event.key: (event.self_device_time_total if is_cuda else event.self_cpu_time_total, event.count)
         for event in profiler.key_averages()
     }
+    total_us = sum(us for us, _ in times.values())
+    reduce_us = sum(us for name, (us, _) in times.items() if _ALL_REDUCE.search(name))
     most = sorted(times.items(), key=lambda item: -item[1][0])[:NUM_KERNELS]
     return {
-        "busy_ratio": round(sum(us for us, _ in times.values()) / wall_us, 3),
+        "busy_ratio": round(total_us / wall_us, 3),
+        "all_reduce_share": round(reduce_us / total_us, 4),
         "kernels": [
-            {"name": name[:120], "calls": calls, "us_per_token": round(us / PROFILED_TOKENS, 2)}
+            {"name": name[:120], "calls": calls, "us_per_token": round(us / num_steps, 2)}
             for name, (us, calls) in most
         ],
     }
 
 
-def _one_round(rank: BenchRank, name: str, batch_size: int, num_tokens: int) -> tuple[float, float, float]:
+def _one_round(
+    rank: BenchRank, name: str, batch_size: int, num_tokens: int, launched: Launched | None = None
+) -> tuple[float, float, float]:
     """Return the mean time to the first token, the mean time per token with all decoding, and the part of
     the decode steps that were replayed."""
     random = Random(name)
     prompts = [prompt(random, PROMPT_LEN, rank.model.vocab_size) for _ in range(batch_size)]
     batch = Batch(name, prompts, num_tokens)
-    steps = rank.run(batch)
+    steps = rank.run(batch, launched=launched)
     assert all(len(times_s) == num_tokens for times_s in batch.times_s.values()), "tokens are missing"
     ttft_s = statistics.fmean(times_s[0] - batch.asked_s for times_s in batch.times_s.values())
     decodes = [step for step in steps if step.mode == "decode"]

@@ -1,4 +1,5 @@
-"""The peers' figures on one H100 80GB HBM3, bf16, and what ours come to beside them (>= 1 is better)."""
+"""The peers' figures on one H100 80GB HBM3 and on two, bf16, and what ours come to beside them (>= 1 is
+better)."""
 
 from typing import Any
 
@@ -45,3 +46,23 @@ def ratios(results: dict[str, Any]) -> dict[str, float]:
         for name, best in MULTITURN.items():
             found[f"multiturn_{name}"] = round(best / figures[name], 3)
     return found
+
+
+TP_SOURCE = (
+    "vLLM 0.26.0 on two H100 80GB HBM3, tensor parallel, measured for this project on 2026-11-24: bf16, 8B"
+    " shape, 128 in / 128 out, greedy, prefix cache off, random weights"
+)
+TP_DECODE_TOK_S: dict[str, dict[str, dict[str, float]]] = {
+    "llama8b": {"tp2": {"b1": 242, "b8": 1_819, "b64": 11_752, "b256": 31_353}}
+}
+
+
+def tp_ratios(results: dict[str, Any]) -> dict[str, float]:
+    """Return tokens/s over the peer's on as many cards."""
+    return {
+        f"{model}_{ranks}_{batch}": round(figures[batch]["decode_tok_s"] / theirs, 3)
+        for model, by_ranks in results.get("decode", {}).items()
+        for ranks, figures in by_ranks.items()
+        for batch, theirs in TP_DECODE_TOK_S.get(model, {}).get(ranks, {}).items()
+        if batch in figures
+    }

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from random import Random
 
+import msgspec
+
 from workers.protocol import (
     AbortRequest,
     FinishReason,
@@ -60,6 +62,21 @@ class StormClients:
     @property
     def are_done(self) -> bool:
         return len(self.asked) == self._num_requests and not self._live
+
+    def rest(self) -> list[SubmitRequest]:
+        """Return what a new replica is to be asked in the place of a lost one: each answer under way goes on
+        from its prompt and its tokens so far."""
+        return [
+            msgspec.structs.replace(
+                asked.submit,
+                token_ids=asked.submit.token_ids + asked.token_ids,
+                sampling=msgspec.structs.replace(
+                    asked.submit.sampling,
+                    max_tokens=asked.submit.sampling.max_tokens - len(asked.token_ids),
+                ),
+            )
+            for asked in self._live.values()
+        ]
 
     def ask(self, now_s: float) -> list[Received]:
         received: list[Received] = []
