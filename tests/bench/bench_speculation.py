@@ -137,14 +137,17 @@ def measure_origins(arguments: argparse.Namespace, prompts: list[list[int]]) -> 
         other: CacheNode | None = None
         num_saved = 0
         for origins in (("computed", "device"), ("host",), ("peer",)):
+            if origins == ("peer",) and not arguments.fetches:
+                continue
             with ExitStack() as stack:
                 # Prompts are fetched even where computing them is thought to be sooner.
                 safety = Safety(weighs_fetches=False)
                 rank = stack.enter_context(BenchRank(arguments.model, options, safety=safety))
                 if node is None or other is None:
                     arena_gb = ARENA_ROOM * num_pages * rank.engine.layout.bundle_bytes / (1 << 30)
-                    node = nodes.enter_context(CacheNode(arena_gb, transfer="tcp"))
-                    other = nodes.enter_context(CacheNode(arena_gb, OTHER_NODE, transfer="tcp"))
+                    transfer = "tcp" if arguments.fetches else "off"
+                    node = nodes.enter_context(CacheNode(arena_gb, transfer=transfer))
+                    other = nodes.enter_context(CacheNode(arena_gb, OTHER_NODE, transfer=transfer))
                 pages = rank.attach(other if origins == ("peer",) else node)
                 stack.callback(pages.close)
                 if origins == ("host",):
@@ -209,6 +212,7 @@ def _read() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--parts", default="origins,speed")
+    parser.add_argument("--no-fetches", dest="fetches", action="store_false", help="where Mooncake is not")
     parser.add_argument("--prompts", type=Path, default=HELD_OUT)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true")
