@@ -17,6 +17,7 @@ from cache_service.injected_pages import PageInjection
 from cache_service.injection import ClientInjection, MessageInjection
 from cache_service.messages import Found, Lookup, StatsReply
 from cache_service.server_connection import Patience
+from tests.drafts import is_perfect
 from tests.followers import Followers
 from tests.harness import Harness, bundle_bytes
 from tests.node_host import NodeFaults, NodeHost
@@ -69,13 +70,12 @@ class TookPlace:
                 "restarts seen": follower.num_restarts,
                 "attached again": max(0, client.stats.num_attaches - 1),
                 "breaker opened": client.connection.breaker.num_opened,
-                "drafts accepted": sum(
-                    count
-                    for (_, outcome), count in harness.scheduler.stats.num_drafts.items()
-                    if outcome == "accepted"
-                ),
             }
         )
+        drafts, name = harness.scheduler.stats.num_drafts, harness.config.draft
+        for (_, outcome), count in drafts.items():
+            self.counts[f"drafts {outcome}: {name}"] += count
+        drafted = harness.scheduler.stats.prefix_tokens if name is not None else {}
         for name, counter in (
             ("load failed:", tier.failed_loads),
             ("save failed:", tier.failed_saves),
@@ -83,6 +83,7 @@ class TookPlace:
             ("fetched:", fetches.fetched_pages),
             ("fetch failed:", fetches.failed_pages),
             ("prefix:", harness.scheduler.stats.prefix_tokens),
+            ("prefix with a draft:", drafted),
             ("commit:", client.stats.commits),
             ("miss:", client.stats.misses),
             ("call:", client.connection.calls),
@@ -305,6 +306,10 @@ class _Play:
             assert pages["quiescing"] == 0, f"seed {draw.seed}: {pages}"
             assert harness.client.leases.num_leased == 0, f"seed {draw.seed}: leases are left"
             assert harness.engine.num_sanitized_steps > 0 or not self._config.kv_sanitizer
+            outcomes = {outcome for _, outcome in harness.scheduler.stats.num_drafts}
+            assert not is_perfect(draw.draft) or outcomes == {"accepted"}, (
+                f"seed {draw.seed}: a perfect draft lost some of its own on the way: {outcomes}"
+            )
             self._took_place.note_harness(harness)
             _calm_down(harness)
 
