@@ -145,9 +145,12 @@ def is_hub_id(name: str) -> bool:
     return _HUB_ID.fullmatch(name) is not None
 
 
-def fetch_metadata(repo_id: str) -> tuple[Path, HubSource]:
-    """Download a hub model's small files; return their folder, and the commit that they are of."""
-    folder = _snapshot(repo_id, None, _METADATA_FILES)
+def fetch_metadata(repo_id: str, allowed: str | None = None) -> tuple[Path, HubSource]:
+    """Download a hub model's small files; return their folder, and the commit that they are of.
+
+    `allowed`: what an error says may be named instead of what the caller names; None: what names a model.
+    """
+    folder = _snapshot(repo_id, None, _METADATA_FILES, allowed)
     return folder, HubSource(repo_id, folder.name)
 
 
@@ -198,7 +201,7 @@ def _hub_card(repo_id: str) -> ModelCard:
     return _directory_card(folder, repo_id, hub)
 
 
-def _snapshot(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
+def _snapshot(repo_id: str, revision: str | None, patterns: list[str], allowed: str | None = None) -> Path:
     # 0.3 s of imports that no other kind of model needs
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -207,9 +210,10 @@ def _snapshot(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        prefix = f"model {repo_id!r}: " if allowed is None else ""
         raise ModelError(
-            f"model {repo_id!r}: no such path, and the hub cannot provide it ({reason}); check the id and "
-            f"the network (HF_ENDPOINT, HF_TOKEN), or name {_allowed()}"
+            f"{prefix}no such path, and the hub cannot provide it ({reason}); check the id and the "
+            f"network (HF_ENDPOINT, HF_TOKEN), or name {allowed or _allowed()}"
         ) from error
 
 

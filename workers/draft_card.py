@@ -92,9 +92,16 @@ class DraftCard:
 def read_draft_card(draft: str, target: ModelCard) -> DraftCard:
     """Read the card of a draft for `target`: a directory, a hub id, an alias, `self` or `random-eagle3`.
 
-    Raise ModelError, whose message names the file and field, what was found and what is allowed. Files of
-    a hub id are checked once they are fetched, by the loader.
+    Raise ModelError, whose message names the draft, the file and field, what was found and what is allowed.
+    Files of a hub id are checked once they are fetched, by the loader.
     """
+    try:
+        return _read_card(draft, target)
+    except ModelError as error:
+        raise ModelError(f"draft {draft!r}: {error}") from error
+
+
+def _read_card(draft: str, target: ModelCard) -> DraftCard:
     if draft == SELF_DRAFT:
         return _self_card(target)
     if draft == RANDOM_DRAFT:
@@ -105,13 +112,15 @@ def read_draft_card(draft: str, target: ModelCard) -> DraftCard:
     if path.is_dir():
         return _local_card(path.resolve(), path.resolve().name, target)
     if not path.exists() and is_hub_id(draft):
-        folder, hub = fetch_metadata(draft)
+        folder, hub = fetch_metadata(draft, _allowed())
         return _directory_card(folder, draft, hub, target)
-    found = "a file" if path.exists() else "no existing path"
-    aliases = ", ".join((*ALIASES, SELF_DRAFT, RANDOM_DRAFT))
-    raise ModelError(
-        f"draft {draft!r} is {found}; allowed: a draft's directory, a hub id (owner/name) or an alias "
-        f"({aliases})"
+    raise ModelError(f"{'a file' if path.exists() else 'no existing path'}; allowed: {_allowed()}")
+
+
+def _allowed() -> str:
+    return (
+        "a draft's directory, a hub id (owner/name) or an alias"
+        f" ({', '.join((*ALIASES, SELF_DRAFT, RANDOM_DRAFT))})"
     )
 
 
@@ -192,8 +201,8 @@ def _packaged_folder(alias: str) -> Path:
             return folder
     places = ", ".join(str(folder) for folder in folders) or f"{ALIASES[alias]} in the package deploy"
     raise ModelError(
-        f"draft {alias!r}: its files (config.json, model.safetensors) are not at {places}; install a "
-        "version of eyrie that ships them, or name a draft's directory"
+        f"its files (config.json, model.safetensors) are not at {places}; install a version of eyrie that "
+        "ships them, or name a draft's directory"
     )
 
 
@@ -208,12 +217,14 @@ def _local_card(folder: Path, name: str, target: ModelCard) -> DraftCard:
 
 
 def _directory_card(folder: Path, name: str, hub: HubSource | None, target: ModelCard) -> DraftCard:
+    if not (folder / "config.json").exists():
+        raise ModelError(f"{folder}: no config.json; a draft's directory holds config.json and *.safetensors")
     fields = Fields.read(folder / "config.json")
     kind = _kind(fields)
     read = _read_mtp if kind == "mtp" else _read_eagle3 if kind == "eagle3" else _read_eagle
     card = replace(read(name, fields, target), source=folder, hub=hub)
     check_heads(fields.path, card.config)
-    _check_equal(fields, "vocab_size", card.config.vocab_size, target.vocab_size)
+    _check_equal(fields, "vocab_size", card.config.vocab_size, target, target.vocab_size)
     return card
 
 
@@ -234,14 +245,14 @@ def _kind(fields: Fields) -> DraftKind:
 
 def _read_eagle(name: str, fields: Fields, target: ModelCard) -> DraftCard:
     config = read_decoder_config(fields, "llama")
-    _check_equal(fields, "hidden_size", config.hidden_size, target.config.hidden_size)
+    _check_equal(fields, "hidden_size", config.hidden_size, target, target.config.hidden_size)
     return _card(name, "eagle", config, target)
 
 
 def _read_eagle3(name: str, fields: Fields, target: ModelCard) -> DraftCard:
     config = read_decoder_config(fields, "llama")
     field = "target_hidden_size" if "target_hidden_size" in fields else "hidden_size"
-    _check_equal(fields, field, fields.integer(field), target.config.hidden_size)
+    _check_equal(fields, field, fields.integer(field), target, target.config.hidden_size)
     if config.num_layers != 1:
         raise ModelError(f"{fields.path}: num_hidden_layers is {config.num_layers}; an EAGLE-3 draft has 1")
     draft_vocab_size = fields.integer("draft_vocab_size", config.vocab_size)
@@ -288,8 +299,8 @@ def _read_mtp(name: str, fields: Fields, target: ModelCard) -> DraftCard:
     architectures = fields.strings("architectures")
     family = next(ARCHITECTURES[name] for name in architectures if name in ARCHITECTURES)
     config = read_decoder_config(fields, family)
-    _check_equal(fields, "hidden_size", config.hidden_size, target.config.hidden_size)
-    _check_equal(fields, "num_hidden_layers", config.num_layers, target.config.num_layers)
+    _check_equal(fields, "hidden_size", config.hidden_size, target, target.config.hidden_size)
+    _check_equal(fields, "num_hidden_layers", config.num_layers, target, target.config.num_layers)
     if config.num_mtp_layers != 1:
         raise ModelError(
             f"{fields.path}: num_nextn_predict_layers is {config.num_mtp_layers}; 1 is supported"
@@ -299,6 +310,9 @@ def _read_mtp(name: str, fields: Fields, target: ModelCard) -> DraftCard:
     return replace(_card(name, "mtp", own, target), mtp_layout=mtp_layout_of(architectures))
 
 
-def _check_equal(fields: Fields, key: str, found: int, needed: int) -> None:
+def _check_equal(fields: Fields, key: str, found: int, target: ModelCard, needed: int) -> None:
     if found != needed:
-        raise ModelError(f"{fields.path}: {key} is {found}; this target needs {needed}")
+        raise ModelError(
+            f"{fields.path}: {key} is {found}; allowed is {needed}, that of its target {target.name}: name a "
+            "draft that was trained for this model"
+        )

@@ -18,6 +18,7 @@ from tests.unit.draft_checkpoints import (
     write_target_with_mtp,
 )
 from tests.unit.draft_models import CPU, tiny_card, tiny_decoder
+from tests.unit.test_card import run_python
 from workers.card import ModelCard, load_card
 from workers.draft_card import DraftCard, read_draft_card
 from workers.draft_layouts import default_feature_layers
@@ -85,9 +86,9 @@ def test_the_configuration_may_name_the_feature_layers(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hidden_size": 64}, r"config\.json: hidden_size is 64; this target needs 32"),
-        ({"vocab_size": 301}, r"config\.json: vocab_size is 301; this target needs 300"),
-        ({"target_hidden_size": 48}, r"target_hidden_size is 48; this target needs 32"),
+        ({"hidden_size": 64}, r"config\.json: hidden_size is 64; allowed is 32, that of its target"),
+        ({"vocab_size": 301}, r"config\.json: vocab_size is 301; allowed is 300, that of its target"),
+        ({"target_hidden_size": 48}, r"target_hidden_size is 48; allowed is 32, that of its target"),
         ({"num_hidden_layers": 2}, r"num_hidden_layers is 2; an EAGLE-3 draft has 1"),
         ({"draft_vocab_size": 400}, r"draft_vocab_size is 400; at most the vocab_size of 300"),
         (
@@ -124,7 +125,7 @@ def test_a_model_is_no_draft_and_missing_tensors_are_named_before_anything_is_lo
     with pytest.raises(ModelError, match=r"no weights; \*\.safetensors or pytorch_model\.bin"):
         read_draft_card(str(folder), target)
     (folder / "config.json").unlink()
-    with pytest.raises(ModelError, match=r"config\.json: missing"):
+    with pytest.raises(ModelError, match=r"^draft '.*/model': .*: no config\.json; a draft's directory"):
         read_draft_card(str(folder), target)
     weights = eagle3_weights()
     del weights["d2t"]
@@ -136,7 +137,7 @@ def test_an_mtp_layer_belongs_to_its_own_target(target: ModelCard, tmp_path: Pat
     folder = write_target_with_mtp(tmp_path / "mtp")
     config = json.loads((folder / "config.json").read_text())
     for changes, message in (
-        ({"num_hidden_layers": 5}, r"num_hidden_layers is 5; this target needs 4"),
+        ({"num_hidden_layers": 5}, r"num_hidden_layers is 5; allowed is 4, that of its target"),
         ({"num_nextn_predict_layers": 2}, r"num_nextn_predict_layers is 2; 1 is supported"),
     ):
         (folder / "config.json").write_text(json.dumps(config | changes))
@@ -148,9 +149,22 @@ def test_names_that_mean_nothing_are_answered_with_those_that_do(target: ModelCa
     (tmp_path / "file").write_text("")
     for name, found in ((str(tmp_path / "file"), "a file"), (str(tmp_path / "none"), "no existing path")):
         with pytest.raises(
-            ModelError, match=f"is {found}; allowed: a draft's directory.*smollm2-135m-eagle3"
+            ModelError, match=f"^draft '{name}': {found}; allowed: a draft's directory.*smollm2-135m-eagle3"
         ):
             read_draft_card(name, target)
+
+
+def test_a_draft_that_the_hub_cannot_provide_is_spoken_of_as_a_draft() -> None:
+    code = (
+        "from workers.card import load_card\n"
+        "from workers.draft_card import read_draft_card\n"
+        "from workers.models.config import ModelError\n"
+        "try: read_draft_card('nobody/no-such-draft', load_card('smollm2-135m'))\n"
+        "except ModelError as error: print('refused:', error)"
+    )
+    said = run_python(code, HF_HUB_OFFLINE="1")
+    assert said.startswith("refused: draft 'nobody/no-such-draft': no such path, and the hub cannot")
+    assert "or name a draft's directory" in said and "model" not in said
 
 
 def test_the_shipped_draft_is_looked_for_in_the_package(
