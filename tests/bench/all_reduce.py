@@ -1,19 +1,19 @@
 """How long one all-reduce of a group takes, by the bytes that are summed: replayed from a graph on CUDA."""
 
 import multiprocessing
-import os
+import socket
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from tests.bench.follower_ranks import HOST, START_TIMEOUT_S, environment, visible_cards
 from tests.bench.measuring import say
-from workers.parallel import TPGroup, listen
+from workers.parallel import TPGroup
 
 SIZES = [1 << power for power in range(10, 27)]
 """1 KiB to 64 MiB"""
@@ -26,26 +26,32 @@ TIMEOUT_S = 60.0
 def measure_all_reduce(tp_size: int, device: str, *, is_quick: bool) -> dict[str, Any]:
     """Return microseconds of one call by way and bytes: {"nccl": {"1024": 9.1, ...}, ...}."""
     sizes, num_rounds = (QUICK_SIZES, 3) if is_quick else (SIZES, 20)
+    return on_ranks(tp_size, device, _sum_all, sizes, num_rounds)[0]
+
+
+def on_ranks(tp_size: int, device: str, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Return what `work` returned on each rank of a group, each in a process, on CUDA with a card of its own;
+    it is given the group, the device and `arguments`."""
     context = multiprocessing.get_context("spawn")
     cards = visible_cards(tp_size)
-    listener = listen(HOST)
-    port = listener.getsockname()[1]
-    processes, pipe = [], None
+    with socket.create_server((HOST, 0)) as free:
+        port = free.getsockname()[1]
+    processes, pipes = [], []
     for rank in range(tp_size):
         mine, theirs = context.Pipe()
-        arguments = (rank, tp_size, port, device, sizes, num_rounds, theirs)
-        process = context.Process(target=_be_rank, args=arguments, daemon=True)
+        given = (theirs, rank, tp_size, port, device, work, arguments)
+        process = context.Process(target=_be_rank, args=given, daemon=True)
         with environment({"CUDA_VISIBLE_DEVICES": cards[rank]} if device == "cuda" else {}):
             process.start()
         theirs.close()
         processes.append(process)
-        pipe = pipe or mine
-        if rank == 0:
-            listener.close()
-    assert pipe is not None
+        pipes.append(mine)
     try:
-        assert pipe.poll(START_TIMEOUT_S), "the ranks say nothing"
-        return pipe.recv()
+        found = []
+        for rank, pipe in enumerate(pipes):
+            assert pipe.poll(START_TIMEOUT_S), f"rank {rank} says nothing"
+            found.append(pipe.recv())
+        return found
     finally:
         for process in processes:
             process.join(10.0)
@@ -53,33 +59,45 @@ def measure_all_reduce(tp_size: int, device: str, *, is_quick: bool) -> dict[str
 
 
 def _be_rank(
-    rank: int, tp_size: int, port: int, device: str, sizes: list[int], num_rounds: int, pipe: Connection
+    pipe: Connection,
+    rank: int,
+    tp_size: int,
+    port: int,
+    device: Literal["cpu", "cuda"],
+    work: Callable[..., Any],
+    arguments: tuple[Any, ...],
 ) -> None:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
     group = TPGroup.connect(
         rank, tp_size, HOST, port, timeout_s=TIMEOUT_S, meeting_timeout_s=START_TIMEOUT_S, device=device
     )
+    pipe.send(work(group, device, *arguments))
+    group.close()
+
+
+def _sum_all(group: TPGroup, device: str, sizes: list[int], num_rounds: int) -> dict[str, Any]:
     found: dict[str, dict[str, float]] = {}
     for size in sizes:
         part = _part(size, device)
         ways: dict[str, Callable[[], object]] = {"nccl" if device == "cuda" else "gloo": _summer(group, part)}
         one_shot = getattr(group, "one_shot", None)
         if one_shot is not None and one_shot.takes(part):
-            ways["one_shot"] = lambda sums=one_shot, part=part: sums.sum(part)
-            x, weight = torch.zeros_like(part), torch.ones(part.shape[1], dtype=part.dtype, device=device)
-            ways["one_shot_norm"] = lambda sums=one_shot, x=x, part=part, weight=weight: (
-                sums.sum_add_rms_norm(x, part, weight, 1e-5)
-            )
+            ways |= _own_ways(one_shot, part)
         for way, call in ways.items():
             with _many(call, device) as run:
-                found.setdefault(way, {})[str(size)] = round(
-                    1e6 * _seconds(run, group, device, num_rounds), 2
-                )
-        if rank == 0:
+                us = 1e6 * _seconds(run, group, device, num_rounds)
+                found.setdefault(way, {})[str(size)] = round(us, 2)
+        if group.rank == 0:
             say(f"{size} bytes: { {way: by_size.get(str(size)) for way, by_size in found.items()} }")
-    if rank == 0:
-        pipe.send(found)
-    group.close()
+    return found
+
+
+def _own_ways(one_shot: Any, part: torch.Tensor) -> dict[str, Callable[[], object]]:
+    x, weight = torch.zeros_like(part), torch.ones_like(part[0])
+    return {
+        "one_shot": lambda: one_shot.sum(part),
+        "one_shot_norm": lambda: one_shot.sum_add_rms_norm(x, part, weight, 1e-5),
+    }
 
 
 def _part(size: int, device: str) -> torch.Tensor:

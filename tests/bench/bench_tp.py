@@ -1,8 +1,8 @@
 """Speed of a model divided among the GPUs of one host, beside one GPU in the same run and the peer's figures.
 
     python tests/bench/bench_tp.py [--json] [--tp-sizes 1,2] [--models llama8b,llama70b] [--out FILE]
-        [--parts all_reduce,decode,multiturn] [--batch-sizes 1,8,64,256] [--rounds 3] [--profile] [--quick]
-        [--device cuda|cpu] [--graphs off] ...
+        [--parts all_reduce,plans,decode,multiturn] [--batch-sizes 1,8,64,256] [--rounds 3] [--profile]
+        [--quick] [--device cuda|cpu] [--graphs off] ...
 
 Each part runs in a process of its own, and each rank beyond the first in one with a card of its own; random
 weights in the models' shapes, bf16; the real Scheduler, Engine and step loops over NCCL, without Ray and
@@ -10,8 +10,10 @@ HTTP. Every option of the workers is one here too. `--tp-sizes 1,2,4,8` is all t
 goes to stderr; one JSON line ends stdout, and is written to --out after every part:
 
 all_reduce  microseconds of one captured all-reduce by bytes, for NCCL and for the ranks' own kernel
+plans       microseconds from rank 0 to the followers, by the plan's bytes
 decode      by model and ranks: 128 in / 128 out, greedy, at each batch size: medians over rounds;
-            all_reduce_share is of the time that rank 0's device works
+            all_reduce_share is of the time that rank 0's device works in decode steps, and counts what it
+            waits for the other ranks, and where the ranks' own kernel sums, the norm behind the sum
 multiturn   64 chats of 5 turns beside 8 steady decodes with the host tier, on the most ranks; 8B shape
 scaling     of_one_rank: TPOT over that of one rank, and efficiency: 1 / (ranks x of_one_rank)
 ratios      tokens/s beside the peer's on two of the same cards, >= 1 is better; `peers` says whose
@@ -39,7 +41,7 @@ from tests.bench.gpu_peers import TP_SOURCE, tp_ratios  # noqa: E402
 from tests.bench.gpu_shapes import SHAPES, option_names, worker_options  # noqa: E402
 from tests.bench.measuring import say  # noqa: E402
 
-PARTS = ("all_reduce", "decode", "multiturn")
+PARTS = ("all_reduce", "plans", "decode", "multiturn")
 
 
 def runs_of(parts: list[str], models: list[str], tp_sizes: list[int]) -> list[tuple[str, str, int]]:
@@ -71,6 +73,10 @@ def run_part(part: str, model: str, tp_size: int, arguments: argparse.Namespace)
         from tests.bench.all_reduce import measure_all_reduce
 
         return {part: measure_all_reduce(tp_size, arguments.device, is_quick=is_quick)}
+    if part == "plans":
+        from tests.bench.plan_latency import measure_plans
+
+        return {part: measure_plans(tp_size, is_quick=is_quick)}
     if part == "decode":
         from tests.bench.gpu_decode import measure_decode
 

@@ -25,6 +25,7 @@ def test_every_part_runs_on_two_ranks(tmp_path):
     results = json.loads(run.stdout.splitlines()[-1])
     assert results == json.loads(out.read_text())
     assert all(us > 0 for us in results["all_reduce"]["gloo"].values())
+    assert all(told["p99_us"] >= told["p50_us"] > 0 for told in results["plans"].values())
     for figures in results["decode"]["llama8b"].values():
         assert figures["b4"]["tpot_ms"] > 0 and "all_reduce_share" in figures["b4"]["profile"]
     assert results["scaling"]["llama8b"]["tp2"]["b1"]["of_one_rank"] > 0

@@ -1,0 +1,42 @@
+"""How long a plan of rank 0 takes to reach the last follower on one host, by its bytes."""
+
+import time
+from typing import Any
+
+from tests.bench.all_reduce import TIMEOUT_S, on_ranks
+from tests.bench.measuring import quantile
+from workers.parallel import TPGroup
+
+SIZES = [256, 4 << 10, 64 << 10]
+PAUSE_S = 0.002
+"""Between plans, as between steps"""
+_STAMP_BYTES = 8
+
+
+def measure_plans(tp_size: int, *, is_quick: bool) -> dict[str, Any]:
+    """Return microseconds by bytes: median and 99th percentile over plans, of the slowest follower each."""
+    num_plans = 50 if is_quick else 1_000
+    of_ranks = on_ranks(tp_size, "cpu", _exchange, num_plans)
+    return {
+        str(size): {
+            "p50_us": max(round(1e6 * quantile(told[size], 0.5), 1) for told in of_ranks[1:]),
+            "p99_us": max(round(1e6 * quantile(told[size], 0.99), 1) for told in of_ranks[1:]),
+        }
+        for size in SIZES
+    }
+
+
+def _exchange(group: TPGroup, device: str, num_plans: int) -> dict[int, list[float]]:
+    """Send plans, or return how long each was on its way: the clock is the machine's."""
+    took: dict[int, list[float]] = {size: [] for size in SIZES}
+    for size in SIZES:
+        for _ in range(num_plans):
+            if group.rank == 0:
+                time.sleep(PAUSE_S)
+                rest = bytes(size - _STAMP_BYTES)
+                group.broadcast_plan(time.monotonic_ns().to_bytes(_STAMP_BYTES, "little") + rest)
+            else:
+                plan = group.receive_plan(TIMEOUT_S)
+                sent_ns = int.from_bytes(plan[:_STAMP_BYTES], "little")
+                took[size].append((time.monotonic_ns() - sent_ns) / 1e9)
+    return took
