@@ -111,6 +111,9 @@ class WorkerConfig:
     checked: bool = False
     """Check, each step, bounds, owner and order of every page index that it reads, writes, loads or saves:
     the sanitizer's checks of indices, without those of bytes."""
+    one_shot_sums: bool = True
+    """On cuda with several ranks: make small sums over them, those of decode steps, in one kernel that writes
+    to the peers' memory; off, or where that cannot be mapped: by NCCL."""
     num_threads: Annotated[int, Field(ge=0)] = 0
     """Compute threads of a rank on CPU; 0: cores shared fairly among the ranks of the node."""
     collective_timeout_s: Annotated[float, Field(gt=0)] = 60.0

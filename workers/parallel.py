@@ -1,8 +1,9 @@
 """TPGroup: the communicator of one tensor-parallel group, and the boards that say how far its ranks are.
 
 Owned by a Worker, used from its engine's thread. No process-wide state: a process may hold several groups.
-Collectives run over gloo (CPU) or NCCL (CUDA); plans travel over one socket per follower, so that a
-follower can wait with a timeout and a dead peer shows at once. Every wait ends in a typed error.
+Collectives run over gloo (CPU) or NCCL (CUDA), small sums there by OneShotSums; plans travel over one socket
+per follower, so that a follower can wait with a timeout and a dead peer shows at once. Every wait of the host
+ends in a typed error.
 """
 
 import hmac
@@ -13,20 +14,15 @@ import struct
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Literal, Protocol, Self, TypeVar, cast
+from typing import Literal, Self, TypeVar
 
 import torch
-from torch._C._distributed_c10d import (
-    AllreduceOptions,
-    BroadcastOptions,
-    GatherOptions,
-    ProcessGroupGloo,
-    TCPStore,
-    Work,
-)
+from torch._C._distributed_c10d import AllreduceOptions, BroadcastOptions, GatherOptions, TCPStore, Work
 
 from workers.completion_board import CompletionBoard
 from workers.move_board import MoveBoard
+from workers.one_shot_sums import OneShotSums, RankSums, exchange
+from workers.process_groups import Collectives, process_group
 
 _LENGTH = struct.Struct("<I")
 _HELLO = struct.Struct("<I32s")
@@ -53,42 +49,6 @@ def listen(host: str) -> socket.socket:
     return socket.create_server((host, 0), backlog=128)
 
 
-class Collectives(Protocol):
-    """What a TPGroup needs of torch's process groups."""
-
-    def allreduce(self, tensors: list[torch.Tensor], opts: AllreduceOptions) -> Work:
-        """Sum each tensor over the ranks, in place."""
-
-    def broadcast(self, tensors: list[torch.Tensor], opts: BroadcastOptions) -> Work:
-        """Make each tensor the root's, in place."""
-
-    def gather(
-        self, outputs: list[list[torch.Tensor]], inputs: list[torch.Tensor], opts: GatherOptions
-    ) -> Work:
-        """Collect the ranks' inputs on the root."""
-
-    def abort(self) -> None:
-        """End running collectives with an error."""
-
-
-class GlooOptions(Protocol):
-    """Options of torch's gloo process group."""
-
-    _timeout: timedelta
-    _devices: list[ProcessGroupGloo.Device]
-
-
-class GlooBinding(Protocol):
-    """torch's gloo process group, as it is and not as its stub says."""
-
-    def _Options(self) -> GlooOptions: ...  # noqa: N802
-    def create_device(self, hostname: str) -> ProcessGroupGloo.Device:
-        """Bind to an address."""
-
-    def __call__(self, store: TCPStore, rank: int, size: int, options: GlooOptions) -> Collectives:
-        """Build this rank's end."""
-
-
 class TPGroup:
     """One rank's membership of a group of `size`. A group of one has no connections; every call is local."""
 
@@ -102,6 +62,7 @@ class TPGroup:
         process_group: Collectives | None = None,
         links: list[socket.socket] | None = None,
         store: TCPStore | None = None,
+        one_shot: RankSums | None = None,
     ) -> None:
         self.rank = rank
         self.size = size
@@ -114,6 +75,9 @@ class TPGroup:
         self._links = links or []
         """Rank 0: one per follower, in rank order. Others: the one to rank 0."""
         self._store = store
+        self.one_shot = one_shot
+        """Sums what is small by itself; None: the process group sums everything."""
+        self._num_agreements = 0
 
     @classmethod
     def single(cls) -> Self:
@@ -131,11 +95,13 @@ class TPGroup:
         timeout_s: float,
         meeting_timeout_s: float | None = None,
         device: Literal["cpu", "cuda"] = "cpu",
+        one_shot: bool = True,
         listener: socket.socket | None = None,
     ) -> Self:
         """Meet the other ranks at rank 0's `host`:`port` and return the group; blocks until all have come.
 
-        Rank 0 may bring the `listener` it made with `listen`. For "cuda" the current device is the rank's.
+        Rank 0 may bring the `listener` it made with `listen`. For "cuda" the current device is the rank's,
+        and `one_shot` lets OneShotSums make small sums where the ranks can map each other's memory.
         Raise TPTimeoutError when some have not come after `meeting_timeout_s` (None: `timeout_s`, which
         bounds every later call of the group). All ranks must share a machine: the boards are shared memory.
         """
@@ -149,7 +115,7 @@ class TPGroup:
         return _named_errors(
             f"rank {rank} of {size}: meeting the group at {host}:{port}",
             meeting_s,
-            lambda: cls._connect(rank, size, host, port, timeout_s, meeting_s, device, listener),
+            lambda: cls._connect(rank, size, host, port, timeout_s, meeting_s, device, one_shot, listener),
         )
 
     @classmethod
@@ -162,6 +128,7 @@ class TPGroup:
         timeout_s: float,
         meeting_s: float,
         device: Literal["cpu", "cuda"],
+        one_shot: bool,
         listener: socket.socket | None,
     ) -> Self:
         timeout = timedelta(seconds=meeting_s)
@@ -184,19 +151,25 @@ class TPGroup:
         moves = MoveBoard.shared(store, rank, size)
         for link in links:
             link.settimeout(timeout_s)
-        process_group = _collectives(store, rank, size, host, timedelta(seconds=timeout_s), device)
-        return cls(rank, size, timeout_s, board, moves, process_group, links, store)
+        collectives = process_group(store, rank, size, host, timedelta(seconds=timeout_s), device)
+        sums = OneShotSums.connect(store, rank, size, timeout_s) if one_shot and device == "cuda" else None
+        return cls(rank, size, timeout_s, board, moves, collectives, links, store, sums)
+
+    def sum(self, part: torch.Tensor) -> torch.Tensor:
+        """Return the sum of the ranks' `part` [rows, size], contiguous, which it may overwrite."""
+        if self.one_shot is not None and self.one_shot.takes(part):
+            return self.one_shot.sum(part)
+        self.all_reduce(part)
+        return part
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
         """Sum `tensor` over the ranks, in place on every rank. Any shape; contiguous."""
         group = self._process_group
         if group is None:
             return
-        _named_errors(
-            f"rank {self.rank}: all_reduce",
-            self._timeout_s,
-            lambda: group.allreduce([tensor], AllreduceOptions()).wait(),
-        )
+        options = AllreduceOptions()
+        options.asyncOp = False
+        self._run("all_reduce", lambda: group.allreduce([tensor], options))
 
     def broadcast(self, tensor: torch.Tensor) -> None:
         """Make `tensor` rank 0's, in place on the others. Any shape and type; contiguous."""
@@ -205,11 +178,8 @@ class TPGroup:
             return
         options = BroadcastOptions()
         options.rootRank = 0
-        _named_errors(
-            f"rank {self.rank}: broadcast",
-            self._timeout_s,
-            lambda: group.broadcast([tensor], options).wait(),
-        )
+        options.asyncOp = False
+        self._run("broadcast", lambda: group.broadcast([tensor], options))
 
     def gather_columns(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """Return the ranks' [rows, n] side by side, [rows, size * n], on rank 0; None on the others."""
@@ -219,12 +189,38 @@ class TPGroup:
         parts = [torch.empty_like(tensor) for _ in range(self.size)] if self.rank == 0 else []
         options = GatherOptions()
         options.rootRank = 0
-        _named_errors(
-            f"rank {self.rank}: gather",
-            self._timeout_s,
-            lambda: group.gather([parts] if parts else [], [tensor.contiguous()], options).wait(),
-        )
+        options.asyncOp = False
+        part = tensor.contiguous()
+        self._run("gather", lambda: group.gather([parts] if parts else [], [part], options))
         return torch.cat(parts, dim=-1) if parts else None
+
+    def agree(self, is_well: bool) -> bool:
+        """Tell whether all is well on every rank, by way of the host: no collective of the device takes part,
+        which some rank may not have come to. All ranks call it together; rare, it takes a millisecond."""
+        store = self._store
+        if store is None:
+            return is_well
+        self._num_agreements += 1
+        name, said = f"agreement_{self._num_agreements}", "yes" if is_well else ""
+        return _named_errors(
+            f"rank {self.rank}: agreeing",
+            self._timeout_s,
+            lambda: all(exchange(store, name, self.rank, self.size, said, self._timeout_s)),
+        )
+
+    @property
+    def step_timeout_s(self) -> float | None:
+        """How long a step's collectives may take on the device; None: there are none."""
+        return self._timeout_s if self.size > 1 else None
+
+    def check_peers(self) -> None:
+        """Raise TPPeerLostError when the process at the other end of a plan link is gone."""
+        for link in self._links:
+            try:
+                if select.select([link], [], [], 0)[0] and not link.recv(1, socket.MSG_PEEK):
+                    raise TPPeerLostError("a rank closed its connection")
+            except OSError as error:
+                raise TPPeerLostError(f"a rank is gone: {error}") from error
 
     def broadcast_plan(self, plan: bytes) -> None:
         """Send a plan to every follower (rank 0). Returns when the kernel has it; a lost peer raises."""
@@ -296,23 +292,15 @@ class TPGroup:
         self.board.close()
         self.moves.close()
 
+    def _run(self, name: str, enqueue: Callable[[], Work | None]) -> None:
+        """Run a collective; on CUDA on the current stream, for which the host does not wait."""
 
-def _collectives(
-    store: TCPStore, rank: int, size: int, host: str, timeout: timedelta, device: Literal["cpu", "cuda"]
-) -> Collectives:
-    if device == "cuda":
-        from torch._C._distributed_c10d import ProcessGroupNCCL  # absent from CPU builds of torch
+        def run() -> None:
+            work = enqueue()
+            if work is not None:
+                work.wait()
 
-        nccl = ProcessGroupNCCL.Options()
-        nccl._timeout = timeout
-        return cast(Collectives, ProcessGroupNCCL(store, rank, size, nccl))
-    # torch's stubs know neither the attributes nor the constructor that takes them.
-    gloo = cast(GlooBinding, ProcessGroupGloo)
-    options = gloo._Options()
-    options._timeout = timeout
-    # Bound to the group's address: by default gloo resolves the machine's name, which may not resolve.
-    options._devices = [gloo.create_device(hostname=host)]
-    return gloo(store, rank, size, options)
+        _named_errors(f"rank {self.rank}: {name}", self._timeout_s, run)
 
 
 def _lead(store: TCPStore, size: int, host: str, timeout_s: float) -> list[socket.socket]:

@@ -88,6 +88,7 @@ class Rank:
             spec.group_port,
             timeout_s=config.collective_timeout_s,
             device=config.device,
+            one_shot=config.one_shot_sums,
             listener=listener,
         )
         self._engine = Engine(config, card, self._group)

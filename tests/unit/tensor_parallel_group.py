@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+
 from workers.parallel import TPGroup, listen
 
 SCRIPT = Path(__file__).parent / "tensor_parallel_ranks.py"
@@ -35,6 +37,33 @@ def on_ranks(size: int, work: Callable[[TPGroup], T]) -> list[T]:
     for thread in threads:
         thread.join(60)
     return [results[rank] for rank in range(size)]
+
+
+class GlooSums:
+    """RankSums over a group of the CPU: what OneShotSums computes, and how often it was asked."""
+
+    def __init__(self, group: TPGroup, max_rows: int = 1 << 20) -> None:
+        self.group, self.max_rows = group, max_rows
+        self.num_sums = self.num_norms = 0
+
+    def takes(self, part: torch.Tensor) -> bool:
+        return part.dim() == 2 and part.shape[0] <= self.max_rows
+
+    def sum(self, part: torch.Tensor) -> torch.Tensor:
+        self.num_sums += 1
+        total = part.clone()
+        self.group.all_reduce(total)
+        return total
+
+    def sum_add_rms_norm(
+        self, x: torch.Tensor, part: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.num_norms += 1
+        total = part.clone()
+        self.group.all_reduce(total)
+        stream = x + total
+        scale = torch.rsqrt(stream.float().pow(2).mean(-1, keepdim=True) + eps)
+        return stream, weight * (stream.float() * scale).to(x.dtype)
 
 
 class Ranks:

@@ -20,7 +20,7 @@ from tests.unit.draft_checkpoints import (
     write_target_with_mtp,
 )
 from tests.unit.draft_models import CPU, planned, pool_for, some_tokens, tiny_card, tiny_decoder
-from tests.unit.tensor_parallel_group import on_ranks
+from tests.unit.tensor_parallel_group import GlooSums, on_ranks
 from workers.attention.native import NativeAttention
 from workers.attention.reference import ReferenceAttention
 from workers.card import ModelCard, load_card
@@ -301,7 +301,8 @@ def drafted(draft: DraftModel, decoder: Decoder, attention) -> list[torch.Tensor
 
 
 @pytest.mark.parametrize("kind", ["eagle of three layers", "eagle3", "mimo", "random-eagle3"])
-def test_two_ranks_compute_what_one_does(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sums_late", [False, True])
+def test_two_ranks_compute_what_one_does(kind: str, sums_late: bool, tmp_path: Path) -> None:
     if kind == "random-eagle3":  # 3 KV heads: the second rank has a zero head
         heads = {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8}
         target, folder = tiny_card(tmp_path, **heads), "random-eagle3"
@@ -310,6 +311,8 @@ def test_two_ranks_compute_what_one_does(kind: str, tmp_path: Path) -> None:
         target, folder = case.target, case.folder
 
     def work(group: TPGroup) -> tuple[str, list[torch.Tensor | None]]:
+        if sums_late and group.size > 1:
+            group.one_shot = GlooSums(group)
         decoder = tiny_decoder(target, group)
         loaded = load(folder, target, decoder)
         return loaded.weights_digest, drafted(loaded.model, decoder, ReferenceAttention(pool_for(decoder)))

@@ -61,6 +61,21 @@ def test_a_device_that_hangs_is_an_error():
     assert 2.0 < clock.now_s < 2.1
 
 
+def test_a_step_that_waits_for_a_dead_rank_ends_with_that_rank():
+    clock, num_checks = Clock(), 0
+
+    def check():
+        nonlocal num_checks
+        num_checks += 1
+        if num_checks == 3:
+            raise ConnectionError("rank 1 is gone")
+
+    step = LaunchedStep(4, VERSION, None, FenceAfter(10**9))
+    with pytest.raises(ConnectionError, match="rank 1 is gone"):
+        step.output(2.0, lambda: clock.now_s, clock.sleep, check)
+    assert clock.now_s < 0.1
+
+
 def test_a_step_without_rows_that_is_done_brings_nothing():
     step = LaunchedStep(1, VERSION, None, None)
     assert step.has_ended

@@ -18,6 +18,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from tests.unit.tensor_parallel_group import GlooSums
 from workers.attention.backend import AttentionLayer
 from workers.card import ModelCard, load_card
 from workers.engine.forward_batch import ForwardBatch
@@ -220,6 +221,27 @@ def test_tensor_parallel_logits_are_the_oracles(name: str, size: int, tmp_path: 
     results = run_ranks(size, lambda group: our_logits(card, PROMPT, group))
     assert_close(results[0], theirs)
     assert all(result is None for result in results[1:])
+
+
+@pytest.mark.parametrize("name", ["llama", "llama biased tied", "qwen2 yarn sliding"])
+def test_sums_over_ranks_may_be_left_to_the_norms(name: str, tmp_path: Path) -> None:
+    model = save_random_model(CASES[name], tmp_path)
+    theirs = oracle_logits(model, PROMPT)
+    card = load_card(str(tmp_path))
+    sums: list[GlooSums] = []
+
+    def work(group: TPGroup) -> torch.Tensor | None:
+        sums.append(GlooSums(group))
+        group.one_shot = sums[-1]
+        return our_logits(card, PROMPT, group)
+
+    assert_close(run_ranks(2, work)[0], theirs)
+    num_layers = card.config.num_layers
+    num_biased = card.config.output_bias + card.config.mlp_bias  # of a layer's two: summed at once
+    # The last one is read by no norm; the embedding's is of no layer.
+    num_norms = num_layers * (2 - num_biased) - (not card.config.mlp_bias)
+    assert {each.num_norms for each in sums} == {num_norms}
+    assert {each.num_sums for each in sums} == {2 * num_layers - num_norms + 1}
 
 
 TEXT = "The quick brown fox jumps over the lazy dog, and 12 more foxes follow it down to the river."

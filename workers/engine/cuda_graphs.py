@@ -2,16 +2,51 @@
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import Protocol
 
 import torch
+
+Agree = Callable[[bool], bool]
+"""Tells whether all is well on every rank: TPGroup.agree; in a group of one `bool`."""
+
+
+class CaptureError(RuntimeError):
+    """A pass could not be captured, on this rank or another. No rank has run what another has not."""
+
+
+class PassGraphs(Protocol):
+    """What the runners need of CudaGraphs."""
+
+    def capture(self, compute: Callable[[], object]) -> Callable[[], None]:
+        """Run `compute`, then prepare it; return what repeats it."""
+        ...
+
+    def capturing(self) -> AbstractContextManager[None]:
+        """Return what all captures are made within."""
+        ...
+
+    def used_bytes(self) -> int:
+        """Return how much of the device's memory is taken, by whomever."""
+        ...
+
+
+def require_all(agree: Agree, error: RuntimeError | None) -> None:
+    """Raise CaptureError on every rank where there is an `error` on any.
+
+    Ranks come here from a capture, in which no collective runs: what failed there is given up on all of them
+    before a rank replays it, and waits in it for a rank that cannot.
+    """
+    if not agree(error is None):
+        raise CaptureError(str(error) if error else "it failed on another rank") from error
 
 
 class CudaGraphs:
     """Captures on a stream of its own. Every graph's memory is the others' too: one replays at a time."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, agree: Agree = bool) -> None:
         self._device = device
+        self._agree = agree
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
         self._failed: list[torch.cuda.CUDAGraph] = []
@@ -20,21 +55,30 @@ class CudaGraphs:
         """Run `compute` once, then capture it; return what replays it on the current stream.
 
         It allocates what it needs outside the graph on its first run. What it returns while it is captured
-        is dropped: results have to be written where they last. Raises RuntimeError.
+        is dropped: results have to be written where they last. All ranks call it together. Raises
+        CaptureError on all of them, and RuntimeError where `compute` itself fails.
         """
         before = torch.cuda.current_stream(self._device)
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(before)
+        failure: RuntimeError | None = None
         with torch.cuda.stream(self._stream):
             compute()
-            # Other threads go on copying pages, and NCCL's watches its events.
-            graph.capture_begin(self._pool, capture_error_mode="thread_local")
             try:
-                compute()
-            finally:
-                self._end(graph)
+                self._capture(graph, compute)
+            except RuntimeError as error:
+                failure = error
         before.wait_stream(self._stream)
+        require_all(self._agree, failure)
         return graph.replay
+
+    def _capture(self, graph: torch.cuda.CUDAGraph, compute: Callable[[], object]) -> None:
+        # Other threads go on copying pages, and NCCL's watches its events.
+        graph.capture_begin(self._pool, capture_error_mode="thread_local")
+        try:
+            compute()
+        finally:
+            self._end(graph)
 
     def _end(self, graph: torch.cuda.CUDAGraph) -> None:
         """End a capture; after one that failed the next begins with memory of its own."""

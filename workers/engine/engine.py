@@ -117,6 +117,7 @@ class Engine:
         )
         self._vocab_size = card.vocab_size
         self._mechanisms = mechanisms
+        self._group = tp_group
         self._is_checked = config.checked or config.kv_sanitizer
         # Every rank starts at counter 0 of the incarnation that the first plan names.
         self._version: RelocationVersion | None = None
@@ -140,8 +141,7 @@ class Engine:
         )
         self._sampler: Sampler | None = None
         if tp_group.rank == 0:
-            greedy = chosen.greedy_tokens
-            self._sampler = Sampler(card.vocab_size, max_slots, device, copies, greedy=greedy)
+            self._sampler = Sampler(card.vocab_size, max_slots, device, copies, greedy=chosen.greedy_tokens)
         self._guard = guard_for(config, device, chosen.attention.captured_modes, max_tokens)
         self._draft: DraftParts | None = None
         if draft is not None:
@@ -168,22 +168,21 @@ class Engine:
             mechanisms,
             chosen.kernels if tp_group.size == 1 else None,
             samples_per_row=1 + config.max_drafts,
+            group=tp_group,
         )
         if self._guard.buckets:
             with torch.inference_mode():
                 self._capture(tp_group)
         # Last: captures run over pages that nobody owns yet.
-        self._sanitizer = (
-            KVSanitizer(
+        self._sanitizer: KVSanitizer | None = None
+        if self._is_checked:
+            self._sanitizer = KVSanitizer(
                 self._pool,
                 max_slots,
                 pages_per_row,
                 mechanisms.poisons_pages,
                 checks_bytes=config.kv_sanitizer,
             )
-            if self._is_checked
-            else None
-        )
         self._speculator: Speculator | None = None
         if self._draft is not None:
             self._speculator = Speculator(
@@ -265,11 +264,11 @@ class Engine:
         self._launched.append(LaunchedStep(plan.step, version, sampled, fence or self._copies.fence()))
 
     def collect(self) -> StepOutput:
-        """Wait until the oldest launched step has ended and return what came of it. Raises StepTimeoutError.
+        """Wait until the oldest launched step has ended and return what came of it. See LaunchedStep.
 
         The device has then done all of it (I2) but the draft's passes: freed pages are used behind them.
         """
-        return self._launched.popleft().output()
+        return self._launched.popleft().output(self._group.step_timeout_s, check=self._group.check_peers)
 
     @property
     def has_ended(self) -> bool:
@@ -384,8 +383,7 @@ class Engine:
     def _capture(self, tp_group: TPGroup) -> None:
         """Prepare the buckets; one that failed on any rank is given up on every rank (I1)."""
         failed = set(self._graphs.capture())
-        buckets = self._guard.buckets
-        for bucket in failed_anywhere(buckets, failed, tp_group, self._device):
+        for bucket in failed_anywhere(self._guard.buckets, failed, tp_group, self._device):
             self._guard.mark_failed(bucket)
         if self._draft is not None:
             self._draft.runner.prepare()

@@ -14,7 +14,7 @@ from typing import TypeVar, cast
 import torch
 
 from workers.config import WorkerConfig
-from workers.engine.cuda_graphs import CudaGraphs
+from workers.engine.cuda_graphs import CaptureError, CudaGraphs, PassGraphs
 from workers.engine.forward_batch import ForwardBatch
 from workers.engine.graph_guard import (
     MAX_CAPTURED_ROWS,
@@ -65,15 +65,19 @@ class GraphRunner:
         mechanisms: Mechanisms = ALL_ON,
         kernels: RecordingKernels | None = None,
         samples_per_row: int = 1,
+        group: TPGroup | None = None,
+        graphs: PassGraphs | None = None,
     ) -> None:
+        """`group`: whose collectives a step contains, None: none. `graphs`: the device's where None."""
         self._runner = runner
+        self._is_alone = group is None or group.size == 1
         self._kernels = kernels
         self._mechanisms = mechanisms
         self._arena = Arena()
         self._device = device
         self._pages_per_row = pages_per_row
         self._max_slots = max_slots
-        self._graphs = CudaGraphs(device) if device.type == "cuda" else None
+        self._graphs = graphs or graphs_of(device, group)
         page_size = runner.pool.page_size
         self._inputs = {
             bucket: BucketInputs(
@@ -109,7 +113,9 @@ class GraphRunner:
             for bucket, inputs in self._inputs.items():
                 try:
                     self._steps[bucket] = self._capture(inputs, rehearsal)
-                except RuntimeError:
+                except RuntimeError as error:
+                    if not can_go_on(error, self._is_alone):
+                        raise
                     fields = {"bucket": bucket.size, "mode": bucket.mode}
                     logger.exception("capture of a bucket failed", extra=fields)
                     failed.append(bucket)
@@ -142,7 +148,8 @@ class GraphRunner:
     def _capture(self, inputs: BucketInputs, rehearsal: Rehearsal) -> PreparedStep:
         """Run the bucket, which allocates and packs whatever it needs, bind its inputs, and compare.
 
-        Raises RuntimeError where a prepared step does not repeat what the decoder computes.
+        Raises RuntimeError where a prepared step does not repeat what the decoder computes. Several ranks
+        have then run the same collectives, unless it was the decoder itself that failed on one.
         """
         batch = rehearsal.first(inputs)
         self._runner.plan(batch)
@@ -179,7 +186,7 @@ class GraphRunner:
         return step
 
     def _captured(
-        self, graphs: CudaGraphs, batch: ForwardBatch, computed: torch.Tensor | None
+        self, graphs: PassGraphs, batch: ForwardBatch, computed: torch.Tensor | None
     ) -> PreparedStep:
         """Capture a pass that writes its logits where all buckets' are."""
         if computed is not None and (self._logits is None or len(self._logits) < len(computed)):
@@ -200,6 +207,21 @@ class GraphRunner:
         if self._device.type == "cpu":
             return MAX_ROUNDING_RATIO
         return _MAX_NARROW_ROUNDING_RATIOS.get(self._runner.pool.layer(0)[0].dtype, MAX_ROUNDING_RATIO)
+
+
+def graphs_of(device: torch.device, group: TPGroup | None) -> PassGraphs | None:
+    """Return what captures passes of a rank of the group on `device`; None: they are not captured there."""
+    if device.type != "cuda":
+        return None
+    return CudaGraphs(device) if group is None else CudaGraphs(device, group.agree)
+
+
+def can_go_on(error: RuntimeError, is_alone: bool) -> bool:
+    """Tell whether steps may be run eager after an error while they were prepared.
+
+    A rank that failed while it computed has left the others in its collectives: the group must be rebuilt.
+    """
+    return is_alone or isinstance(error, CaptureError | RecordingError)
 
 
 def guard_for(

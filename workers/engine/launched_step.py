@@ -10,7 +10,9 @@ from workers.plan import RelocationVersion, StepOutput
 from workers.speculative.acceptance import Verified
 
 STEP_TIMEOUT_S = 300.0
-"""The longest that a device may take for a step; a group's collectives give up sooner."""
+"""The longest that a device may take for a step; in a group of ranks it is their own timeout."""
+_LOOKS_PER_CHECK = 200
+"""Looks at the device between two at the peers."""
 _LOOK_S = 20e-6
 """Between two looks at the device: sleeping leaves the interpreter to other threads."""
 _SPIN_S = 2e-3
@@ -40,13 +42,19 @@ class LaunchedStep:
 
     def output(
         self,
-        timeout_s: float = STEP_TIMEOUT_S,
+        timeout_s: float | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
+        check: Callable[[], None] = lambda: None,
     ) -> StepOutput:
-        """Wait for the device and return what came of the step. Raises StepTimeoutError."""
-        began_s = clock()
+        """Wait for the device and return what came of the step. Raises StepTimeoutError, after STEP_TIMEOUT_S
+        where none is given, and what `check` does: a device may wait for a rank that is gone."""
+        timeout_s = timeout_s or STEP_TIMEOUT_S
+        began_s, num_looks = clock(), 0
         while not self.has_ended:
+            num_looks += 1
+            if num_looks % _LOOKS_PER_CHECK == 0:
+                check()
             waited_s = clock() - began_s
             if waited_s > timeout_s:
                 raise StepTimeoutError(

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from workers.attention.backend import AttentionBackend, AttentionLayer
 from workers.layers.kernels import LayerKernels
-from workers.layers.linear import Linear, RowParallelLinear
+from workers.layers.linear import Delta, Linear, RowParallelLinear
 from workers.layers.norm import RMSNorm
 from workers.layers.placement import Placement, Run, head_runs, whole
 from workers.layers.rotary import rotate
@@ -128,7 +128,7 @@ class Attention(nn.Module):
 
     def forward(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backend: AttentionBackend
-    ) -> torch.Tensor:
+    ) -> Delta:
         """Map [tokens, input_size] (normalised) to [tokens, hidden], writing the tokens' KV on the way."""
         layer = self.layer
         num_rotated = layer.num_heads + layer.num_kv_heads
@@ -143,8 +143,7 @@ class Attention(nn.Module):
         else:
             rotated = self._rotate(qkv[:, :num_rotated], cos, sin)  # q and k lie side by side: both at once
             attended = backend.forward(layer, rotated[:, : layer.num_heads], rotated[:, layer.num_heads :], v)
-        out: torch.Tensor = self.output(attended)
-        return out
+        return self.output.project(attended)
 
     def write(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backend: AttentionBackend) -> None:
         """Write the KV of tokens [tokens, input_size] (normalised), and no more."""

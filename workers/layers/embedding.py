@@ -43,8 +43,7 @@ class VocabularyEmbedding(nn.Module):
         elsewhere = (local < 0) | (local >= self._share)
         rows = functional.embedding(local.masked_fill(elsewhere, 0), self.weight)
         rows = rows.masked_fill(elsewhere.unsqueeze(-1), 0)
-        self._group.all_reduce(rows)
-        return rows
+        return self._group.sum(rows)
 
 
 class VocabularyHead(Linear):

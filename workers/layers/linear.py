@@ -4,12 +4,33 @@ The loader fills `weight`; compiled kernels may then take it over in a form of t
 Column parallelism needs no class of its own: a rank's Linear simply has its share of the rows.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 from torch.nn import functional
 
 from workers.layers.kernels import LayerKernels, Matmul
+from workers.one_shot_sums import RankSums
 from workers.parallel import TPGroup
+
+
+@dataclass(frozen=True)
+class Partial:
+    """This rank's `part` [tokens, features] of a sum over the ranks that is yet to be made, once, by all of
+    them together: whoever reads it next makes it, in one kernel with what that computes."""
+
+    part: torch.Tensor
+    sums: RankSums
+
+
+Delta = torch.Tensor | Partial
+"""What is to be added to a residual stream, [tokens, features]"""
+
+
+def summed(delta: Delta) -> torch.Tensor:
+    """Return the sum over the ranks, [tokens, features], made now if it was not."""
+    return delta.sums.sum(delta.part) if isinstance(delta, Partial) else delta
 
 
 class Linear(nn.Module):
@@ -64,11 +85,15 @@ class RowParallelLinear(Linear):
         """The bias, wherever it is added."""
         return self.bias if self.bias is not None else self.summed_bias
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map this rank's features [tokens, in_features] to the group's sum [tokens, out_features]."""
-        y = super().forward(x)
-        self._group.all_reduce(y)
-        return y if self.summed_bias is None else y + self.summed_bias
+    def project(self, x: torch.Tensor) -> Delta:
+        """Map this rank's features [tokens, in_features] to the group's sum [tokens, out_features]: to this
+        rank's part of it, where that is summed sooner by its reader."""
+        y = self(x)
+        sums = self._group.one_shot
+        if sums is not None and self.summed_bias is None and sums.takes(y):
+            return Partial(y, sums)
+        total = self._group.sum(y)
+        return total if self.summed_bias is None else total + self.summed_bias
 
 
 def zeros(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:

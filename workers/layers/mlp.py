@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional
 
 from workers.layers.kernels import LayerKernels, Matmul
-from workers.layers.linear import Linear, RowParallelLinear
+from workers.layers.linear import Delta, Linear, RowParallelLinear
 from workers.layers.placement import Placement, Run, shard_run, whole
 from workers.models.config import ModelConfig
 from workers.models.sharding import ceil_div
@@ -61,10 +61,9 @@ class GatedMLP(nn.Module):
         if self.down.whole_bias is not None:
             yield "down_proj.bias", whole(self.down.whole_bias)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Delta:
         """Map [tokens, hidden] (normalised) to [tokens, hidden]."""
-        out: torch.Tensor = self.down(self._gate(x))
-        return out
+        return self.down.project(self._gate(x))
 
     def _gate(self, x: torch.Tensor) -> torch.Tensor:
         if self._gated is not None:

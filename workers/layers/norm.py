@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from workers.layers.kernels import LayerKernels
+from workers.layers.linear import Delta, Partial
 
 
 class RMSNorm(nn.Module):
@@ -28,8 +29,10 @@ class RMSNorm(nn.Module):
         scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self._eps)
         return self.weight * (wide * scale).to(x.dtype)
 
-    def add(self, x: torch.Tensor, delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return x + delta and that normalised, [rows, size] each."""
+    def add(self, x: torch.Tensor, delta: Delta) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return x + delta and that normalised, [rows, size] each. A Partial is summed on the way."""
+        if isinstance(delta, Partial):
+            return delta.sums.sum_add_rms_norm(x, delta.part, self.weight, self._eps)
         if self._kernels is not None:
             return self._kernels.add_rms_norm(x, delta, self.weight, self._eps)
         total = x + delta

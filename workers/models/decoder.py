@@ -12,7 +12,7 @@ from workers.attention.backend import AttentionBackend, AttentionLayer
 from workers.layers.attention import Attention
 from workers.layers.embedding import VocabularyEmbedding, VocabularyHead
 from workers.layers.kernels import LayerKernels
-from workers.layers.linear import Linear
+from workers.layers.linear import Delta, Linear, summed
 from workers.layers.mlp import GatedMLP
 from workers.layers.norm import RMSNorm
 from workers.layers.placement import Placement, whole
@@ -45,11 +45,11 @@ class DecoderLayer(nn.Module):
     def forward(
         self,
         hidden: torch.Tensor,
-        delta: torch.Tensor | None,
+        delta: Delta | None,
         cos: torch.Tensor,
         sin: torch.Tensor,
         backend: AttentionBackend,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, Delta]:
         """Take the residual stream and what the layer before adds to it (None: nothing), [tokens, hidden]
         each; return the same for the next layer. Sums are left to the norm that reads them next."""
         if delta is None:
@@ -141,12 +141,13 @@ class Decoder(nn.Module):
         tapped: dict[int, torch.Tensor] = {}
         hidden: torch.Tensor = self.embedding(token_ids)
         cos, sin = self.rotary(positions)
-        delta: torch.Tensor | None = None
+        delta: Delta | None = None
         for index, layer in enumerate(self.layers):
             if index in wanted:
+                delta = None if delta is None else summed(delta)
                 tapped[index] = hidden if delta is None else hidden + delta
             hidden, delta = layer(hidden, delta, cos, sin, attention)
-        last = hidden if delta is None else hidden + delta
+        last = hidden if delta is None else hidden + summed(delta)
         tapped[len(self.layers)] = last
         return last, [tapped[index] for index in layers]
 

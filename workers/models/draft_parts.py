@@ -10,7 +10,7 @@ from workers.attention.backend import AttentionBackend
 from workers.draft_card import DraftCard
 from workers.layers.attention import Attention
 from workers.layers.embedding import VocabularyEmbedding, VocabularyHead
-from workers.layers.linear import Linear
+from workers.layers.linear import Delta, Linear
 from workers.layers.mlp import GatedMLP
 from workers.layers.norm import RMSNorm
 from workers.layers.placement import Placement, whole
@@ -101,7 +101,7 @@ class EagleLayer(nn.Module):
         cos: torch.Tensor,
         sin: torch.Tensor,
         backend: AttentionBackend,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, Delta]:
         """Take the residual stream [tokens, hidden] and what is attended over, [tokens, input_size]; return
         the stream and what is yet to be added to it, as DecoderLayer does."""
         hidden, x = self.mlp_norm.add(hidden, self.attention(x, cos, sin, backend))

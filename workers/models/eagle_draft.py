@@ -12,6 +12,7 @@ from torch import nn
 from workers.attention.backend import AttentionBackend, AttentionLayer
 from workers.draft_layouts import MTP_LAYOUTS
 from workers.layers.kernels import LayerKernels
+from workers.layers.linear import summed
 from workers.layers.placement import Placement, whole
 from workers.models.decoder import DecoderLayer, adopt_all
 from workers.models.draft_parts import DraftEnds, DraftPlan, EagleLayer
@@ -68,7 +69,7 @@ class EagleDraft:
         hidden, delta = self._first(x, x, cos, sin, attention)
         for layer in self._rest:
             hidden, delta = layer(hidden, delta, cos, sin, attention)
-        out: torch.Tensor = hidden + delta
+        out: torch.Tensor = hidden + summed(delta)
         return out
 
     def extend(
@@ -158,7 +159,7 @@ class Eagle3Draft:
         x, normalised = self._attended(token_ids, features)
         stream = normalised if self._norm_before_residual else features
         hidden, delta = self._layer(stream, x, *self._rotary(positions), attention)
-        out: torch.Tensor = hidden + delta
+        out: torch.Tensor = hidden + summed(delta)
         return out
 
     def extend(

@@ -12,9 +12,9 @@ from functools import partial
 import numpy as np
 import torch
 
-from workers.engine.cuda_graphs import CudaGraphs
+from workers.engine.cuda_graphs import PassGraphs
 from workers.engine.graph_guard import EagerReason, GraphGuard
-from workers.engine.graph_runner import failed_anywhere
+from workers.engine.graph_runner import can_go_on, failed_anywhere, graphs_of
 from workers.engine.part_times import PartTimes
 from workers.engine.recording import Arena, Recording, RecordingError, RecordingKernels
 from workers.plan import CloseSlot, SetRow
@@ -29,7 +29,8 @@ Prepared = Callable[[], None]
 class DraftRunner:
     """Loops of `sizes` rows, the largest of which holds any step's, and their passes for drafts of `lengths`.
 
-    `reason`: why no pass is prepared, None where they are. `kernels` record them, on CPU in a group of one.
+    `reason`: why no pass is prepared, None where they are. `kernels` record them, on CPU in a group of one;
+    `graphs`: the device's where None.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class DraftRunner:
         times: PartTimes,
         reason: EagerReason | None,
         kernels: RecordingKernels | None,
+        graphs: PassGraphs | None = None,
     ) -> None:
         self._parts = parts
         self._lengths = lengths
@@ -50,7 +52,7 @@ class DraftRunner:
         self._reason = reason
         self._loops = [DraftLoop(size, parts) for size in sorted(sizes)]
         self._device = parts.state.drafts.device
-        self._graphs = CudaGraphs(self._device) if self._device.type == "cuda" else None
+        self._graphs = graphs or graphs_of(self._device, parts.group)
         self._arena = Arena()
         self._prepared: dict[tuple[int, int], Prepared] = {}
         """By size and number of drafts; of 0 drafts: accept"""
@@ -93,7 +95,9 @@ class DraftRunner:
             for loop in [self.loop_for(size) for size in self._sizes]:
                 try:
                     self._prepare(loop)
-                except RuntimeError:
+                except RuntimeError as error:
+                    if not can_go_on(error, self._parts.group.size == 1):
+                        raise
                     logger.exception("capture of drafting failed", extra={"rows": loop.size})
                     failed.append(loop.size)
         self._parts.pool.zero_dummy_page()

@@ -35,3 +35,10 @@ def cuda_kernels(
             " install such a torch, or `pip install triton`"
         ) from error
     return TritonKernels(has_dependent_launch(device), switches or ALL_ON)
+
+
+def dependent_launch(device: torch.device) -> bool:
+    """Tell whether kernels on a CUDA device may begin before those in front of them have ended."""
+    from workers.triton_kernels.launching import has_dependent_launch
+
+    return has_dependent_launch(device)

@@ -1,0 +1,73 @@
+"""One rank of test_one_shot_kernel: sums parts in Triton's interpreter over inboxes in a shared file, and
+says what came of it as a JSON line. Arguments: the file, rank, ranks, sums."""
+
+import hashlib
+import json
+import os
+import random
+import sys
+import time
+
+import torch
+
+os.environ["TRITON_INTERPRET"] = "1"  # read where the kernel is made
+
+from workers.triton_kernels import one_shot
+
+MAX_ROWS, MAX_WORDS, EPS = 3, 16, 1e-5
+DTYPES = (torch.float16, torch.bfloat16)
+
+
+def parts_of(number: int, num_ranks: int) -> list[torch.Tensor]:
+    """Return all ranks' parts of one sum: 1 to 3 rows of an even width that need not be a power of two."""
+    generator = torch.Generator().manual_seed(number)
+    rows, size = 1 + number % MAX_ROWS, (32, 20, 8)[number % 3]
+    return [torch.randn(rows, size, generator=generator).to(DTYPES[number % 2]) for _ in range(num_ranks)]
+
+
+def stream_of(number: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(number + 1000)
+    x = torch.randn(like.shape, generator=generator).to(like.dtype)
+    return x, torch.randn(like.shape[1], generator=generator).to(like.dtype)
+
+
+def is_close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Tell whether values are within two units in the last place: the interpreter cuts bfloat16s off."""
+    eps = torch.finfo(expected.dtype).eps
+    return torch.allclose(found.float(), expected.float(), rtol=2 * eps, atol=2 * eps)
+
+
+def main(path: str, rank: int, num_ranks: int, num_sums: int) -> None:
+    num_words = one_shot.inbox_bytes(num_ranks, MAX_ROWS, MAX_WORDS) // 8
+    shared = torch.from_file(path, shared=True, size=num_ranks * num_words, dtype=torch.int64)
+    inboxes = tuple(shared[peer * num_words :].data_ptr() for peer in range(num_ranks))
+    # About to wrap: the counts of sums are of 32 bits.
+    epochs = torch.full((MAX_ROWS,), 2**31 - 1 - num_sums // 4, dtype=torch.int32)
+    memory = one_shot.OneShotMemory(rank, inboxes, epochs, MAX_WORDS, timeout_s=0.0)
+    pauses = random.Random(rank)
+    wrong, digest = [], hashlib.sha256()
+    for number in range(num_sums):
+        time.sleep(pauses.choice((0.0, 0.0, 0.0, 0.02)))
+        parts = parts_of(number, num_ranks)
+        part, total = parts[rank].clone(), sum(each.float() for each in parts).to(parts[0].dtype)
+        if number % 4 == 3:
+            x, weight = stream_of(number, part)
+            stream, normal = one_shot.sum_add_rms_norm(memory, x, part, weight, EPS, pdl=False)
+            expected = (x.float() + total.float()).to(x.dtype)
+            wide = expected.float()
+            factor = 1.0 / torch.sqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)
+            reference = (wide * factor).to(x.dtype) * weight
+            right = is_close(stream, expected) and is_close(normal, reference)
+            digest.update(normal.view(torch.int16).numpy())
+        else:
+            stream = one_shot.sum_parts(memory, part, pdl=False)
+            right = is_close(stream, total)
+        digest.update(stream.view(torch.int16).numpy())
+        if not right or not torch.equal(part, parts[rank]):
+            wrong.append(number)
+    said = {"wrong": wrong, "epochs": epochs.tolist(), "digest": digest.hexdigest()}
+    print(json.dumps(said), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], *map(int, sys.argv[2:]))

@@ -1,0 +1,40 @@
+"""The kernel of one-shot sums in Triton's interpreter: ranks are processes, inboxes a file they all map."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed: it comes with torch's CUDA builds")
+
+SCRIPT = Path(__file__).parent / "one_shot_rank.py"
+ROOT = SCRIPT.parents[2]
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_ranks_that_come_at_different_times_get_the_same_right_sums(tmp_path: Path, num_ranks: int) -> None:
+    num_sums = 30
+    inboxes = tmp_path / "inboxes"
+    inboxes.write_bytes(bytes(1 << 20))
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(inboxes), str(rank), str(num_ranks), str(num_sums)],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(num_ranks)
+    ]
+    try:
+        said = [json.loads(rank.communicate(timeout=60)[0]) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [each["wrong"] for each in said] == [[]] * num_ranks
+    assert all(each == said[0] for each in said), "not bit by bit the same"
+    assert said[0]["epochs"][0] < 0, "the counts have not wrapped"

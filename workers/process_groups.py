@@ -1,0 +1,69 @@
+"""process_group: torch's process groups as TPGroup uses them, each its own: none is registered anywhere."""
+
+from datetime import timedelta
+from typing import Literal, Protocol, cast
+
+import torch
+from torch._C._distributed_c10d import (
+    AllreduceOptions,
+    BroadcastOptions,
+    GatherOptions,
+    ProcessGroupGloo,
+    TCPStore,
+    Work,
+)
+
+
+class Collectives(Protocol):
+    """What a TPGroup needs of torch's process groups."""
+
+    def allreduce(self, tensors: list[torch.Tensor], opts: AllreduceOptions) -> Work | None:
+        """Sum each tensor over the ranks, in place. None: on the current stream, which waits for it."""
+
+    def broadcast(self, tensors: list[torch.Tensor], opts: BroadcastOptions) -> Work | None:
+        """Make each tensor the root's, in place."""
+
+    def gather(
+        self, outputs: list[list[torch.Tensor]], inputs: list[torch.Tensor], opts: GatherOptions
+    ) -> Work | None:
+        """Collect the ranks' inputs on the root."""
+
+    def abort(self) -> None:
+        """End running collectives with an error."""
+
+
+class GlooOptions(Protocol):
+    """Options of torch's gloo process group."""
+
+    _timeout: timedelta
+    _devices: list[ProcessGroupGloo.Device]
+
+
+class GlooBinding(Protocol):
+    """torch's gloo process group, as it is and not as its stub says."""
+
+    def _Options(self) -> GlooOptions: ...  # noqa: N802
+    def create_device(self, hostname: str) -> ProcessGroupGloo.Device:
+        """Bind to an address."""
+
+    def __call__(self, store: TCPStore, rank: int, size: int, options: GlooOptions) -> Collectives:
+        """Build this rank's end."""
+
+
+def process_group(
+    store: TCPStore, rank: int, size: int, host: str, timeout: timedelta, device: Literal["cpu", "cuda"]
+) -> Collectives:
+    """Return this rank's end of a group over NCCL or gloo; all ranks call it together."""
+    if device == "cuda":
+        from torch._C._distributed_c10d import ProcessGroupNCCL  # absent from CPU builds of torch
+
+        nccl = ProcessGroupNCCL.Options()
+        nccl._timeout = timeout
+        return cast(Collectives, ProcessGroupNCCL(store, rank, size, nccl))
+    # torch's stubs know neither the attributes nor the constructor that takes them.
+    gloo = cast(GlooBinding, ProcessGroupGloo)
+    options = gloo._Options()
+    options._timeout = timeout
+    # Bound to the group's address: by default gloo resolves the machine's name, which may not resolve.
+    options._devices = [gloo.create_device(hostname=host)]
+    return gloo(store, rank, size, options)
