@@ -36,6 +36,8 @@ class FakeKernels:
     def plan(self, rows: HostRows, memory: PlanMemory) -> PlanInfo:
         num_rows = len(rows.context_lens)
         assert len(rows.query_starts) == len(rows.page_starts) == num_rows + 1
+        limits = PlanLimits(num_rows, rows.num_tokens, rows.is_captured)
+        assert len(memory.floats) >= self.float_bytes(limits), "its partial results find no room"
         self.plans.append(
             HostRows(
                 rows.query_starts.copy(),

@@ -107,13 +107,15 @@ def choose_kernels(
         decoder.adopt(own)
         for dtype in (pool.layer(0)[0].dtype, torch.float32):  # of greedy steps, and of mixed ones
             own.greedy_tokens(decoder.norm.weight.new_zeros(1, decoder.config.vocab_size, dtype=dtype))
+    most_rows = max(config.max_running_requests, *(config.graph_batch_sizes or (1,)))
     attention = FlashInferAttention(
         pool,
         decoder.attention_layers,
         library,
         copies,
-        max_rows=max(config.max_running_requests, *(config.graph_batch_sizes or (1,))),
+        max_rows=most_rows,
         max_tokens=max_tokens,
+        max_verified=most_rows * (1 + config.max_drafts) if config.max_drafts else 0,
         mechanisms=mechanisms,
         pool_kernels=own,
     )

@@ -134,7 +134,8 @@ class _BucketState:
 class FlashInferAttention:
     """See AttentionBackend. All `layers` have one shape; at most two windows among them.
 
-    `max_rows` and `max_tokens` are the most of any batch, pads included.
+    `max_rows` and `max_tokens` are the most of any batch, pads included; `max_verified` the tokens of the
+    largest verify bucket.
     """
 
     def __init__(
@@ -146,6 +147,7 @@ class FlashInferAttention:
         *,
         max_rows: int,
         max_tokens: int,
+        max_verified: int = 0,
         mechanisms: Mechanisms = ALL_ON,
         pool_kernels: PoolKernels | None = None,
     ) -> None:
@@ -157,7 +159,7 @@ class FlashInferAttention:
         windows = sorted({layer.sliding_window for layer in layers}, key=lambda window: window or 0)
         self._short = {window: library.short(window) for window in windows}
         self._long = {window: library.long(window) for window in windows}
-        self._floats = self._float_workspace(max_rows, max_tokens)
+        self._floats = self._float_workspace(max_rows, max_tokens, max_verified)
         limits = PlanLimits(max_rows, max_tokens, is_captured=False)
         self._eager = self._make_planners(limits, limits, always_has_rows=True)
         self._buckets: dict[Bucket, _BucketState] = {}
@@ -332,10 +334,11 @@ class FlashInferAttention:
             )
         return found
 
-    def _float_workspace(self, max_rows: int, max_tokens: int) -> torch.Tensor:
+    def _float_workspace(self, max_rows: int, max_tokens: int, max_verified: int) -> torch.Tensor:
         """Return room for partial results; one pass after another uses it."""
         limits = [
-            PlanLimits(max_rows, max_rows, is_captured=True),  # more rows of one token take more
+            # More rows of one token take more than fewer of many; a bucket that verifies is planned as such.
+            PlanLimits(max(max_rows, max_verified), max(max_rows, max_verified), is_captured=True),
             PlanLimits(max_rows, max_tokens, is_captured=False),
         ]
         kernels = [*self._short.values(), *(found for found in self._long.values() if found is not None)]
