@@ -18,7 +18,7 @@ NUM_REQUESTS = 192
 OPTIONS = {
     "device": "cuda",
     "dtype": "bfloat16",
-    "collective_timeout_s": 8.0,
+    "collective_timeout_s": 12.0,
     "max_tokens_per_step": 256,
     # Few, to be captured soon: each drill starts a group.
     "graph_batch_sizes": (8, 24),
