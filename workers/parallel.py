@@ -280,14 +280,19 @@ class TPGroup:
                 continue  # lost
         return True
 
-    def close(self) -> None:
-        """Leave the group: peers still in a collective, or waiting for a plan, get an error. Idempotent."""
+    def abort(self) -> None:
+        """Take no more part: this rank's collectives end with an error, the device's too, and its peers see
+        that it is gone. The boards can still be read and written. Idempotent."""
         for link in self._links:
             link.close()
         self._links = []
         if self._process_group is not None:
             self._process_group.abort()
         self._process_group = None
+
+    def close(self) -> None:
+        """Leave the group: peers still in a collective, or waiting for a plan, get an error. Idempotent."""
+        self.abort()
         self._store = None
         self.board.close()
         self.moves.close()

@@ -115,6 +115,7 @@ class FollowerRanks:
             timeout_s=config.collective_timeout_s,
             meeting_timeout_s=START_TIMEOUT_S,
             device=config.device,
+            one_shot=config.one_shot_sums,
             listener=listener,
         )
         try:
@@ -175,6 +176,7 @@ def _be_rank(pipe: Connection, task: RankTask) -> None:
             timeout_s=config.collective_timeout_s,
             meeting_timeout_s=START_TIMEOUT_S,
             device=config.device,
+            one_shot=config.one_shot_sums,
         )
         stack.callback(group.close)
         engine = Engine(config, load_card(config.model), group, task.mechanisms)

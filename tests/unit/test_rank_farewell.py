@@ -90,3 +90,23 @@ def test_a_lost_rank_and_a_group_of_one_are_not_waited_for():
     assert on_ranks(2, work) == [True, True]
     assert on_ranks(1, work) == [True]
     assert time.monotonic() - begin_s < 20.0
+
+
+def test_a_rank_that_fails_ends_its_collectives_before_it_waits_for_copies(tmp_path):
+    """On a device copies come behind the steps, one of which may wait for a rank that is gone."""
+    config = tiny_config(write_tiny_model(tmp_path / "tiny"), num_pages=64)
+    rank = Rank(RankSpec(config, ReplicaId("replica-0"), 0, 7, HOST, HOST, 0, 1), secrets.token_bytes(32))
+    journal = []
+
+    class Pages:
+        def close(self):
+            journal.append("pages")
+
+    def fail():
+        raise ValueError("a step failed")
+
+    rank._host_pages, rank._loop.run = Pages(), fail
+    rank._group.abort = lambda: journal.append("abort")
+    with pytest.raises(ValueError, match="a step failed"):
+        rank.run()
+    assert journal[:2] == ["abort", "pages"]
