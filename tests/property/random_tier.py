@@ -63,7 +63,7 @@ def make_group(random: Random, seed: int, move_board: type[MoveBoard], **options
     }
     if draft_tokens := options.get("draft_tokens"):
         least = least_pages(draft_tokens, drawn["page_size"])
-        drawn |= {"depth": 0, "num_pages": max(drawn["num_pages"], least)}
+        drawn["num_pages"] = max(drawn["num_pages"], least)
     return FakeGroup(**{**drawn, "max_context_len": MAX_CONTEXT_LEN, **options})
 
 

@@ -46,7 +46,7 @@ def with_room(options: dict[str, Any]) -> dict[str, Any]:
     if not options["draft_tokens"]:
         return options
     least = least_pages(options["draft_tokens"], options["page_size"])
-    return options | {"depth": 0, "num_pages": max(options["num_pages"], least)}
+    return options | {"num_pages": max(options["num_pages"], least)}
 
 
 class SchedulerMachine(RuleBasedStateMachine):
