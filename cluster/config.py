@@ -126,7 +126,7 @@ def flags() -> list[Flag]:
 
 def load_config(file: Path | None, overrides: Mapping[tuple[str, ...], str | bool | None]) -> ClusterConfig:
     """Merge file and flags (flags win; None: not given) into one validated record, or raise ConfigError."""
-    tree = _read_file(file) if file is not None else {}
+    tree = read_settings(file) if file is not None else {}
     source = str(file) if file is not None else "flags"
     _refuse_unknown(tree, ClusterConfig, (), source)
     types = dict(_leaves(ClusterConfig, ()))
@@ -141,6 +141,25 @@ def load_config(file: Path | None, overrides: Mapping[tuple[str, ...], str | boo
         return TypeAdapter(ClusterConfig).validate_python(tree)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(fault) for fault in error.errors())) from None
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """Return what a YAML file says at its top, or raise ConfigError."""
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{file}: not UTF-8 text") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+        raise ConfigError(f"{file}: not YAML{where}: {getattr(error, 'problem', None) or error}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{file}: found a {type(tree).__name__} at the top; expected `key: value` lines")
+    return tree
 
 
 def json_schema() -> dict[str, Any]:
@@ -159,24 +178,6 @@ def take_environment_keys() -> tuple[str, ...]:
     """Return the environment's API keys and remove them from it: child processes shall not inherit them."""
     listed = os.environ.pop(API_KEYS_VARIABLE, "")
     return tuple(key.strip() for key in listed.split(",") if key.strip())
-
-
-def _read_file(file: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{file}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{file}: not UTF-8 text") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
-        raise ConfigError(f"{file}: not YAML{where}: {getattr(error, 'problem', None) or error}") from None
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{file}: found a {type(tree).__name__} at the top; expected `key: value` lines")
-    return tree
 
 
 def _refuse_unknown(tree: dict[str, Any], record: type, prefix: tuple[str, ...], source: str) -> None:

@@ -4,16 +4,20 @@ The work is done by a process of its own, `python -m workers.draft_training`; wh
 the user as it is.
 """
 
+import dataclasses
+import difflib
 import inspect
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
+from cluster.config import ConfigError, read_settings
 from workers.draft_training.options import EvalOptions, TrainOptions
 
 draft_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Draft models.")
@@ -30,9 +34,10 @@ def draft() -> None:
     """Train and measure models that guess tokens ahead."""
 
 
-def _train(as_json: bool, **given: Any) -> None:
+def _train(as_json: bool, config: Path | None, **given: Any) -> None:
     """Train a draft on a model's own answers to prompts; repeat the command to go on where it stopped."""
-    told = _run("train", _options(TrainOptions, given))
+    options = _options(TrainOptions, config, given)
+    told = _run("train", options)
     if as_json:
         _print_json(told)
         return
@@ -41,19 +46,23 @@ def _train(as_json: bool, **given: Any) -> None:
         f"{state}: accept length {told['accept_length']:.2f} on held-out prompts, chains of"
         f" {len(told['rates'])} drafts"
     )
-    _say(f"the draft is in {given['out']}; measure it with: eyrie draft eval")
+    _say(f"the draft is in {json.loads(options)['out']}; measure it with: eyrie draft eval")
 
 
-def _eval(as_json: bool, **given: Any) -> None:
+def _eval(as_json: bool, config: Path | None, **given: Any) -> None:
     """Measure a model's draft: accept length, and speed beside the same engine without it."""
-    told = _run("eval", _options(EvalOptions, given))
+    told = _run("eval", _options(EvalOptions, config, given))
     if as_json:
         _print_json(told)
         return
-    rates = ", ".join(f"{rate:.1%}" for rate in told["rates"])
+    rates = ", ".join(f"{rate:.3f}" for rate in told["rates"])
     _say(
         f"accept length {told['accept_length']:.2f} with {told['draft_tokens']} drafts at a time, the model's"
-        f" own token counted; of all guesses at each place accepted: {rates}"
+        " own token counted"
+    )
+    _say(
+        f"right by place: {rates}: of the drafts at each place whose predecessors were right, the share that"
+        " was right"
     )
     for speed in told["speeds"]:
         _say(
@@ -61,22 +70,43 @@ def _eval(as_json: bool, **given: Any) -> None:
             f" {speed['tokens_per_s_without']:.0f}: {speed['speedup']:.2f} times as fast"
         )
     _say(f"{told['equal_ratio']:.1%} of the answers are the same without it; with --dtype float32 all are")
+    if (first := told["first_entry"]) is not None:
+        seen, hidden = first["seen"]["accept_length"], first["hidden"]["accept_length"]
+        _say(
+            f"accept length with an entry of the first token, as served here: {seen:.3f}; without, as"
+            f" published heads know it: {hidden:.3f} ({seen / hidden - 1:+.2%}); simulated along"
+            f" {first['num_answers']} answers"
+        )
 
 
-def _options(kind: _Options, given: dict[str, Any]) -> bytes:
-    """Return the options as JSON, or end the command with what is wrong."""
+def _options(kind: _Options, config: Path | None, given: dict[str, Any]) -> bytes:
+    """Return the options of file and flags (flags win) as JSON, or end the command with what is wrong."""
     adapter: TypeAdapter[Any] = TypeAdapter(kind)
-    named = {name: value for name, value in given.items() if value not in (None, [])}
+    flags = {name: value for name, value in given.items() if value not in (None, [])}
     try:
-        return adapter.dump_json(adapter.validate_python({"prompts": (), **named}))
+        file = read_settings(config) if config is not None else {}
+        _refuse_unknown(kind, config, file)
+        return adapter.dump_json(adapter.validate_python({"prompts": (), **file, **flags}))
+    except ConfigError as error:
+        _fail(str(error), OPTIONS_EXIT_CODE)
     except ValidationError as error:
         for found in error.errors():
             name = str(found["loc"][0]) if found["loc"] else ""
-            flag = f"--{name.replace('_', '-')}"
+            is_of_file = name in file and name not in flags
+            where = f"{config}: `{name}`" if is_of_file else f"--{name.replace('_', '-')}"
             is_missing = found["type"] in ("missing", "missing_argument")
-            problem = "it is needed" if is_missing else f"{given.get(name)}: {found['msg']}"
-            _say(f"eyrie: {flag}: {problem}")
+            value = file[name] if is_of_file else given.get(name)
+            _say(f"eyrie: {where}: {'it is needed' if is_missing else f'{value}: ' + found['msg']}")
         raise typer.Exit(OPTIONS_EXIT_CODE) from error
+
+
+def _refuse_unknown(kind: _Options, config: Path | None, file: dict[str, Any]) -> None:
+    names = [field.name for field in dataclasses.fields(kind)]
+    for key in file:
+        if key not in names:
+            close = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
+            hint = f"did you mean `{close[0]}`?" if close else f"allowed are {', '.join(names)}"
+            raise ConfigError(f"{config}: unknown key `{key}`; {hint}")
 
 
 def _run(command: str, options: bytes) -> dict[str, Any]:
@@ -118,18 +148,29 @@ def _signature(kind: _Options) -> inspect.Signature:
     parameters = []
     for name, schema in described.items():
         text = " ".join(str(schema.get("description", "")).split())
-        shown = "" if schema.get("default") in (None, "auto", []) else f" [{_shown(schema['default'])}]"
+        default = schema.get("default")
+        shown = "" if default in (None, "auto", []) else f" [{_shown(default)}]"
+        flag, is_switch = f"--{name.replace('_', '-')}", schema.get("type") == "boolean"
         declared = typer.Option(
-            f"--{name.replace('_', '-')}", help=text + shown, show_default=False, metavar=_value(name, schema)
+            f"{flag}/--no-{flag[2:]}" if is_switch else flag,
+            help=text + shown,
+            show_default=False,
+            metavar=None if is_switch else _value(name, schema),
         )
-        annotation = list[str] | None if name in _LISTS else str | None
+        annotation = bool | None if is_switch else list[str] | None if name in _LISTS else str | None
         parameters.append(_parameter(name, Annotated[annotation, declared], None))
+    file = typer.Option(
+        "--config", help="YAML file of these options, `_` for `-`; flags win.", metavar="FILE"
+    )
+    parameters.append(_parameter("config", Annotated[Path | None, file], None))
     as_json = typer.Option("--json", help="Print the outcome as one JSON line.")
     parameters.append(_parameter("as_json", Annotated[bool, as_json], False))
     return inspect.Signature(parameters)
 
 
 def _shown(default: object) -> str:
+    if isinstance(default, bool):
+        return "on" if default else "off"
     return " ".join(map(str, default)) if isinstance(default, list) else str(default)
 
 

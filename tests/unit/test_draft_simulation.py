@@ -14,8 +14,9 @@ from workers.draft_card import RANDOM_DRAFT, read_draft_card
 from workers.draft_training.batches import Batch, batches_from, epoch_batches, make_batch
 from workers.draft_training.corpus import Sample
 from workers.draft_training.padded_attention import PaddedAttention, simulation_mask
+from workers.draft_training.rounds import rounds
 from workers.draft_training.simulation import draft_and_compare, simulate, view_target
-from workers.draft_training.trainer import learning_rate_ratio, rounds
+from workers.draft_training.trainer import learning_rate_ratio
 from workers.draft_training.vocabulary import DraftVocabulary, count_tokens, coverage, most_frequent
 from workers.models.draft_weights import load_draft
 from workers.models.eagle_draft import Eagle3Draft
@@ -82,6 +83,27 @@ def test_every_place_drafts_as_the_engine_would_from_there(models) -> None:
                 )
                 num_compared += 1
     assert num_compared == sum(NUM_STEPS * size - 6 for size in LENS)
+
+
+@pytest.mark.parametrize("prompt_len", [1, 4])
+def test_without_the_first_entry_nobody_behind_it_sees_it(models, prompt_len) -> None:
+    """As if a sequence began at its second token, with the feature of the first."""
+    decoder, draft = models
+    token_ids = some_tokens(13, seed=3)
+    batch = make_batch([Sample(token_ids.numpy(), prompt_len)], max_len=64, device=CPU)
+    attention = PaddedAttention(*batch.token_ids.shape)
+    _, taps = decoder.forward_tapped(
+        batch.token_ids.view(-1), batch.positions, attention, draft.feature_layers
+    )
+    found = simulate(draft, batch, taps, NUM_STEPS, has_first_entry=False)
+    paged = ReferenceAttention(pool_for(decoder))
+    features = draft.feature(taps)[:12]
+    positions = planned(paged, 12)
+    later = draft.forward(token_ids[1:], features, positions, paged)  # RoPE looks at distances alone
+    torch.testing.assert_close(found[0][1:13], later, rtol=2e-4, atol=2e-4)
+    with_it = simulate(draft, batch, taps, NUM_STEPS)
+    assert all(not torch.allclose(one[5:13], other[5:13]) for one, other in zip(with_it, found, strict=True))
+    assert all(hidden.isfinite().all() for hidden in found)
 
 
 def test_the_mask_is_that_of_an_explicit_walk() -> None:

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
+from safetensors.torch import load_file
 
-from cluster.__main__ import app
-from tests.harness import Harness, tiny_config, write_tiny_model
+from tests.harness import Harness, tiny_config
+from tests.unit.draft_runs import run_options, silent
 from workers.card import load_card
 from workers.draft_card import read_draft_card
 from workers.draft_training import checkpoint
@@ -26,61 +25,15 @@ from workers.draft_training.corpus import (
     write_shard,
 )
 from workers.draft_training.generation import shards, write_corpus
-from workers.draft_training.measuring import measure
 from workers.draft_training.metrics_log import MetricsLog, Record, read_records
-from workers.draft_training.options import Dtype, EvalOptions, TrainOptions
+from workers.draft_training.options import Dtype, TrainOptions
 from workers.draft_training.prompts import PromptError, hold_out, read_prompts
-from workers.draft_training.published import collected
 from workers.draft_training.run import RunError, train
-from workers.models.weights import load_model
-from workers.parallel import TPGroup
-
-WORDS = [f"<{word}> <{word * 7 % 250}>" for word in range(3, 23)]
-
-
-def silent(_: str) -> None:
-    pass
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> Path:
-    """Write a tiny model of random weights, in files."""
-    folder = write_tiny_model(tmp_path / "model", num_hidden_layers=6)
-    loaded = load_model(
-        load_card(str(folder)),
-        group=TPGroup.single(),
-        device=torch.device("cpu"),
-        dtype="float32",
-        load_format="dummy",
-        seed=5,
-    )
-    save_file(collected(loaded.decoder.placements()), folder / "model.safetensors")
-    return folder
-
-
-@pytest.fixture
-def options(tmp_path: Path, model: Path) -> TrainOptions:
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("".join(f"{word}\n" for word in WORDS))
-    return TrainOptions(
-        model=str(model),
-        prompts=(prompts,),
-        out=tmp_path / "run",
-        held_out=4,
-        attention_backend="reference",
-        num_threads=1,
-        max_running_requests=4,
-        kv_gb=0.01,
-        max_prompt_tokens=32,
-        max_answer_tokens=16,
-        shard_prompts=6,
-        draft_vocab_size=64,
-        simulated_drafts=3,
-        steps=4,
-        batch_tokens=128,
-        evaluate_every=2,
-        learning_rate=3e-3,
-    )
+def options(tmp_path: Path) -> TrainOptions:
+    return run_options(tmp_path)
 
 
 def weights(options: TrainOptions) -> dict[str, torch.Tensor]:
@@ -270,93 +223,6 @@ def test_metrics_behind_the_checkpoint_are_dropped(tmp_path: Path) -> None:
     again = MetricsLog(tmp_path / "metrics.jsonl", 2)
     assert [record.step for record in again.records] == [1, 2]
     assert read_records(tmp_path / "metrics.jsonl") == again.records
-
-
-def test_measuring_counts_what_the_engine_accepts(options: TrainOptions) -> None:
-    asked = EvalOptions(
-        model=options.model,
-        draft="self",
-        prompts=options.prompts,
-        dtype="float32",
-        attention_backend="reference",
-        num_threads=1,
-        draft_tokens=2,
-        batch_sizes=(1, 3),
-        max_prompts=4,
-        max_answer_tokens=13,
-        repeats=1,
-    )
-    found = measure(asked, silent)
-    assert found.accept_length == pytest.approx(3.0) and found.rates == [1.0, 1.0]
-    assert (found.num_prompts, found.equal_ratio) == (4, 1.0)
-    assert [speed.batch_size for speed in found.speeds] == [1, 3]
-    adversary = measure(replace(asked, draft="random-eagle3"), silent)
-    assert adversary.accept_length < 1.5 and adversary.equal_ratio == 1.0
-
-
-def test_the_engine_accepts_what_the_simulation_of_a_run_foretells(options: TrainOptions) -> None:
-    longer = replace(options, max_answer_tokens=120, steps=60, learning_rate=1e-2, evaluate_every=100)
-    foretold = train(longer, silent)
-    held = hold_out(read_prompts(options.prompts), 4)[1]
-    file = options.out / "held_out.jsonl"
-    file.write_text("".join(f"{json.dumps({'prompt': chat[0].content})}\n" for chat in held))
-    asked = EvalOptions(
-        model=options.model,
-        draft=str(options.out),
-        prompts=(file,),
-        dtype="float32",
-        attention_backend="reference",
-        num_threads=1,
-        max_answer_tokens=120,
-        repeats=1,
-    )
-    found = measure(asked, silent)
-    assert found.equal_ratio == 1.0 and foretold.accept_length > 1.3, foretold
-    # weights are rounded on the way to the files, and an answer's last round is counted in another way
-    assert found.accept_length == pytest.approx(foretold.accept_length, rel=0.03)
-
-
-def command(options: TrainOptions, **changes: object) -> list[str]:
-    given = {
-        "model": options.model,
-        "prompts": options.prompts[0],
-        "out": options.out,
-        "held-out": 4,
-        "max-prompt-tokens": 32,
-        "max-answer-tokens": 8,
-        "draft-vocab-size": 64,
-        "steps": 2,
-        "kv-gb": 0.01,
-        "num-threads": 1,
-        "attention-backend": "reference",
-        **changes,
-    }
-    return ["draft", "train", *[f"--{name}={value}" for name, value in given.items()]]
-
-
-def test_the_command_trains_and_tells_where_it_stands(options: TrainOptions) -> None:
-    ended = CliRunner().invoke(app, [*command(options), "--json"])
-    assert ended.exit_code == 0, ended.output
-    told = json.loads(ended.stdout.splitlines()[-1])
-    assert (told["step"], told["is_done"]) == (2, True)
-    again = CliRunner().invoke(app, command(options, seed=1))
-    assert again.exit_code == 1 and "seed=0, found 1" in again.output
-
-
-@pytest.mark.parametrize(
-    ("changes", "exit_code", "message"),
-    [
-        ({"steps": "many"}, 2, "--steps: many"),
-        ({"held-out": 0}, 2, "--held-out: 0"),
-        ({"prompts": "/nowhere.txt"}, 1, "/nowhere.txt: cannot be read"),
-        ({"model": "no-such-model"}, 1, "no-such-model"),
-        ({"held-out": 20}, 1, "leave nothing to train"),
-    ],
-)
-def test_the_command_says_what_is_wrong(options: TrainOptions, changes, exit_code: int, message: str) -> None:
-    ended = CliRunner().invoke(app, command(options, **changes))
-    assert ended.exit_code == exit_code, ended.output
-    assert message in ended.output
 
 
 def test_the_work_needs_no_ray_and_no_cluster() -> None:

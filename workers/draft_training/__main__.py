@@ -10,6 +10,7 @@ from dataclasses import asdict
 
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from workers.draft_training.options import EvalOptions, TrainOptions
 
@@ -51,7 +52,19 @@ def _evaluate(console: Console) -> dict[str, object]:
     from workers.draft_training.measuring import measure
 
     options = TypeAdapter(EvalOptions).validate_json(sys.stdin.buffer.read())
-    return asdict(measure(options, console.print))
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        shown = bar.add_task("", total=None)
+        said = ""
+
+        def progress(what: str, num_done: int, num_all: int) -> None:
+            nonlocal said
+            bar.update(shown, description=what, completed=num_done, total=num_all)
+            if what != said and not console.is_terminal:
+                console.print(what)
+            said = what
+
+        return asdict(measure(options, progress))
 
 
 def _fail(message: str) -> None:

@@ -43,7 +43,11 @@ def write_readme(folder: Path, facts: Facts, options: TrainOptions) -> None:
         "Optimizer": f"AdamW, peak learning rate {options.learning_rate:g}, seed {options.seed}",
         "Accept length": f"{facts.accept_length:.3f} on {facts.num_held_out} held-out prompts, greedy, chains"
         f" of {len(facts.rates)} drafts, the target's own token counted",
-        "Right by place": f"{rates}, of the drafts whose predecessors were right",
+        "Right by place": f"{rates}: of the drafts at each place whose predecessors were right, the share"
+        " that was right",
+        "First token": "has an entry of the draft, with a feature of zeros, as where it serves"
+        if options.first_entry
+        else "has no entry of the draft, as in most published heads; where it serves it has one",
     }
     lines = [f"# EAGLE-3 draft for {facts.model}", "", *_TEXT_BEFORE.format(facts.model).splitlines(), ""]
     lines += ["| | |", "|---|---|", *[f"| {name} | {value} |" for name, value in rows.items()], ""]

@@ -45,11 +45,12 @@ class Answered:
 @dataclass(frozen=True)
 class DraftCounts:
     """What became of drafts: rows that verified some, the tokens these kept, and by place from 1 on how
-    many drafts there were and how many were right."""
+    many drafts there were, of how many the predecessors were right, and how many were right as well."""
 
     num_rows: int
     num_kept: int
     drafted: dict[int, int]
+    reached: dict[int, int]
     accepted: dict[int, int]
 
 
@@ -161,8 +162,10 @@ class OfflineEngine:
                 place: stats.num_drafts[place, "accepted"] + stats.num_drafts[place, "rejected"]
                 for place in places
             },
+            reached={place: stats.num_reached_drafts[place] for place in places},
             accepted={place: stats.num_drafts[place, "accepted"] for place in places},
         )
         stats.accept_lengths.clear()
         stats.num_drafts.clear()
+        stats.num_reached_drafts.clear()
         return counts

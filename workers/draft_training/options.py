@@ -58,6 +58,9 @@ class TrainOptions:
     """Tokens that the draft knows: the most frequent of the answers."""
     simulated_drafts: Annotated[int, Field(ge=1, le=16)] = 4
     """Tokens drafted one on another in training: the longest chain that the draft learns."""
+    first_entry: bool = True
+    """Train with the entry of a sequence's first token, as drafts are served here; off: as most heads that
+    are published were trained, without it."""
     steps: Count | None = None
     """Optimizer steps in all. Not given: `epochs` of them."""
     epochs: Positive = 10.0
@@ -106,3 +109,6 @@ class EvalOptions:
     """Most tokens of an answer."""
     repeats: Count = 3
     """Times that each arm runs, in turn; the median counts."""
+    first_entry: bool = False
+    """Also tell what it changes that the draft sees an entry of a prompt's first token here, which published
+    heads mostly never had: accept lengths with and without it, simulated along the answers."""

@@ -62,25 +62,32 @@ class SimulatedAttention(PaddedAttention):
 
         place            0 .. i-s   i-s+1   i-s+2   ...   i
         key of step          0        1       2           s
+
+    Without `has_first_entry` nobody behind place 0 sees the key there, which published heads never had.
     """
 
-    def __init__(self, num_rows: int, length: int) -> None:
+    def __init__(self, num_rows: int, length: int, *, has_first_entry: bool = True) -> None:
         super().__init__(num_rows, length)
-        self._keys: list[Tensor] = []
-        self._values: list[Tensor] = []
+        self._has_first_entry = has_first_entry
+        self._keys: dict[int, list[Tensor]] = {}
+        """By layer."""
+        self._values: dict[int, list[Tensor]] = {}
 
     def forward(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """See AttentionBackend; the keys of earlier calls are those of earlier steps."""
+        """See AttentionBackend; the keys of a layer's earlier calls are those of earlier steps."""
         q, k, v = (self._heads(x) for x in (q, k, v))
-        self._keys.append(k)
-        self._values.append(v)
-        keys, values = torch.cat(self._keys, dim=2), torch.cat(self._values, dim=2)
-        if len(self._keys) == 1:
+        known, seen = self._keys.setdefault(layer.index, []), self._values.setdefault(layer.index, [])
+        known.append(k)
+        seen.append(v)
+        keys, values = torch.cat(known, dim=2), torch.cat(seen, dim=2)
+        if len(known) == 1 and self._has_first_entry:
             attended = functional.scaled_dot_product_attention(
                 q, *_repeated(layer, keys, values), is_causal=True, scale=layer.scale
             )
         else:
-            mask = simulation_mask(self._length, len(self._keys) - 1, q.device)
+            mask = simulation_mask(self._length, len(known) - 1, q.device)
+            if not self._has_first_entry:
+                mask[1:, 0] = False  # place 0 sees itself: of use to nobody, but never nothing
             attended = functional.scaled_dot_product_attention(
                 q, *_repeated(layer, keys, values), attn_mask=mask, scale=layer.scale
             )

@@ -24,7 +24,8 @@ from workers.draft_training.options import TrainOptions
 from workers.draft_training.plot import write_plot
 from workers.draft_training.prompts import PromptError, hold_out, read_prompts, without
 from workers.draft_training.published import collected, draft_config, initial_weights, write_draft
-from workers.draft_training.trainer import Evaluated, Trainer
+from workers.draft_training.rounds import Evaluated
+from workers.draft_training.trainer import Trainer
 from workers.draft_training.vocabulary import DraftVocabulary, count_tokens, coverage, most_frequent
 from workers.models.decoder import Decoder
 from workers.models.draft_weights import load_draft

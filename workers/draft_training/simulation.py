@@ -4,8 +4,10 @@ on for some steps, as the Speculator would from there, and is told what the targ
 The draft itself is the one that serves; it computes here as it does there, over another attention.
 """
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,14 +56,17 @@ def view_target(
     return TargetView(taps, likeliest, vocabulary.is_known.index_select(0, likeliest), torch.cat(drafted))
 
 
-def simulate(draft: DraftModel, batch: Batch, taps: Sequence[Tensor], num_steps: int) -> list[Tensor]:
+def simulate(
+    draft: DraftModel, batch: Batch, taps: Sequence[Tensor], num_steps: int, *, has_first_entry: bool = True
+) -> list[Tensor]:
     """Return what `forward` gives in each step, [tokens, hidden], for the entries at all places.
 
     The entry at place i of step s consumes the token there and, drafted from place i - s on, the draft's own
     feature of step s - 1 at place i - 1; in step 0 the target's. What came before place s is of no use.
+    `has_first_entry`: entries see that of the row's first token, as they do where the draft serves.
     """
     num_rows, length = batch.token_ids.shape
-    attention = SimulatedAttention(num_rows, length)
+    attention = SimulatedAttention(num_rows, length, has_first_entry=has_first_entry)
     token_ids, positions = batch.token_ids.view(-1), batch.positions
     feature = draft.feature(taps)
     found: list[Tensor] = []
@@ -84,14 +89,21 @@ class Simulated:
 
 
 def draft_and_compare(
-    draft: DraftModel, batch: Batch, target: TargetView, vocabulary: DraftVocabulary, num_steps: int
+    draft: DraftModel,
+    batch: Batch,
+    target: TargetView,
+    vocabulary: DraftVocabulary,
+    num_steps: int,
+    *,
+    has_first_entry: bool = True,
 ) -> Simulated:
     """Simulate drafting and compare it with the target: cross entropy with its distribution, where the
     draft's vocabulary has its likeliest token."""
     loss = target.probabilities.new_zeros(())
     total_weight = sum(_STEP_DECAY**step for step in range(num_steps))
     right = []
-    for step, hidden in enumerate(simulate(draft, batch, target.taps, num_steps)):
+    simulated = simulate(draft, batch, target.taps, num_steps, has_first_entry=has_first_entry)
+    for step, hidden in enumerate(simulated):
         logits = draft.logits(hidden.index_select(0, batch.asked))
         assert logits is not None, "training has one rank"
         is_reached = batch.behind >= step
@@ -102,6 +114,14 @@ def draft_and_compare(
         guesses = vocabulary.target_ids[logits.detach().argmax(dim=-1)]
         right.append((guesses == target.best) & is_reached)
     return Simulated(loss, torch.stack(right))
+
+
+def precision_of(decoder: Decoder, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Return in what a draft beside this target computes: bfloat16 over float32 weights, but for float32 on
+    the CPU."""
+    if device.type == "cpu" and decoder.norm.weight.dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
 def _shifted(features: Tensor) -> Tensor:

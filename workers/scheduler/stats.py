@@ -34,6 +34,8 @@ class SchedulerStats:
     num_generated_tokens: int = 0
     num_drafts: Counter[tuple[int, DraftOutcome]] = field(default_factory=Counter)
     """Drafted tokens by their place behind the known ones, from 1, and by what became of them."""
+    num_reached_drafts: Counter[int] = field(default_factory=Counter)
+    """Those behind right ones alone, by their place."""
     accept_lengths: Counter[tuple[PrefixOrigin, int]] = field(default_factory=Counter)
     """Rows that verified drafts by how many tokens that brought, the one sampled behind the right drafts
     included, and by where the most of their request's prompt was found."""
@@ -59,6 +61,7 @@ class SchedulerStats:
         whose prompt was found at `origins`."""
         for place in range(1, num_drafts + 1):
             self.num_drafts[place, "accepted" if place < num_found else "rejected"] += 1
+            self.num_reached_drafts[place] += place <= num_found
         lens: dict[PrefixOrigin, int] = {"computed": prompt_len - sum(origins.values())}
         lens.update(origins.items())
         self.accept_lengths[max(lens, key=lens.__getitem__), num_found] += 1
