@@ -256,19 +256,6 @@ def test_a_mixed_bucket_s_plans_have_one_size_each() -> None:
     assert long.limits[-1] == PlanLimits(4, 24, is_captured=True)
 
 
-def test_the_largest_verify_bucket_has_room_for_partial_results() -> None:
-    staged = Staged()
-    for max_verified in (0, 24):
-        attention, _ = attention_over(staged.pool, max_verified=max_verified)
-        inputs = staged.bucket("verify", 24)
-        if max_verified:
-            found, expected = compared(staged, attention, staged.plan(s0=(9, 4), s1=(3, 4)), inputs)
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-        else:
-            with pytest.raises(AssertionError, match="find no room"):
-                compared(staged, attention, staged.plan(s0=(9, 4), s1=(3, 4)), inputs)
-
-
 def test_a_verify_bucket_s_rows_are_short_and_of_any_number() -> None:
     staged = Staged()
     attention, library = attention_over(staged.pool)
