@@ -256,28 +256,6 @@ def test_a_mixed_bucket_s_plans_have_one_size_each() -> None:
     assert long.limits[-1] == PlanLimits(4, 24, is_captured=True)
 
 
-def test_a_verify_bucket_s_rows_are_short_and_of_any_number() -> None:
-    staged = Staged()
-    attention, library = attention_over(staged.pool)
-    inputs = staged.bucket("verify", 8)
-    for plan in (
-        staged.plan(s0=(9, 4), s1=(3, 4)),
-        staged.plan(s3=(40, 1), s1=(8, 3), s0=(60, 4)),
-        staged.plan(s2=(7, 2)),
-    ):
-        found, expected = compared(staged, attention, plan, inputs)
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    short = library.kernels("short")
-    assert [plan.query_starts.tolist() for plan in short.plans] == [
-        [0, 4, 8, 8, 8, 8, 8, 8, 8],
-        [0, 1, 4, 8, 8, 8, 8, 8, 8],
-        [0, 2, 8, 8, 8, 8, 8, 8, 8],  # the pads' row
-    ]
-    assert all(plan.is_captured and plan.num_tokens == 8 for plan in short.plans)
-    assert short.limits[-1] == PlanLimits(8, 8, is_captured=True)
-    assert not library.kernels("long").plans
-
-
 def test_passes_are_planned_once_and_read_their_lengths_on_the_device() -> None:
     staged = Staged()
     attention, library = attention_over(staged.pool)
