@@ -1,7 +1,7 @@
 """The CUDA kernels beside torch's own and the card's floor.
 
     python tests/bench/bench_kernels.py [--json] [--out FILE] [--parts kernels,steps]
-        [--models llama8b,smol135m] [--batches 1,8,64,256]
+        [--models llama8b,llama8b_half,smol135m] [--batches 1,8,64,256]
 
 Random bf16 inputs in the models' shapes, in turns over more memory than the caches hold; times are of graph
 replays, by the card's clock. Progress goes to stderr; one JSON line ends stdout, and is written to --out

@@ -1,7 +1,7 @@
 """What bench_kernels measures: each kernel's inputs, arms, result in float64, and the bytes it moves."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,7 +46,9 @@ SMOL_135M = ModelConfig(
     dtype="bfloat16",
     tied_embeddings=True,
 )
-MODELS = {"llama8b": LLAMA_8B, "smol135m": SMOL_135M}
+LLAMA_8B_HALF = replace(LLAMA_8B, num_heads=16, num_kv_heads=4, intermediate_size=7_168, vocab_size=64_128)
+"""What each of two ranks computes"""
+MODELS = {"llama8b": LLAMA_8B, "llama8b_half": LLAMA_8B_HALF, "smol135m": SMOL_135M}
 
 
 @dataclass(frozen=True)
