@@ -4,8 +4,10 @@ import multiprocessing
 import socket
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Literal
 
@@ -21,6 +23,13 @@ QUICK_SIZES = [1 << 10, 1 << 14]
 NUM_CALLS = 32
 """Of one graph"""
 TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What a rank says instead of its result."""
+
+    text: str
 
 
 def measure_all_reduce(tp_size: int, device: str, *, is_quick: bool) -> dict[str, Any]:
@@ -50,7 +59,9 @@ def on_ranks(tp_size: int, device: str, work: Callable[..., Any], *arguments: An
         found = []
         for rank, pipe in enumerate(pipes):
             assert pipe.poll(START_TIMEOUT_S), f"rank {rank} says nothing"
-            found.append(pipe.recv())
+            told = pipe.recv()
+            assert not isinstance(told, Failure), f"rank {rank}: {told.text}"
+            found.append(told)
         return found
     finally:
         for process in processes:
@@ -71,7 +82,10 @@ def _be_rank(
     group = TPGroup.connect(
         rank, tp_size, HOST, port, timeout_s=TIMEOUT_S, meeting_timeout_s=START_TIMEOUT_S, device=device
     )
-    pipe.send(work(group, device, *arguments))
+    try:
+        pipe.send(work(group, device, *arguments))
+    except Exception:  # the process's top
+        pipe.send(Failure(traceback.format_exc()))
     group.close()
 
 
