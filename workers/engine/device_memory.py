@@ -6,8 +6,11 @@ import torch
 
 from workers.card import ModelCard
 from workers.config import WorkerConfig
+from workers.draft_card import DraftCard
+from workers.kvcache.layout import ELEMENT_BYTES
 from workers.kvcache.pool_size import PoolSize, available_host_bytes, left_bytes, pool_size
 from workers.parallel import TPGroup
+from workers.speculative.loop_sizes import loop_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -16,7 +19,12 @@ _LOGITS_COPIES = 5
 
 
 def measured_pool_size(
-    config: WorkerConfig, card: ModelCard, bundle_bytes: int, group: TPGroup, device: torch.device
+    config: WorkerConfig,
+    card: ModelCard,
+    draft: DraftCard | None,
+    bundle_bytes: int,
+    group: TPGroup,
+    device: torch.device,
 ) -> PoolSize:
     """Size the pool by what is free now, the weights being there: the same on every rank, the least of all.
 
@@ -24,7 +32,8 @@ def measured_pool_size(
     """
     torch.cuda.empty_cache()  # what loading has left
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
-    left = left_bytes(total_bytes, free_bytes, config.device_memory_ratio, work_bytes(config, card))
+    needed = work_bytes(config, card) + (0 if draft is None else draft_bytes(config, card, draft))
+    left = left_bytes(total_bytes, free_bytes, config.device_memory_ratio, needed)
     of_ranks = torch.zeros(group.size, dtype=torch.int64, device=device)
     of_ranks[group.rank] = left
     group.all_reduce(of_ranks)
@@ -39,6 +48,21 @@ def work_bytes(config: WorkerConfig, card: ModelCard) -> int:
     num_tokens = max(config.max_tokens_per_step, config.max_running_requests)
     logits = config.max_running_requests * model.vocab_size * 4 * _LOGITS_COPIES
     return num_tokens * width * 4 + logits
+
+
+def draft_bytes(config: WorkerConfig, card: ModelCard, draft: DraftCard) -> int:
+    """Estimate what the draft needs beside its weights and pages: its loops' inputs, what it keeps of each
+    slot, and a step's taps, features and entries, all of which are there at once."""
+    dtype = card.config.dtype if config.dtype == "auto" else config.dtype
+    element_bytes = ELEMENT_BYTES[dtype]
+    feature_bytes = draft.feature_size * element_bytes
+    slots = (config.max_running_requests + 1) * (feature_bytes + 8 * config.max_drafts)
+    num_tokens = max(config.max_tokens_per_step, config.max_running_requests)
+    own = draft.config
+    width = len(draft.feature_layers) * draft.target_hidden_size + 4 * draft.feature_size
+    width += 4 * own.hidden_size + 3 * own.intermediate_size + 4 * own.num_heads * own.head_dim
+    context_len = min(config.max_context_len or card.context_len, card.context_len)
+    return loop_bytes(config, context_len, feature_bytes) + slots + 4 * num_tokens * width
 
 
 def log_memory(device: torch.device, page_bytes: int) -> None:

@@ -109,7 +109,7 @@ class Engine:
             )
             draft_digest = f"{draft.weights_digest}/{draft_card.digest()}"
         if size is None:
-            size = measured_pool_size(config, card, self.layout.bundle_bytes, tp_group, device)
+            size = measured_pool_size(config, card, draft_card, self.layout.bundle_bytes, tp_group, device)
         self.num_pages = size.num_pages
         self.max_context_len = size.max_context_len
         self.namespace: KVNamespace = kv_namespace(

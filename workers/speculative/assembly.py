@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from workers.attention.choice import ChosenKernels, choose_draft_attention
 from workers.config import WorkerConfig
 from workers.engine.copies import CopyStream
-from workers.engine.graph_guard import MAX_CAPTURED_ROWS, EagerReason, GraphGuard, default_batch_sizes
+from workers.engine.graph_guard import EagerReason, GraphGuard
 from workers.engine.part_times import PartTimes
 from workers.kvcache.kv_pool import KVPool
 from workers.kvcache.page_table import PageTable
@@ -16,6 +16,7 @@ from workers.speculative.draft_extend import DraftExtend
 from workers.speculative.draft_loop import LoopParts
 from workers.speculative.draft_runner import DraftRunner
 from workers.speculative.draft_state import DraftState
+from workers.speculative.loop_sizes import loop_sizes
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,9 @@ def assemble_draft(
         reason = "disabled"
     elif not attention.is_prepared:
         reason = "unsupported"
-    sizes = default_batch_sizes(min(table.max_slots, MAX_CAPTURED_ROWS))
-    if sizes[-1] < table.max_slots:
-        sizes = (*sizes, table.max_slots)
     kernels = chosen.kernels if group.size == 1 else None
     return DraftParts(
         state,
         DraftExtend(model, attention.extend, pool, state, guard, times, is_apart=attention.is_apart),
-        DraftRunner(parts, sizes, config.draft_lens, guard, times, reason, kernels),
+        DraftRunner(parts, loop_sizes(table.max_slots), config.draft_lens, guard, times, reason, kernels),
     )
