@@ -1,4 +1,4 @@
-"""What one rank of test_one_shot_on_cuda does: sums of all shapes, eager and replayed, held against torch's."""
+"""What a rank of test_one_shot_on_cuda does: sums of all shapes, eager and replayed, held against torch's."""
 
 import time
 from random import Random
