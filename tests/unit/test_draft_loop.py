@@ -32,7 +32,7 @@ def table():
 @pytest.fixture
 def loop(table):
     pool = KVPool(target_only(1, PAGE_SIZE, 1, 1, "float32"), NUM_PAGES, CPU)
-    state = DraftState(pool, NUM_SLOTS, NUM_DRAFTS)
+    state = DraftState(pool, NUM_SLOTS, NUM_DRAFTS, vocab_size=200)
     parts = LoopParts(
         draft=None,  # staging and accepting ask for no draft
         state=state,

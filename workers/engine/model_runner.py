@@ -41,6 +41,9 @@ class Follower(Protocol):
     is_apart: bool
     """It does not: whoever runs the pass runs it afterwards."""
 
+    def look_up(self, batch: ForwardBatch) -> None:
+        """Put the tokens that were drafted for its rows into a batch, before it is computed."""
+
     def features(self, taps: list[torch.Tensor]) -> torch.Tensor:
         """Return the features [tokens, feature_size] of a pass' taps."""
         ...
@@ -80,6 +83,7 @@ class ModelRunner:
         if self._extend is None:
             hidden = self._model.forward(batch.token_ids, batch.positions, self._attention)
         else:
+            self._extend.look_up(batch)
             hidden, taps = self._model.forward_tapped(
                 batch.token_ids, batch.positions, self._attention, self._extend.feature_layers
             )

@@ -5,6 +5,7 @@ set is written again only after its copy. Locations and page rows are derived fr
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -155,6 +156,15 @@ class BucketInputs:
         self.has_rows = False
 
 
+@dataclass(frozen=True)
+class DraftIds:
+    """What stands for tokens of drafts until the pass looks them up: ids behind the vocabulary's,
+    `vocab_size` + slot * `max_drafts` + number."""
+
+    vocab_size: int
+    max_drafts: int
+
+
 class Stager:
     """Fills staging sets from plans and sends them to the device.
 
@@ -171,8 +181,10 @@ class Stager:
         copies: CopyStream,
         mechanisms: Mechanisms = ALL_ON,
         last_tokens: LastTokens | None = None,
+        draft_ids: DraftIds | None = None,
     ) -> None:
         self._table = table
+        self._draft_ids = draft_ids
         self._last_tokens = last_tokens
         self._device = device
         self._copies = copies
@@ -281,7 +293,7 @@ class Stager:
         slots = np.array(plan.slots, dtype=np.int64)
         starts = np.array(plan.starts, dtype=np.int64)
         lens = np.array(plan.lens, dtype=np.int64)
-        tokens = _tokens(plan)
+        tokens = _tokens(plan, self._draft_ids)
         sampled = np.array(plan.sampled, dtype=np.int64)
         order = np.argsort(lens > 1, kind="stable")
         ends = np.cumsum(lens)
@@ -317,16 +329,22 @@ class Stager:
         return target
 
 
-def _tokens(plan: BatchPlan) -> npt.NDArray[np.int64]:
-    """Return the tokens of a plan's rows; in place of those that are awaited or drafted one that is legal."""
+def _tokens(plan: BatchPlan, draft_ids: DraftIds | None = None) -> npt.NDArray[np.int64]:
+    """Return the tokens of a plan's rows; in place of those that are awaited one that is legal, of those that
+    are drafted where they are found."""
     tokens = np.zeros(plan.num_tokens, dtype=np.int64)
     if not plan.num_drafts:
         tokens[plan.num_awaited :] = plan.token_ids
         return tokens
     lens, num_drafts = np.array(plan.lens, dtype=np.int64), np.array(plan.num_drafts, dtype=np.int64)
-    is_known = _count_up(lens) < np.repeat(lens - num_drafts, lens)
+    numbers = _count_up(lens) - np.repeat(lens - num_drafts, lens)  # of drafts, of known tokens less than 0
+    is_known = numbers < 0
     is_known[: plan.num_awaited] = False
     tokens[is_known] = plan.token_ids
+    if draft_ids is not None:
+        firsts = draft_ids.vocab_size + draft_ids.max_drafts * np.array(plan.slots, dtype=np.int64)
+        codes = np.repeat(firsts, lens) + numbers
+        tokens[numbers >= 0] = codes[numbers >= 0]
     return tokens
 
 

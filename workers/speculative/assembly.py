@@ -42,7 +42,7 @@ def assemble_draft(
 ) -> DraftParts:
     """Build what drafts for the rows of `table`; raises BackendError where its attention cannot be."""
     attention = choose_draft_attention(config, pool, model, decoder, chosen)
-    state = DraftState(pool, table.max_slots, config.max_drafts)
+    state = DraftState(pool, table.max_slots, config.max_drafts, decoder.config.vocab_size)
     parts = LoopParts(model, state, pool, table, group, copies, attention.for_passes, chosen.greedy_tokens)
     reason: EagerReason | None = None
     if not config.graphs:

@@ -51,6 +51,11 @@ class DraftExtend:
         """Return the features [tokens, feature_size] of a pass' taps."""
         return self._draft.feature(taps)
 
+    def look_up(self, batch: ForwardBatch) -> None:
+        """Put the tokens that were drafted for its rows into a batch."""
+        if batch.bucket is None or batch.bucket.mode != "decode":
+            batch.token_ids.copy_(self._state.token_ids.index_select(0, batch.token_ids))
+
     def behind(
         self, batch: ForwardBatch, features: torch.Tensor | None, decision: Decision, after_load: bool
     ) -> torch.Tensor:

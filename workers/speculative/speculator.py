@@ -58,23 +58,9 @@ class Speculator:
         self._is_carried[slot] = False
 
     def begin(self, plan: BatchPlan, batch: ForwardBatch, slots: IntArray) -> None:
-        """Put what the staged step's rows bring into it: the tokens drafted for them, and what they carry."""
+        """Find what the staged step's rows carry into it, and begin to time it."""
         self._load_carried(plan)
         self._runner.times.begin(plan.mode)
-        if not plan.num_drafts:
-            return
-        #   token ids of a row   | own ... | draft 0 | ... |
-        #                                  ^ end - num     ^ end
-        rows = slots[: batch.num_real_rows]
-        num_drafts = np.zeros(self._table.max_slots, dtype=np.int64)
-        num_drafts[plan.slots] = plan.num_drafts
-        nums = num_drafts[rows]
-        ends = batch.host_query_starts[1 : len(rows) + 1].astype(np.int64)
-        numbers = np.arange(nums.sum()) - np.repeat(np.cumsum(nums) - nums, nums)
-        places = np.repeat(ends - nums, nums) + numbers
-        sources = np.repeat(rows * self._state.max_drafts, nums) + numbers
-        index = self._copies.upload(np.stack([places, sources]))
-        batch.token_ids.index_copy_(0, index[0], self._state.drafts.view(-1).index_select(0, index[1]))
 
     def advance(
         self,
