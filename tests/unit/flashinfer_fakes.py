@@ -23,6 +23,7 @@ class FakeKernels:
     runs: list[tuple[int, int]] = field(default_factory=list)
     overlaps: set[bool] = field(default_factory=set)
     info: list[int] = field(default_factory=lambda: [7])
+    plans_by_pages: bool = False
     whole_info: list[int] = field(default_factory=lambda: [1])
     """Of plans that hold for contexts of any length"""
 
@@ -89,10 +90,11 @@ class FakeKernels:
             place = pages.starts.tolist().index(page_starts[row])
             last = int(pages.last_page_lens[place])
             num_pages = page_starts[row + 1] - page_starts[row]
-            assert (num_pages - 1) * self.shape.page_size + last == context_lens[row]
+            context_len = (num_pages - 1) * self.shape.page_size + last
+            assert self.plans_by_pages or context_len == context_lens[row]
             self.runs.append((starts[row], starts[row + 1]))
             self._attend(
-                q, pool, pages.pages[page_starts[row] : page_starts[row + 1]], context_lens[row],
+                q, pool, pages.pages[page_starts[row] : page_starts[row + 1]], context_len,
                 slice(starts[row], starts[row + 1]), scale, out,
             )  # fmt: skip
 

@@ -40,3 +40,23 @@ def test_a_verify_bucket_s_rows_are_short_and_of_any_number() -> None:
     assert all(plan.is_captured and plan.num_tokens == 8 for plan in short.plans)
     assert short.limits[-1] == PlanLimits(8, 8, is_captured=True)
     assert not library.kernels("long").plans
+
+
+def test_a_plan_by_pages_holds_until_pages_or_rows_change() -> None:
+    staged = Staged()
+    attention, library = attention_over(staged.pool)
+    short = library.kernels("short")
+    short.plans_by_pages = True
+    inputs = staged.bucket("verify", 8)
+    num_plans = []
+    for plan in (
+        staged.plan(s0=(9, 2), s1=(4, 2)),  # pages of 4 tokens
+        staged.plan(s0=(10, 2), s1=(5, 2)),
+        staged.plan(s0=(11, 2), s1=(6, 2)),  # the first has another page
+        staged.plan(s0=(12, 2), s1=(6, 2)),
+        staged.plan(s0=(13, 1), s1=(5, 3)),
+    ):
+        found, expected = compared(staged, attention, plan, inputs)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        num_plans.append(len(short.plans))
+    assert num_plans == [1, 1, 2, 2, 3]

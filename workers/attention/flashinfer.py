@@ -79,6 +79,9 @@ class Planner:
         )
         self._always_has_rows = always_has_rows
         self._captured: list[int] | None = None
+        self._planned: tuple[bytes, bytes] | None = None
+        """Which rows `_device` has the plan of, where that is a captured part's."""
+        self._part: PlannedPart | None = None
 
     def plan_whole(self, rows: HostRows) -> "PlannedPart":
         """Plan rows of one token for good; see PagedKernels."""
@@ -89,7 +92,13 @@ class Planner:
         return PlannedPart(self.kernels, info, memory, self._always_has_rows)
 
     def plan(self, rows: HostRows) -> "PlannedPart":
-        """Plan rows within the limits; those of a captured part are as many as these."""
+        """Plan rows within the limits; those of a captured part are as many as these.
+
+        Where the kernels ask for no more than rows' pages, a captured part's plan holds until these change.
+        """
+        asked = (rows.query_starts.tobytes(), rows.page_starts.tobytes())
+        if self._part is not None and asked == self._planned:
+            return self._part
         pinned = self._ring.acquire()
         memory = PlanMemory(self._floats, self._device, pinned.data)
         info = self.kernels.plan(rows, memory)
@@ -98,7 +107,10 @@ class Planner:
             self._captured = self._captured or list(info)
             if list(info) != self._captured:
                 raise PlanChangedError(f"found {list(info)}, allowed is {self._captured}, the graph's")
-        return PlannedPart(self.kernels, info, memory, self._always_has_rows)
+        part = PlannedPart(self.kernels, info, memory, self._always_has_rows)
+        if self._limits.is_captured and self.kernels.plans_by_pages:
+            self._planned, self._part = asked, part
+        return part
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,9 @@ class PlanMemory:
 class PagedKernels(Protocol):
     """Kernels for one window (of tokens seen, None: all), for rows of any length, but good at some."""
 
+    plans_by_pages: bool
+    """Plans depend on rows' tokens and numbers of pages, and on nothing else of their contexts."""
+
     def plan_bytes(self, limits: PlanLimits) -> int:
         """Return how many bytes a plan takes at most."""
         ...
@@ -261,6 +264,8 @@ class _Kernels:
 class ShortRowKernels(_Kernels):
     """FlashAttention 2. A group's query heads share a tile, and a long context is divided."""
 
+    plans_by_pages = True
+
     def plan_bytes(self, limits: PlanLimits) -> int:
         """See PagedKernels: three indices and a flag a block, two arrays of starts."""
         smallest_tile = self._tile(limits) if limits.is_captured else _TILES_Q[0]
@@ -306,6 +311,8 @@ class ShortRowKernels(_Kernels):
 
 class LongRowKernels(_Kernels):
     """FlashAttention 3: as many blocks as processors, each with a list of tiles of queries."""
+
+    plans_by_pages = False
 
     def plan_bytes(self, limits: PlanLimits) -> int:
         """See PagedKernels: seven numbers for each tile of each head, and where a processor's list starts."""
