@@ -27,7 +27,8 @@ from workers.engine.namespace import kv_namespace
 from workers.engine.part_times import part_times_of
 from workers.engine.sampled import Sampled
 from workers.engine.sampler import Sampler
-from workers.engine.staging import DraftIds, Stager
+from workers.engine.staged_tokens import DraftIds
+from workers.engine.staging import Stager
 from workers.kvcache.kv_pool import KVPool, allocate_pool
 from workers.kvcache.mover import Mover
 from workers.kvcache.page_table import PageTable
@@ -135,10 +136,8 @@ class Engine:
         # A step may hold max_tokens_per_step tokens or one token of every slot.
         max_tokens = max(config.max_tokens_per_step, max_slots)
         self._last_tokens = LastTokens(max_slots, device, tp_group, copies) if config.depth > 0 else None
-        draft_ids = DraftIds(card.vocab_size, config.max_drafts) if config.max_drafts else None
-        self._stager = Stager(
-            self._table, max_tokens, device, copies, mechanisms, self._last_tokens, draft_ids
-        )
+        ids = DraftIds(card.vocab_size, config.max_drafts)
+        self._stager = Stager(self._table, max_tokens, device, copies, mechanisms, self._last_tokens, ids)
         chosen = choose_kernels(
             config, self._pool, loaded.decoder, copies, max_tokens=max_tokens, mechanisms=mechanisms
         )

@@ -5,7 +5,6 @@ set is written again only after its copy. Locations and page rows are derived fr
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -17,11 +16,10 @@ from workers.engine.forward_batch import ForwardBatch
 from workers.engine.graph_guard import Bucket
 from workers.engine.last_tokens import LastTokens
 from workers.engine.mechanisms import ALL_ON, Mechanisms
+from workers.engine.staged_tokens import DraftIds, SlotArray, are_chains, count_up, known_tokens
 from workers.kvcache.kv_pool import DUMMY_PAGE
 from workers.kvcache.page_table import PageTable
 from workers.plan import BatchPlan, Mode
-
-SlotArray = npt.NDArray[np.int64]
 
 MAX_STEPS_IN_FLIGHT = 1
 """Depth: steps that may be planned while one runs."""
@@ -67,10 +65,14 @@ class StepInputs:
         self.slots, self.query_starts, self.context_lens, self.num_columns, self._pages = views[4:]
         self.max_columns = max_columns
         self.rows_offset = offsets[8]
+        self._views: dict[tuple[int, int], torch.Tensor] = {}
 
     def page_rows(self, num_rows: int, num_columns: int) -> torch.Tensor:
         """Return the page rows of a step in which the longest has `num_columns` pages, [rows, columns]."""
-        return self._pages[: num_rows * num_columns].view(num_rows, num_columns)
+        shape = (num_rows, num_columns)
+        if shape not in self._views:
+            self._views[shape] = self._pages[: num_rows * num_columns].view(shape)
+        return self._views[shape]
 
 
 class HostInputs(StepInputs):
@@ -156,15 +158,6 @@ class BucketInputs:
         self.has_rows = False
 
 
-@dataclass(frozen=True)
-class DraftIds:
-    """What stands for tokens of drafts until the pass looks them up: ids behind the vocabulary's,
-    `vocab_size` + slot * `max_drafts` + number."""
-
-    vocab_size: int
-    max_drafts: int
-
-
 class Stager:
     """Fills staging sets from plans and sends them to the device.
 
@@ -241,7 +234,7 @@ class Stager:
             slots[:num_real] = plan.slots
             self._fill_decode(host, plan, slots[:num_real])
         else:
-            slots[:num_real] = self._fill(host, plan)
+            slots[:num_real] = self._fill_chains(host, plan) if are_chains(plan) else self._fill(host, plan)
         num_tokens, num_samples = plan.num_tokens, num_real if is_decode else plan.num_samples
         if not is_decode:
             #   query_starts  | ..., num_tokens | size, size, ... |: the first pad row has all pad tokens
@@ -282,10 +275,28 @@ class Stager:
         num_rows = len(slots)
         positions = host.position_array[:num_rows]
         positions[:] = plan.starts
-        host.token_id_array[:num_rows] = _tokens(plan)
+        host.token_id_array[:num_rows] = known_tokens(plan)
         host.len_array[:num_rows] = positions
         host.len_array[:num_rows] += 1
         self._table.stage_locations(slots, positions, host.location_array[:num_rows])
+
+    def _fill_chains(self, host: HostInputs, plan: BatchPlan) -> SlotArray:
+        """As `_fill`, where `are_chains`."""
+        num_rows, num_tokens, length = len(plan.slots), plan.num_tokens, plan.lens[0]
+        slots = np.array(plan.slots, dtype=np.int64)
+        starts = np.array(plan.starts, dtype=np.int64)
+        numbers = np.arange(length)
+        positions = host.position_array[:num_tokens]
+        np.add(starts[:, None], numbers, out=positions.reshape(num_rows, length))
+        tokens = host.token_id_array[:num_tokens].reshape(num_rows, length)
+        tokens[:, 0] = plan.token_ids
+        tokens[:, 1:] = 0 if self._draft_ids is None else self._draft_ids.firsts(slots) + numbers[:-1]
+        host.slot_array[:num_rows] = slots
+        host.start_array[: num_rows + 1] = np.arange(0, num_tokens + 1, length)
+        host.len_array[:num_rows] = starts + length
+        host.sample_array[:num_tokens] = np.arange(num_tokens)
+        self._table.stage_locations(np.repeat(slots, length), positions, host.location_array[:num_tokens])
+        return slots
 
     def _fill(self, host: HostInputs, plan: BatchPlan) -> SlotArray:
         """Write all but page rows of rows of any length; return their slots, those of one token first."""
@@ -293,7 +304,7 @@ class Stager:
         slots = np.array(plan.slots, dtype=np.int64)
         starts = np.array(plan.starts, dtype=np.int64)
         lens = np.array(plan.lens, dtype=np.int64)
-        tokens = _tokens(plan, self._draft_ids)
+        tokens = known_tokens(plan, self._draft_ids)
         sampled = np.array(plan.sampled, dtype=np.int64)
         order = np.argsort(lens > 1, kind="stable")
         ends = np.cumsum(lens)
@@ -314,7 +325,7 @@ class Stager:
         lasts = ends[sampled] - 1
         if num_samples is not None:  # the row's own token and each of its drafts
             firsts = np.repeat(lasts + 1 - num_samples, num_samples)
-            lasts = firsts + _count_up(num_samples)
+            lasts = firsts + count_up(num_samples)
         host.sample_array[: len(lasts)] = lasts
         self._table.stage_locations(np.repeat(slots, lens), positions, host.location_array[:num_tokens])
         return slots
@@ -327,31 +338,6 @@ class Stager:
         target = torch.empty(staged.shape, dtype=staged.dtype, device=self._device)
         self._copies.copy(target, staged)
         return target
-
-
-def _tokens(plan: BatchPlan, draft_ids: DraftIds | None = None) -> npt.NDArray[np.int64]:
-    """Return the tokens of a plan's rows; in place of those that are awaited one that is legal, of those that
-    are drafted where they are found."""
-    tokens = np.zeros(plan.num_tokens, dtype=np.int64)
-    if not plan.num_drafts:
-        tokens[plan.num_awaited :] = plan.token_ids
-        return tokens
-    lens, num_drafts = np.array(plan.lens, dtype=np.int64), np.array(plan.num_drafts, dtype=np.int64)
-    numbers = _count_up(lens) - np.repeat(lens - num_drafts, lens)  # of drafts, of known tokens less than 0
-    is_known = numbers < 0
-    is_known[: plan.num_awaited] = False
-    tokens[is_known] = plan.token_ids
-    if draft_ids is not None:
-        firsts = draft_ids.vocab_size + draft_ids.max_drafts * np.array(plan.slots, dtype=np.int64)
-        codes = np.repeat(firsts, lens) + numbers
-        tokens[numbers >= 0] = codes[numbers >= 0]
-    return tokens
-
-
-def _count_up(lens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Return 0 .. len - 1 for each of the lengths, one after another."""
-    counts: npt.NDArray[np.int64] = np.arange(lens.sum()) - np.repeat(np.cumsum(lens) - lens, lens)
-    return counts
 
 
 def static_batch(
