@@ -95,8 +95,8 @@ def rank():
     stats.prompted(100, 60, {"device": 32, "host": 16, "peer": 12})
     stats.queue_s = [0.01, 0.02]
     cache = KVCacheManager(16, 16, NAMESPACE, 1)
-    stats.verified(3, 2, prompt_len=40, origins={"host": 32})
-    stats.verified(3, 4, prompt_len=40, origins={"host": 16})
+    stats.verified(3, 2, "host")
+    stats.verified(3, 4, "computed")
     stats.step_tokens["verify"], stats.draft_steps[3], stats.draft_switches["off", "loss"] = 8, 7, 6
     sources = LeaderSources(stats, cache, FakeInbox(), 4096)
     labels = RankLabels("tiny", "replica-0", 0, "10.0.0.1")

@@ -84,20 +84,23 @@ class Sampler:
         if table.has_penalties[slot]:
             self._free_counts_rows.append(int(table.counts_row[slot]))
 
-    def has_history(self, slot: int) -> bool:
-        """Tell whether a slot's next token depends on those before it, beside their place."""
-        return bool(self._table.has_penalties[slot])
+    def has_history(self, slots: IntArray) -> npt.NDArray[np.bool_]:
+        """Tell of each slot whether its next token depends on those before it, beside their place."""
+        found: npt.NDArray[np.bool_] = self._table.has_penalties[slots]
+        return found
 
-    def sample(self, logits: Tensor, slots: Sequence[int], positions: Sequence[int]) -> Sampled:
+    def sample(
+        self, logits: Tensor, slots: Sequence[int] | IntArray, positions: Sequence[int] | IntArray
+    ) -> Sampled:
         """Choose one token a row and count it to the row's history.
 
         logits [rows, vocab], in the model's dtype, are left as they are. `positions[i]` is the absolute
         position that row i's new token takes.
         """
-        rows = np.array(slots, dtype=np.int64)
+        rows = np.asarray(slots, dtype=np.int64)
         if self._table.is_plain[rows].all():
             return Sampled(self._greedy_tokens(logits), None)
-        places = np.array(positions, dtype=np.int64)
+        places = np.asarray(positions, dtype=np.int64)
         scores = self._adjust(logits.float(), rows, places)
         chosen = self._choose(scores, rows, places)
         self._count(chosen, rows)

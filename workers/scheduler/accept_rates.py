@@ -18,11 +18,11 @@ class AcceptRates:
         self._reached = [_FIRST_ROWS, *others]
         self._accepted = [_FIRST_ROWS * _FIRST_RATE, *others]
 
-    def verified(self, num_drafts: int, num_accepted: int) -> None:
-        """Take a row in: of its drafts the first `num_accepted` were right."""
+    def verified(self, num_drafts: int, num_accepted: int, num_rows: int = 1) -> None:
+        """Take rows in: of each one's drafts the first `num_accepted` were right."""
         for place in range(min(num_accepted + 1, num_drafts)):
-            self._reached[place] += 1
-            self._accepted[place] += place < num_accepted
+            self._reached[place] += num_rows
+            self._accepted[place] += num_rows * (place < num_accepted)
 
     def stepped(self) -> None:
         """Let what was seen count for less; called for each step that verified drafts."""

@@ -98,9 +98,9 @@ class DraftLength:
             self.length = min(choice.probed, lengths[-1])
         return self.length
 
-    def verified(self, num_drafts: int, num_accepted: int) -> None:
-        """Take in what became of a row's drafts."""
-        self._rates.verified(num_drafts, num_accepted)
+    def verified(self, num_drafts: int, num_accepted: int, num_rows: int = 1) -> None:
+        """Take in what became of the drafts of some rows, of all the same."""
+        self._rates.verified(num_drafts, num_accepted, num_rows)
 
     def stepped(self, plan: BatchPlan, seconds: float) -> None:
         """Take in how long a step took: it tells of a length if all its rows verified and drafted as many."""

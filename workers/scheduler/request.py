@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Literal
 
 from workers.kvcache.arrivals import Origin
 from workers.kvcache.prefetcher import Prefetch
@@ -67,6 +68,17 @@ class Request:
     def num_generated(self) -> int:
         """Tokens beyond the prompt."""
         return len(self.token_ids) - self.prompt_len
+
+    @property
+    def main_origin(self) -> Origin | Literal["computed"]:
+        """Where the most of its prompt was found, if it was not computed."""
+        if not self.origins:
+            return "computed"
+        lens: dict[Origin | Literal["computed"], int] = {
+            "computed": self.prompt_len - sum(self.origins.values())
+        }
+        lens.update(self.origins.items())
+        return max(lens, key=lens.__getitem__)
 
     @property
     def is_fetching(self) -> bool:

@@ -25,7 +25,7 @@ from workers.scheduler.admission import Admission, QueueFullError, RequestRefuse
 from workers.scheduler.draft_length import DraftLength
 from workers.scheduler.request import Request
 from workers.scheduler.running import Running
-from workers.scheduler.stats import SchedulerStats, load_report
+from workers.scheduler.stats import PrefixOrigin, SchedulerStats, load_report
 from workers.scheduler.step import Step, assemble
 from workers.scheduler.step_budget import StepBudget
 
@@ -283,6 +283,10 @@ class Scheduler:
             request.num_awaited -= 1
             is_first, reason = not request.num_generated, None
             num_kept = 0
+            room = request.max_len - len(request.token_ids)
+            if len(token_ids) < room and request.stop_token_ids.isdisjoint(token_ids):
+                request.token_ids += token_ids
+                num_kept = len(token_ids)
             while num_kept < len(token_ids) and reason is None:
                 request.token_ids.append(token_ids[num_kept])
                 reason = self._reason(request, token_ids[num_kept])
@@ -309,6 +313,7 @@ class Scheduler:
         A row with drafts has computed as many tokens as it has kept: its own, and the drafts that were right.
         """
         page_size = self._cache.page_size
+        verified: Counter[tuple[PrefixOrigin, int, int]] = Counter()
         for row, (request, length) in enumerate(zip(rows, plan.lens, strict=True)):
             if request is None:
                 continue
@@ -316,19 +321,18 @@ class Scheduler:
             num_more = length - num_drafts
             if num_drafts:
                 num_more += len(kept[row].token_ids) - 1
-                self._verified(request, kept[row])
+                verified[request.main_origin, num_drafts, kept[row].num_found] += 1
             num_computed = request.num_computed + num_more
             if num_computed // page_size > request.num_computed // page_size:
                 assert request.slot is not None
                 self._cache.commit(request.slot, num_computed)
             request.num_computed = num_computed
             request.num_in_flight -= length
-
-    def _verified(self, request: Request, kept: _Kept) -> None:
-        """Count what became of a row's drafts, be it behind the request's end."""
-        self.stats.verified(kept.num_drafts, kept.num_found, request.prompt_len, request.origins)
-        if self._draft_length is not None:
-            self._draft_length.verified(kept.num_drafts, kept.num_found - 1)
+        # What became of rows' drafts counts behind the request's end, too.
+        for (origin, num_drafts, num_found), num_rows in verified.items():
+            self.stats.verified(num_drafts, num_found, origin, num_rows)
+            if self._draft_length is not None:
+                self._draft_length.verified(num_drafts, num_found - 1, num_rows)
 
     def _answer(self, request: Request | None, kept: _Kept) -> RequestOutput:
         """End a request where its last token did, and tell what it has got."""

@@ -54,17 +54,13 @@ class SchedulerStats:
         self.prefix_tokens.update(origins)
         self.prefix_tokens["computed"] += prompt_len - num_cached
 
-    def verified(
-        self, num_drafts: int, num_found: int, prompt_len: int, origins: Mapping[Origin, int]
-    ) -> None:
-        """Count a row to which the verifying of `num_drafts` drafts brought `num_found` tokens, for a request
-        whose prompt was found at `origins`."""
+    def verified(self, num_drafts: int, num_found: int, origin: PrefixOrigin, num_rows: int = 1) -> None:
+        """Count rows to each of which the verifying of `num_drafts` drafts brought `num_found` tokens, for
+        requests the most of whose prompts was found at `origin`."""
         for place in range(1, num_drafts + 1):
-            self.num_drafts[place, "accepted" if place < num_found else "rejected"] += 1
-            self.num_reached_drafts[place] += place <= num_found
-        lens: dict[PrefixOrigin, int] = {"computed": prompt_len - sum(origins.values())}
-        lens.update(origins.items())
-        self.accept_lengths[max(lens, key=lens.__getitem__), num_found] += 1
+            self.num_drafts[place, "accepted" if place < num_found else "rejected"] += num_rows
+            self.num_reached_drafts[place] += num_rows * (place <= num_found)
+        self.accept_lengths[origin, num_found] += num_rows
 
 
 def load_report(

@@ -71,10 +71,13 @@ class Verified:
     def read(self) -> tuple[list[int], list[TokenLogprobs | None]]:
         """Return tokens and logprobs of all rows, one after another."""
         num_places = self.choices.token_ids.shape[1]
+        rows = self.choices.token_ids.tolist()  # on the host: waits for nothing
+        if all(sampled.logprobs is None for _, sampled in self.choices.parts):
+            tokens = [token for row, num in zip(rows, self.num_tokens, strict=True) for token in row[:num]]
+            return tokens, [None] * len(tokens)
         told: dict[int, TokenLogprobs | None] = {}
         for places, sampled in self.choices.parts:
             told.update(zip(places.tolist(), sampled.read()[1], strict=True))
-        rows = self.choices.token_ids.tolist()  # on the host as well
         kept = [(row, place) for row, num in enumerate(self.num_tokens) for place in range(num)]
         return [rows[row][place] for row, place in kept], [
             told[row * num_places + place] for row, place in kept
@@ -96,9 +99,9 @@ def choose(
     firsts = np.cumsum(lens) - lens
     row = np.repeat(np.arange(num_rows), lens)  # [samples]
     place = np.arange(len(row)) - firsts[row]
-    has_history = np.array([sampler.has_history(slot) for slot in rows.slots.tolist()], dtype=np.bool_)
+    has_history = sampler.has_history(rows.slots)
     if len(row) == num_rows * num_places and not has_history.any():  # as they come
-        sampled = sampler.sample(logits, rows.slots[row].tolist(), (rows.positions[row] + place).tolist())
+        sampled = sampler.sample(logits, rows.slots[row], rows.positions[row] + place)
         return Choices(sampled.token_ids.view(num_rows, num_places), [(np.arange(len(row)), sampled)])
     token_ids = torch.zeros(num_rows * num_places, dtype=torch.int64, device=all_drafts.device)
     choices = Choices(token_ids.view(num_rows, num_places), [])
@@ -109,7 +112,7 @@ def choose(
             return None
         taken = logits if len(which) == len(logits) else logits.index_select(0, copies.upload(which))
         positions = rows.positions[row[which]] + place[which]
-        sampled = sampler.sample(taken, rows.slots[row[which]].tolist(), positions.tolist())
+        sampled = sampler.sample(taken, rows.slots[row[which]], positions)
         places = row[which] * num_places + place[which]
         token_ids.index_copy_(0, copies.upload(places), sampled.token_ids)
         choices.parts.append((places, sampled))
