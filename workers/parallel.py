@@ -17,7 +17,15 @@ from datetime import timedelta
 from typing import Literal, Self, TypeVar
 
 import torch
-from torch._C._distributed_c10d import AllreduceOptions, BroadcastOptions, GatherOptions, TCPStore, Work
+from torch._C._distributed_c10d import (
+    AllgatherOptions,
+    AllreduceOptions,
+    BroadcastOptions,
+    GatherOptions,
+    ReduceOp,
+    TCPStore,
+    Work,
+)
 
 from workers.completion_board import CompletionBoard
 from workers.move_board import MoveBoard
@@ -164,12 +172,23 @@ class TPGroup:
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
         """Sum `tensor` over the ranks, in place on every rank. Any shape; contiguous."""
+        self._reduce(tensor, ReduceOp.SUM)
+
+    def maximum(self, tensor: torch.Tensor) -> None:
+        """Make each element the largest of the ranks', in place on every rank. Any shape; contiguous."""
+        self._reduce(tensor, ReduceOp.MAX)
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the ranks' tensors, of one shape, on every rank: [size, *shape]."""
+        gathered = tensor.new_empty(self.size, *tensor.shape)
         group = self._process_group
         if group is None:
-            return
-        options = AllreduceOptions()
+            return gathered.copy_(tensor)
+        options = AllgatherOptions()
         options.asyncOp = False
-        self._run("all_reduce", lambda: group.allreduce([tensor], options))
+        part = tensor.contiguous()
+        self._run("all_gather", lambda: group._allgather_base(gathered.view(-1), part.view(-1), options))
+        return gathered
 
     def broadcast(self, tensor: torch.Tensor) -> None:
         """Make `tensor` rank 0's, in place on the others. Any shape and type; contiguous."""
@@ -296,6 +315,15 @@ class TPGroup:
         self._store = None
         self.board.close()
         self.moves.close()
+
+    def _reduce(self, tensor: torch.Tensor, operation: ReduceOp.RedOpType) -> None:
+        group = self._process_group
+        if group is None:
+            return
+        options = AllreduceOptions()
+        options.reduceOp = ReduceOp(operation)
+        options.asyncOp = False
+        self._run("all_reduce", lambda: group.allreduce([tensor], options))
 
     def _run(self, name: str, enqueue: Callable[[], Work | None]) -> None:
         """Run a collective; on CUDA on the current stream, for which the host does not wait."""

@@ -5,6 +5,7 @@ from typing import Literal, Protocol, cast
 
 import torch
 from torch._C._distributed_c10d import (
+    AllgatherOptions,
     AllreduceOptions,
     BroadcastOptions,
     GatherOptions,
@@ -22,6 +23,11 @@ class Collectives(Protocol):
 
     def broadcast(self, tensors: list[torch.Tensor], opts: BroadcastOptions) -> Work | None:
         """Make each tensor the root's, in place."""
+
+    def _allgather_base(
+        self, output: torch.Tensor, part: torch.Tensor, opts: AllgatherOptions, /
+    ) -> Work | None:
+        """Collect the ranks' inputs on every rank, one after another."""
 
     def gather(
         self, outputs: list[list[torch.Tensor]], inputs: list[torch.Tensor], opts: GatherOptions

@@ -24,7 +24,6 @@ from workers.kvcache.kv_pool import KVPool
 from workers.kvcache.layout import target_only
 from workers.kvcache.page_table import PageTable
 from workers.kvcache.sanitizer import KVSanitizer
-from workers.parallel import TPGroup
 from workers.plan import BatchPlan, CloseSlot, PlanOp, SetRow
 
 _CPU = torch.device("cpu")
@@ -44,7 +43,7 @@ class SanitizedRank(FakeRank):
         self.pool = KVPool(target_only(1, config.page_size, 1, 1, "float32"), config.num_pages, _CPU)
         self.table = PageTable(max_slots, pages_per_row, config.page_size, config.num_pages, checked=True)
         max_tokens = max(config.max_tokens_per_step, max_slots)
-        self.sampled = LastTokens(max_slots, _CPU, TPGroup.single(), InlineCopies())
+        self.sampled = LastTokens(max_slots, _CPU, InlineCopies())
         self.stager = Stager(self.table, max_tokens, _CPU, InlineCopies(), self.mechanisms, self.sampled)
         self.bucket = BucketInputs(
             Bucket("decode", max_slots), max_slots, config.page_size, pages_per_row, _CPU, self.mechanisms

@@ -12,7 +12,6 @@ from workers.engine.sampled import Sampled
 from workers.engine.sampler import Sampler
 from workers.engine.staging import BucketInputs, Stager
 from workers.kvcache.page_table import PageTable
-from workers.parallel import TPGroup
 from workers.plan import SetRow
 
 VOCAB_SIZE = 3000
@@ -54,7 +53,7 @@ def test_a_step_that_is_staged_ahead_waits_for_nothing():
     """Known tokens and awaited ones, in a bucket and eager; then rank 0 keeps what it sampled."""
     with DeviceLine() as line:
         table = PageTable(3, 4, 4, 30, checked=True)
-        last_tokens = LastTokens(3, DEVICE, TPGroup.single(), line)
+        last_tokens = LastTokens(3, DEVICE, line)
         stager = Stager(table, 16, DEVICE, line, last_tokens=last_tokens)
         bucket = BucketInputs(Bucket("decode", 3), 3, 4, 4, DEVICE)
         log = PlanLog(4, 30)

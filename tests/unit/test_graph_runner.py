@@ -16,7 +16,6 @@ from workers.engine.staging import NUM_STAGING_SETS, BucketInputs, Stager
 from workers.kvcache.kv_pool import DUMMY_PAGE, KVPool
 from workers.kvcache.layout import target_only
 from workers.kvcache.page_table import PageTable
-from workers.parallel import TPGroup
 from workers.plan import BatchPlan, SetRow
 
 CPU = torch.device("cpu")
@@ -90,7 +89,7 @@ def test_awaited_tokens_are_taken_behind_the_copies_and_before_the_pass() -> Non
     """The host stages three steps, the first of known tokens, while the stream has not begun the first."""
     stream, log = DelayedStream(), PlanLog(PAGE_SIZE, NUM_PAGES)
     table = PageTable(2, PAGES_PER_ROW, PAGE_SIZE, NUM_PAGES, checked=True)
-    last_tokens = LastTokens(2, CPU, TPGroup.single(), stream)
+    last_tokens = LastTokens(2, CPU, stream)
     stager = Stager(table, 16, CPU, stream, last_tokens=last_tokens)
     bucket = decode_bucket(2)
     log.open(0, [7])

@@ -149,7 +149,7 @@ def our_logits(card: ModelCard, token_ids: list[int], group: TPGroup) -> torch.T
     model = load_model(card, group=group, device=CPU, dtype="float32")
     with torch.inference_mode():
         hidden = model.decoder(torch.tensor(token_ids), torch.arange(len(token_ids)), DenseAttention())
-        return model.decoder.logits(hidden)
+        return model.decoder.whole_logits(hidden)
 
 
 def run_ranks(size: int, work: Callable[[TPGroup], torch.Tensor | None]) -> list[torch.Tensor | None]:

@@ -106,7 +106,7 @@ def choose_kernels(
     if own is not None:
         decoder.adopt(own)
         for dtype in (pool.layer(0)[0].dtype, torch.float32):  # of greedy steps, and of mixed ones
-            own.greedy_tokens(decoder.norm.weight.new_zeros(1, decoder.config.vocab_size, dtype=dtype))
+            own.greedy_tokens(decoder.norm.weight.new_zeros(1, decoder.head.num_tokens, dtype=dtype))
     most_rows = max(config.max_running_requests, *(config.graph_batch_sizes or (1,)))
     attention = FlashInferAttention(
         pool,

@@ -48,7 +48,6 @@ def view_target(
     best, drafted = [], []
     for rows in torch.split(hidden, _ROWS_AT_A_TIME):
         logits = decoder.logits(rows)
-        assert logits is not None, "training has one rank"
         best.append(logits.argmax(dim=-1))
         drafted.append(logits.index_select(1, vocabulary.target_ids).float().softmax(dim=-1))
     likeliest = torch.cat(best)

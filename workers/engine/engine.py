@@ -69,7 +69,7 @@ class NoMoverError(RuntimeError):
 
 
 class Engine:
-    """One rank's model, KV pool, page table and, on rank 0, sampler.
+    """One rank's model, KV pool, page table and sampler.
 
     `namespace` names the KV it writes; `layout` the bytes of a page; `num_pages` and `max_context_len` are
     what the pool came to. `mechanisms` are switched off in mutation tests only.
@@ -135,15 +135,14 @@ class Engine:
         """The log's end, for crash dumps."""
         # A step may hold max_tokens_per_step tokens or one token of every slot.
         max_tokens = max(config.max_tokens_per_step, max_slots)
-        self._last_tokens = LastTokens(max_slots, device, tp_group, copies) if config.depth > 0 else None
+        self._last_tokens = LastTokens(max_slots, device, copies) if config.depth > 0 else None
         ids = DraftIds(card.vocab_size, config.max_drafts)
         self._stager = Stager(self._table, max_tokens, device, copies, mechanisms, self._last_tokens, ids)
         chosen = choose_kernels(
             config, self._pool, loaded.decoder, copies, max_tokens=max_tokens, mechanisms=mechanisms
         )
-        self._sampler: Sampler | None = None
-        if tp_group.rank == 0:
-            self._sampler = Sampler(card.vocab_size, max_slots, device, copies, greedy=chosen.greedy_tokens)
+        greedy = chosen.greedy_tokens
+        self._sampler = Sampler(card.vocab_size, max_slots, device, copies, greedy=greedy, group=tp_group)
         self._guard = guard_for(config, device, chosen.attention.captured_modes, max_tokens)
         self._draft: DraftParts | None = None
         if draft is not None:
@@ -243,7 +242,7 @@ class Engine:
             self._sanitizer.watch(mover)
 
     def launch(self, plan: BatchPlan) -> None:
-        """Apply the plan's ops, run its rows, sample on rank 0, all of it behind the steps launched before.
+        """Apply the plan's ops, run its rows, sample, all of it behind the steps launched before.
 
         On return the device may have yet to do it: `collect`. SAVEs and LOADs that it starts may go on after
         the step, but for the LOADs of pages that its rows read: what became of those is on the board.
@@ -305,11 +304,10 @@ class Engine:
                     self._table.set_row(op)
                 case CloseSlot():
                     self._table.close_slot(op)
-                    if self._sampler:
-                        self._sampler.close(op.slot)
+                    self._sampler.close(op.slot)
                     if self._speculator:
                         self._speculator.close(op.slot)
-                case OpenSlot() if self._sampler:
+                case OpenSlot():
                     self._sampler.open(op)
                 case SavePages() | LoadPages():
                     moves.append(op)
@@ -354,12 +352,12 @@ class Engine:
     def _sample(self, plan: BatchPlan, logits: torch.Tensor | None) -> Sampled | None:
         sampled: Sampled | None = None
         slots = [plan.slots[row] for row in plan.sampled]
-        if logits is not None and self._sampler is not None:
+        if logits is not None:
             positions = [plan.starts[row] + plan.lens[row] for row in plan.sampled]
             sampled = self._sampler.sample(logits, slots, positions)
-        if self._last_tokens is not None and slots:
-            self._last_tokens.keep(slots, sampled)
-        return None if sampled is None else sampled.to_host(self._copies)
+            if self._last_tokens is not None:
+                self._last_tokens.keep(slots, sampled)
+        return None if sampled is None or self._group.rank > 0 else sampled.to_host(self._copies)
 
     def _wait_for_loads(self, plan: BatchPlan) -> bool:
         """Let the step come after the LOADs in flight of pages that its rows read (I5); True if there are."""

@@ -179,7 +179,7 @@ class GraphRunner:
         # Pads, whose tokens all write one place, say nothing.
         replayed = None if replayed is None else _of_samples(second, replayed).clone()
         computed = compute()
-        if replayed is None or computed is None:  # not rank 0
+        if replayed is None or computed is None:
             return step
         if not repeats(replayed, _of_samples(second, computed), self._max_rounding_ratio()):
             raise RecordingError(f"bucket {inputs.bucket}: a replay differs from the decoder")

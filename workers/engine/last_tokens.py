@@ -7,22 +7,18 @@ import torch
 
 from workers.engine.copies import CopyStream
 from workers.engine.sampled import Sampled
-from workers.parallel import TPGroup
 
 
 class LastTokens:
     """`token_ids` [slots] int64; a slot's is good from the step that sampled it until the slot is closed."""
 
-    def __init__(self, max_slots: int, device: torch.device, group: TPGroup, copies: CopyStream) -> None:
+    def __init__(self, max_slots: int, device: torch.device, copies: CopyStream) -> None:
         self.token_ids = torch.zeros(max_slots, dtype=torch.int64, device=device)
-        self._group = group
         self._copies = copies
 
-    def keep(self, slots: list[int], sampled: Sampled | None) -> None:
-        """Keep on all ranks what rank 0 has `sampled` for the slots, None on the others. A collective."""
-        token_ids = self.token_ids.new_empty(len(slots)) if sampled is None else sampled.token_ids
-        self._group.broadcast(token_ids)
-        self.token_ids.index_copy_(0, self._copies.upload(slots), token_ids)
+    def keep(self, slots: list[int], sampled: Sampled) -> None:
+        """Keep what was `sampled` for the slots, the same on every rank."""
+        self.token_ids.index_copy_(0, self._copies.upload(slots), sampled.token_ids)
 
     def take(self, target: torch.Tensor, slots: torch.Tensor) -> None:
         """Write the slots' tokens to `target`, behind what was enqueued before."""

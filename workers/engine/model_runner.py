@@ -29,8 +29,8 @@ class LanguageModel(Protocol):
         """As `forward`, with the residual stream before each of `layers`."""
         ...
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
-        """Return [rows, vocab] on rank 0, None on the others, of hidden [rows, hidden]."""
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return [rows, this rank's tokens] of hidden [rows, hidden]."""
         ...
 
 
@@ -74,10 +74,10 @@ class ModelRunner:
         self._attention.plan(batch)
 
     def compute(self, batch: ForwardBatch, out: torch.Tensor | None = None) -> torch.Tensor | None:
-        """Run the planned batch; return the logits [samples, vocab] of its sample_indices, in order.
+        """Run the planned batch; return the logits [samples, this rank's tokens] of its sample_indices, in
+        order.
 
-        They have the model's dtype and are written to `out`, if it is given. None on ranks other than 0, and
-        where nothing is sampled.
+        They have the model's dtype and are written to `out`, if it is given. None where nothing is sampled.
         """
         self._attention.begin()
         if self._extend is None:
@@ -100,4 +100,4 @@ class ModelRunner:
         if not takes_all:
             hidden = hidden[batch.sample_indices]
         logits = self._model.logits(hidden)
-        return logits if logits is None or out is None else out.copy_(logits)
+        return logits if out is None else out.copy_(logits)

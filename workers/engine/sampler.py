@@ -1,8 +1,9 @@
-"""Sampler: turns the logits of a step's sampled rows into tokens. Rank 0's Engine owns and calls it.
+"""Sampler: turns the logits of a step's sampled rows into tokens. Every rank's Engine owns and calls one.
 
 It keeps what a slot's next token depends on beside its logits: parameters, seed, token counts. Rows are
-processed together but independently: what a row yields depends on that row alone. On CUDA nothing here waits
-for the device.
+processed together but independently: what a row yields depends on that row alone. Ranks have the logits of
+their own part of the vocabulary, and all come to the same tokens, those of a group of one. On CUDA nothing
+here waits for the device.
 """
 
 import math
@@ -17,6 +18,8 @@ from workers.engine.copies import CopyStream
 from workers.engine.random_numbers import Purpose, gumbel, row_keys
 from workers.engine.sampled import Sampled, SampledLogprobs
 from workers.engine.sampling_table import SamplingTable
+from workers.engine.vocabulary_shard import VocabularyShard, ids_of, keys_of, values_of
+from workers.parallel import TPGroup
 from workers.plan import OpenSlot
 
 _FIRST_NUM_CANDIDATES = 256
@@ -31,6 +34,10 @@ GreedyTokens = Callable[[Tensor], Tensor]
 def greedy_tokens(logits: Tensor) -> Tensor:
     """GreedyTokens by torch, which is far slower over narrow floats on CPU than to widen them first."""
     return logits.float().argmax(dim=-1)
+
+
+_PROBABILITY_BITS = 40
+"""Probabilities relative to a row's largest are whole multiples of 2^-40: their sums are exact."""
 
 
 class Sampler:
@@ -49,9 +56,12 @@ class Sampler:
         copies: CopyStream,
         may_wait: bool | None = None,
         greedy: GreedyTokens = greedy_tokens,
+        group: TPGroup | None = None,
     ) -> None:
         """`may_wait`: whether a nucleus is sought among more and more tokens, which takes a look at the
-        device's results, or in one sort. None: on CPU only."""
+        device's results, or in one sort. None: on CPU only. `group`: among which the vocabulary is divided;
+        None: it is whole."""
+        self._shard = shard = VocabularyShard(vocab_size, group or TPGroup.single())
         self._vocab_size = vocab_size
         self._max_slots = max_slots
         self._device = torch.device(device)
@@ -59,10 +69,11 @@ class Sampler:
         self._may_wait = self._device.type == "cpu" if may_wait is None else may_wait
         self._greedy_tokens = greedy
         self._table = SamplingTable(vocab_size, max_slots)
-        self._ids = torch.arange(vocab_size, dtype=torch.int32, device=self._device)[None]  # [1, vocab]
+        ids = torch.arange(shard.num_tokens, dtype=torch.int32, device=self._device) + shard.first
+        self._ids = ids[None]  # [1, num_tokens]
         # Grown with the number of open slots that have penalties, of which there are few.
-        self._generated_counts = torch.zeros(0, vocab_size, dtype=torch.int32, device=self._device)
-        self._in_prompt = torch.zeros(0, vocab_size, dtype=torch.bool, device=self._device)
+        self._generated_counts = torch.zeros(0, shard.num_tokens, dtype=torch.int32, device=self._device)
+        self._in_prompt = torch.zeros(0, shard.num_tokens, dtype=torch.bool, device=self._device)
         self._free_counts_rows: list[int] = []
 
     def open(self, op: OpenSlot) -> None:
@@ -94,13 +105,12 @@ class Sampler:
     ) -> Sampled:
         """Choose one token a row and count it to the row's history.
 
-        logits [rows, vocab], in the model's dtype, are left as they are. `positions[i]` is the absolute
-        position that row i's new token takes.
+        logits [rows, this rank's tokens], in the model's dtype, are left as they are. `positions[i]` is the
+        absolute position that row i's new token takes. All ranks call it together.
         """
-        rows = np.asarray(slots, dtype=np.int64)
+        rows, places = np.asarray(slots, dtype=np.int64), np.asarray(positions, dtype=np.int64)
         if self._table.is_plain[rows].all():
-            return Sampled(self._greedy_tokens(logits), None)
-        places = np.asarray(positions, dtype=np.int64)
+            return Sampled(self._greedy(logits, rows, places), None)
         scores = self._adjust(logits.float(), rows, places)
         chosen = self._choose(scores, rows, places)
         self._count(chosen, rows)
@@ -118,13 +128,18 @@ class Sampler:
             first = self._generated_counts.shape[0]
             more = min(max(1, first), self._max_slots - first)
             self._generated_counts = torch.cat(
-                [self._generated_counts, self._generated_counts.new_zeros(more, self._vocab_size)]
+                [self._generated_counts, self._generated_counts.new_zeros(more, self._shard.num_tokens)]
             )
-            self._in_prompt = torch.cat([self._in_prompt, self._in_prompt.new_zeros(more, self._vocab_size)])
+            self._in_prompt = torch.cat(
+                [self._in_prompt, self._in_prompt.new_zeros(more, self._shard.num_tokens)]
+            )
             self._free_counts_rows.extend(range(first, first + more))
         counts_row = self._free_counts_rows.pop()
-        token_ids = self._copies.upload(op.token_ids)
-        prompt, generated = token_ids[: op.prompt_len], token_ids[op.prompt_len :]
+        places = np.array(op.token_ids, dtype=np.int64) - self._shard.first
+        is_here = (places >= 0) & (places < self._shard.num_tokens)
+        num_prompt = int(is_here[: op.prompt_len].sum())
+        token_ids = self._copies.upload(places[is_here])
+        prompt, generated = token_ids[:num_prompt], token_ids[num_prompt:]
         self._in_prompt[counts_row].fill_(False).index_fill_(0, prompt, True)
         counts = self._generated_counts[counts_row].fill_(0)
         counts.index_add_(0, generated, torch.ones_like(generated, dtype=torch.int32))
@@ -134,7 +149,8 @@ class Sampler:
         which, counted = self._part(chosen, self._table.has_penalties[rows])
         if which.size:
             counts_rows = self._copies.upload(self._table.counts_row[rows[which]])
-            self._generated_counts[counts_rows, counted] += 1
+            at, is_here = self._shard.place(counted)
+            self._generated_counts[counts_rows, at] += is_here.to(torch.int32)
 
     def _adjust(self, logits: Tensor, rows: IntArray, places: IntArray) -> Tensor:
         """Return logits after penalties, biases and bans; `logits` itself where no row has any."""
@@ -142,10 +158,12 @@ class Sampler:
         token_ids: list[int] = []
         additions: list[float] = []
         for i in np.flatnonzero(self._table.has_additions[rows]).tolist():
-            ids, values = self._table.additions(int(rows[i]), int(places[i]))
-            at += [i] * len(ids)
-            token_ids += ids
-            additions += values
+            first, end = self._shard.first, self._shard.first + self._shard.num_tokens
+            for token_id, value in zip(*self._table.additions(int(rows[i]), int(places[i])), strict=True):
+                if first <= token_id < end:
+                    at.append(i)
+                    token_ids.append(token_id - first)
+                    additions.append(value)
         which, penalized = self._part(logits, self._table.has_penalties[rows])
         if not which.size and not at:
             return logits
@@ -201,65 +219,88 @@ class Sampler:
         return which, values.index_select(0, self._copies.upload(which))
 
     def _greedy(self, scores: Tensor, rows: IntArray, places: IntArray) -> Tensor:
-        return self._greedy_tokens(scores)
+        return self._best(scores, self._greedy_tokens(scores))
+
+    def _best(self, scores: Tensor, places: Tensor) -> Tensor:
+        """Return the tokens of the largest scores of all ranks, of which each has its own at `places`."""
+        if self._shard.is_whole:
+            return places
+        best = scores.gather(-1, places[:, None])[:, 0].float()
+        return self._shard.best(keys_of(best, places + self._shard.first))
 
     def _draw_whole(self, scores: Tensor, rows: IntArray, places: IntArray) -> Tensor:
         """Draw from the whole vocabulary, min_p aside, which needs no ranking."""
         log_p, filters = self._scaled(scores, rows)
         if self._table.has_min_p[rows].any():
-            log_p = log_p.masked_fill(log_p < log_p.amax(-1, keepdim=True) + filters[:, 2:], -math.inf)
-        return log_p.add_(gumbel(self._keys(rows, places), self._ids)).argmax(dim=-1)
+            log_p = log_p.masked_fill(log_p < filters[:, 2:], -math.inf)
+        noisy = log_p.add_(gumbel(self._keys(rows, places), self._ids))
+        return self._best(noisy, noisy.argmax(dim=-1))
 
     def _draw_top_k(self, scores: Tensor, rows: IntArray, places: IntArray) -> Tensor:
-        return self._draw_ranked(scores, rows, places, int(self._table.top_k[rows].max()))[0]
+        log_p, filters = self._scaled(scores, rows)
+        return self._draw_ranked(log_p, filters, None, rows, places, int(self._table.top_k[rows].max()))[0]
 
     def _draw_nucleus(self, scores: Tensor, rows: IntArray, places: IntArray) -> Tensor:
         """Draw from the most likely tokens, as many as top_p wants."""
+        log_p, filters = self._scaled(scores, rows)
+        mass = self._mass(log_p)
         if not self._may_wait:
-            return self._draw_ranked(scores, rows, places, self._vocab_size)[0]
+            return self._draw_ranked(log_p, filters, mass, rows, places, self._vocab_size)[0]
         num_candidates = _FIRST_NUM_CANDIDATES
-        chosen, is_enough = self._draw_ranked(scores, rows, places, num_candidates)
+        chosen, is_enough = self._draw_ranked(log_p, filters, mass, rows, places, num_candidates)
         # The host decides whether to rank more tokens: a wait.
         while (lacking := np.flatnonzero(~is_enough.cpu().numpy())).size:
             num_candidates *= 8
+            its_p, its_filters, its_mass = (values[lacking] for values in (log_p, filters, mass))
             tokens, is_enough[lacking] = self._draw_ranked(
-                scores[lacking], rows[lacking], places[lacking], num_candidates
+                its_p, its_filters, its_mass, rows[lacking], places[lacking], num_candidates
             )
             chosen[lacking] = tokens
         return chosen
 
     def _draw_ranked(
-        self, scores: Tensor, rows: IntArray, places: IntArray, num_candidates: int
+        self,
+        log_p: Tensor,
+        filters: Tensor,
+        whole_mass: Tensor | None,
+        rows: IntArray,
+        places: IntArray,
+        num_candidates: int,
     ) -> tuple[Tensor, Tensor]:
-        """Draw from the most likely tokens.
+        """Draw from the most likely tokens, of what `_scaled` returned; `whole_mass` [rows] is that of all
+        tokens, None where top_k leaves fewer.
 
         Returns a token a row, and whether the candidates held the row's whole nucleus: if not, its token is
         void and the row must be drawn again with more.
         """
         num_candidates = min(num_candidates, self._vocab_size)
-        log_p, filters = self._scaled(scores, rows)
-        ids = _largest(log_p, num_candidates)  # [rows, candidates]
-        log_p = log_p.gather(-1, ids)
+        keys = self._shard.largest(log_p, num_candidates)  # [rows, candidates]
+        ids, log_p = ids_of(keys), values_of(keys)
         top_k = self._copies.upload(self._table.top_k[rows])[:, None]
         in_top_k = torch.arange(num_candidates, device=ids.device) < top_k
-        p = log_p.double().exp().masked_fill_(~in_top_k, 0.0)
+        p = _whole_probabilities(log_p).masked_fill_(~in_top_k, 0)
         mass = p.cumsum(dim=-1)
-        has_top_k = top_k < self._vocab_size
-        target = filters[:, 1:2].double()
         # Of what top_k left, the fewest tokens that reach top_p: those before which it is not yet reached.
-        target = torch.where(target < 1.0, target * torch.where(has_top_k, mass[:, -1:], 1.0), math.inf)
+        target = filters[:, 1:2].double()
+        target = target * (mass[:, -1:] if whole_mass is None else whole_mass[:, None])
+        target = torch.where(filters[:, 1:2] < 1.0, target, math.inf)
         is_kept = in_top_k & (mass - p < target)
-        is_kept &= log_p >= log_p[:, :1] + filters[:, 2:]
-        is_enough = has_top_k | (mass[:, -1:] >= target) | (num_candidates == self._vocab_size)
+        is_kept &= log_p >= filters[:, 2:]
+        is_enough = (mass[:, -1:] >= target) | (num_candidates == self._vocab_size)
         noise = gumbel(self._keys(rows, places), ids.to(torch.int32))
         noisy = (log_p + noise).masked_fill_(~is_kept, -math.inf)
         return ids.gather(-1, noisy.argmax(dim=-1, keepdim=True))[:, 0], is_enough[:, 0]
 
     def _scaled(self, scores: Tensor, rows: IntArray) -> tuple[Tensor, Tensor]:
-        """Return log-probabilities after temperature, [rows, vocab], and the rows' `filters` [rows, 3]."""
+        """Return log-probabilities after temperature relative to the row's largest, [rows, tokens], and the
+        rows' `filters` [rows, 3]. A token's depends on its own score and the largest alone."""
         filters = self._copies.upload(self._table.filters[rows])
-        # log_softmax works row by row on every device: unlike a plain sum it does not depend on the batch.
-        return torch.log_softmax(scores / filters[:, :1], -1), filters
+        largest = self._shard.maximum(scores.amax(-1, keepdim=True))
+        return (scores - largest).div_(filters[:, :1]), filters
+
+    def _mass(self, log_p: Tensor) -> Tensor:
+        """Return the sum of the row's probabilities, [rows] int64."""
+        return self._shard.sum(_whole_probabilities(log_p).sum(dim=-1))
 
     def _keys(self, rows: IntArray, places: IntArray) -> Tensor:
         return self._copies.upload(row_keys(self._table.seed[rows], places, Purpose.SAMPLE))
@@ -270,26 +311,16 @@ class Sampler:
         if not which.size:
             return None
         nums = self._table.num_logprobs[rows[which]].tolist()
-        log_p = torch.log_softmax(wanted, dim=-1)
-        ids = _largest(log_p, min(max(nums), self._vocab_size))
-        own = log_p.gather(-1, self._part(chosen, has_logprobs)[1][:, None])[:, 0]
-        return SampledLogprobs(which.tolist(), nums, own, ids, log_p.gather(-1, ids))
+        largest = self._shard.maximum(wanted.amax(-1, keepdim=True))
+        relative = wanted - largest
+        log_mass = self._mass(relative).double().log()[:, None] - _PROBABILITY_BITS * math.log(2)
+        log_p = (relative - log_mass).float()
+        top = self._shard.largest(log_p, min(max(nums), self._vocab_size))
+        at, is_here = self._shard.place(self._part(chosen, has_logprobs)[1])
+        own = torch.where(is_here, log_p.gather(-1, at[:, None])[:, 0], 0.0)
+        return SampledLogprobs(which.tolist(), nums, self._shard.sum(own), ids_of(top), values_of(top))
 
 
-def _largest(values: Tensor, num: int) -> Tensor:
-    """Return the ids of each row's `num` largest values, largest first; equal values, lower id first.
-
-    topk alone leaves the order of equal values open, and logits of bf16 weights are often equal.
-    """
-    vocab_size = values.shape[-1]
-    values = values + 0.0  # the two zeros are equal
-    if num * 8 > vocab_size:  # topk is slower than a sort where it keeps much
-        return values.sort(dim=-1, descending=True, stable=True).indices[:, :num]
-    if num == 0:
-        return torch.empty(values.shape[0], 0, dtype=torch.int64, device=values.device)
-    bits = values.view(torch.int32)
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
-    last_id_first = torch.arange(vocab_size - 1, -1, -1, device=values.device)
-    # key: [ order of the value : 32 | vocab_size - 1 - id : 32 ]
-    keys = (ordered.to(torch.int64) << 32) | last_id_first
-    return vocab_size - 1 - (keys.topk(num, dim=-1).values & 0xFFFFFFFF)
+def _whole_probabilities(log_p: Tensor) -> Tensor:
+    """Return probabilities in units of 2^-40, int64: whatever is added up in any order gives one sum."""
+    return (log_p.double().exp_() * 2.0**_PROBABILITY_BITS).to(torch.int64)

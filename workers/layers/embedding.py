@@ -47,7 +47,7 @@ class VocabularyEmbedding(nn.Module):
 
 
 class VocabularyHead(Linear):
-    """The projection to logits: each rank computes its share of the vocabulary, rank 0 gathers them."""
+    """The projection to logits: each rank computes its share of the vocabulary."""
 
     def __init__(
         self,
@@ -66,13 +66,20 @@ class VocabularyHead(Linear):
             self.weight = tied.weight
         self._vocab_size = vocab_size
         self._group = group
+        self.num_tokens = min(share, vocab_size - group.rank * share)
+        """Tokens of this rank's share; the last one's rows are more"""
 
     def placement(self) -> Placement:
         """Return where this rank's share of the checkpoint's [vocab, hidden] matrix goes."""
         return vocabulary_placement(self.weight, self._vocab_size, self._group.rank)
 
+    def own_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return [rows, num_tokens], of this rank's share; rows may lie apart."""
+        logits: torch.Tensor = self(hidden)
+        return logits[:, : self.num_tokens]
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
-        """Return [rows, vocab] on rank 0 and None on the others."""
+        """Return [rows, vocab] on rank 0, which gathers the ranks' shares, and None on the others."""
         gathered = self._group.gather_columns(self(hidden))
         return None if gathered is None else gathered[:, : self._vocab_size]
 

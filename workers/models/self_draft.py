@@ -59,7 +59,7 @@ class SelfDraft:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """Return the target's."""
-        return self._decoder.logits(hidden)
+        return self._decoder.whole_logits(hidden)
 
     def target_ids(self, draft_ids: torch.Tensor) -> torch.Tensor:
         """Return them as they are."""

@@ -96,10 +96,8 @@ class DraftLoop:
         """Tell whether the rows staged last are fewer than there is room for."""
         return self._num_rows < self.size
 
-    def stage(
-        self, rows: VerifiedRows, chosen: torch.Tensor | None, features: torch.Tensor, at: IntArray
-    ) -> None:
-        """Take a step's rows: what was `chosen` [B, places], on rank 0, and of the step's features [tokens,
+    def stage(self, rows: VerifiedRows, chosen: torch.Tensor, features: torch.Tensor, at: IntArray) -> None:
+        """Take a step's rows: what was `chosen` [B, places], and of the step's features [tokens,
         feature_size] those `at` [B, places]: of each row's own last token and of its drafts."""
         parts, num_rows = self._parts, len(rows.slots)
         host = self._ring.acquire()
@@ -117,9 +115,7 @@ class DraftLoop:
         # What the step before staged, and this one does not, points nowhere again (I9).
         self._pages[:, num_columns : self._num_columns].fill_(DUMMY_PAGE)
         self.chosen[num_rows : self._num_rows].zero_()
-        if chosen is not None:
-            self.chosen[:num_rows].copy_(chosen)
-        parts.group.broadcast(self.chosen)
+        self.chosen[:num_rows].copy_(chosen)
         torch.index_select(features, 0, self._features_at, out=self._features)
         host.fence = parts.copies.fence()
         self._num_rows, self._num_columns = num_rows, num_columns

@@ -68,14 +68,14 @@ class Speculator:
         batch: ForwardBatch,
         slots: IntArray,
         logits: Tensor | None,
-        sampler: Sampler | None,
+        sampler: Sampler,
         features: Tensor,
     ) -> tuple[Verified | None, Fence | None]:
         """Choose tokens for a step's sampled rows, and draft behind them: of a step that speculates.
 
-        `logits` [samples, vocab] and `sampler` are rank 0's; the others learn the tokens from it, and None is
-        returned there. `features` [tokens, feature_size] are those of the staged `batch`. The fence is behind
-        what was chosen; drafting goes on behind it.
+        `logits` [samples, this rank's tokens]: every rank comes to the same tokens. `features` [tokens,
+        feature_size] are those of the staged `batch`. The fence is behind what was chosen; drafting goes on
+        behind it.
         """
         firsts = np.zeros(self._table.max_slots, dtype=np.int64)
         firsts[slots[: batch.num_real_rows]] = batch.host_query_starts[: batch.num_real_rows]
@@ -97,20 +97,16 @@ class Speculator:
         rows: VerifiedRows,
         lasts: IntArray,
         logits: Tensor | None,
-        sampler: Sampler | None,
+        sampler: Sampler,
         features: Tensor,
-    ) -> tuple[Verified | None, DraftLoop]:
+    ) -> tuple[Verified, DraftLoop]:
         loop = self._runner.loop_for(len(rows.slots))
-        choices = None
-        if sampler is not None:
-            assert logits is not None, "rank 0 has the logits of what is sampled"
-            choices = choose(sampler, logits, rows, self._state.drafts, self._copies)
+        assert logits is not None, "what is sampled has logits"
+        choices = choose(sampler, logits, rows, self._state.drafts, self._copies)
         numbers = np.arange(self._state.max_drafts + 1)
         at = lasts[:, None] + np.minimum(numbers, rows.num_drafts[:, None])
-        loop.stage(rows, None if choices is None else choices.token_ids, features, at)
+        loop.stage(rows, choices.token_ids, features, at)
         self._runner.accept(loop)
-        if choices is None:
-            return None, loop
         # A copy on the CPU, too: the next step writes there (I9).
         num_right = self._copies.to_host(loop.num_right[: len(rows.slots)].clone())
         return Verified(num_right, choices.to_host(self._copies)), loop

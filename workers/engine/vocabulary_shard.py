@@ -1,0 +1,93 @@
+"""VocabularyShard: what ranks tell each other so that each samples from its own part of the vocabulary.
+
+The Sampler's, on every rank: all of them call the same, in the same order. They exchange a row's best tokens,
+its largest logit, its sums of integers, which come out alike however the vocabulary is divided: never its
+logits. A group of one exchanges nothing.
+"""
+
+import torch
+from torch import Tensor
+
+from workers.parallel import TPGroup
+
+_LAST_ID = 0xFFFFFFFF
+
+
+def keys_of(values: Tensor, token_ids: Tensor) -> Tensor:
+    """Return int64s in the order of float32 `values`, and for equal ones against that of the int64 ids.
+
+    key:  [ order of the float : 32 | 2^32 - 1 - id : 32 ]
+    """
+    bits = (values + 0.0).view(torch.int32)  # + 0.0: the two zeros are equal
+    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (order.to(torch.int64) << 32) | (_LAST_ID - token_ids)
+
+
+def ids_of(keys: Tensor) -> Tensor:
+    """Return the token ids of keys, int64."""
+    return _LAST_ID - (keys & _LAST_ID)
+
+
+def values_of(keys: Tensor) -> Tensor:
+    """Return the values of keys, float32."""
+    order = (keys >> 32).to(torch.int32)
+    return (order ^ ((order >> 31) & 0x7FFFFFFF)).view(torch.float32)
+
+
+class VocabularyShard:
+    """Tokens `first` .. `first + num_tokens` of a vocabulary that is divided as VocabularyHead divides it."""
+
+    def __init__(self, vocab_size: int, group: TPGroup) -> None:
+        share = -(-vocab_size // group.size)
+        self.vocab_size = vocab_size
+        self.first = group.rank * share
+        self.num_tokens = min(share, vocab_size - self.first)
+        assert self.num_tokens > 0, f"{vocab_size} tokens leave none to rank {group.rank} of {group.size}"
+        self.is_whole = group.size == 1
+        self._share = share
+        self._group = group
+
+    def best(self, keys: Tensor) -> Tensor:
+        """Return the ids of the largest of all ranks' keys, [rows] int64, which it overwrites."""
+        self._group.maximum(keys)
+        return ids_of(keys)
+
+    def largest(self, values: Tensor, num: int) -> Tensor:
+        """Return the keys of each row's `num` largest values of all ranks, largest first, [rows, num] int64.
+
+        `values` [rows, num_tokens] float32; equal values rank by id, the lower first, which topk alone leaves
+        open, and logits of bf16 weights are often equal.
+        """
+        token_ids = torch.arange(self.first, self.first + self.num_tokens, device=values.device)
+        keys = _largest(keys_of(values, token_ids), min(num, self.num_tokens))
+        if self.is_whole:
+            return keys
+        # A row's largest are among the largest of each rank, of which the last may have fewer.
+        width = min(num, self._share)
+        padded = torch.nn.functional.pad(keys, (0, width - keys.shape[1]), value=-(1 << 63))
+        gathered = self._group.all_gather(padded)  # [ranks, rows, width]
+        return _largest(gathered.transpose(0, 1).reshape(len(values), -1), num)
+
+    def maximum(self, values: Tensor) -> Tensor:
+        """Return the largest of all ranks' values, elementwise; it may overwrite them."""
+        self._group.maximum(values)
+        return values
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Return the sum of all ranks' values, elementwise; it may overwrite them."""
+        self._group.all_reduce(values)
+        return values
+
+    def place(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return where ids are in this part, 0 for others, and which of them are in it."""
+        places = token_ids - self.first
+        is_here = (places >= 0) & (places < self.num_tokens)
+        return places * is_here, is_here
+
+
+def _largest(keys: Tensor, num: int) -> Tensor:
+    if num * 8 > keys.shape[1]:  # topk is slower than a sort where it keeps much
+        return keys.sort(dim=-1, descending=True).values[:, :num]
+    if num == 0:
+        return keys[:, :0]
+    return keys.topk(num, dim=-1).values
