@@ -180,7 +180,7 @@ class _Launched(NamedTuple):
 
 
 class StepLoop:
-    """Rank 0's loop.
+    """Rank 0's loop. What a step brought is published while the device runs the next, where it can run ahead.
 
     `clock` is monotonic seconds. `depth`: steps that may be under way when another is launched. A step that
     fails ends every request with `error`; `run` then raises.
@@ -218,6 +218,7 @@ class StepLoop:
         self._step = 0
         self._step_s = 0.0
         self._load = LoadReport(0, 0, 0, 0, 0, 0, 0.0)
+        self._unsent: list[RequestOutput] | None = None  # of the last step, while it is not published
         self._wait_s = 0.0
         """How long the next turn waits for messages."""
         self._spoke_s = clock()
@@ -247,6 +248,8 @@ class StepLoop:
         """One trip: drain, plan, launch, collect, publish; with nothing to do: wait, or tell we are alive."""
         self.turned_s = self._clock()
         received = self._inbox.drain(self._wait_s)
+        if received:
+            self._send()  # what they are answered comes behind it
         answers = self._handle(received)
         if answers:
             self._publish(answers)  # queued and refused requests hear of it before the step runs
@@ -254,6 +257,7 @@ class StepLoop:
         plan = self._scheduler.plan(self._clock())
         if plan is not None:
             self._launch(plan)
+        self._send()
         if plan is not None or self._launched:
             self._wait_s = 0.0
             if plan is None or len(self._launched) > self._depth:
@@ -292,9 +296,17 @@ class StepLoop:
         self._collected_s = now_s
         if plan.slots:
             self._step_s = duration_s
-        self._publish(self._scheduler.commit(output))
+        self._unsent = self._scheduler.commit(output)
         self._scheduler.stepped(plan, duration_s, now_s)
         self._recorder.stepped(plan, duration_s)
+        if self._launched or not self._depth:
+            self._send()  # else the device has nothing to do: what comes next goes first
+
+    def _send(self) -> None:
+        """Publish what the last step brought, if that is still to be done."""
+        if self._unsent is not None:
+            outputs, self._unsent = self._unsent, None
+            self._publish(outputs)
 
     def _handle(self, received: list[Received]) -> list[RequestOutput]:
         """Book what clients asked; return what is to be answered at once."""
@@ -318,25 +330,20 @@ class StepLoop:
 
     def _end_all(self, reason: FinishReason, error: str | None) -> None:
         """Give every request its last output without asking the scheduler, which may be what failed."""
+        self._send()
         code = REPLICA_FAILED if reason == "error" else None
+        ends = [RequestOutput(i, [], [], reason, error=error, error_code=code) for i in self._inbox.requests]
         self._inbox.publish(
-            [RequestOutput(i, [], [], reason, error=error, error_code=code) for i in self._inbox.requests],
-            incarnation=self._incarnation,
-            step=self._step,
-            load=self._load,
-            kv_events=None,
+            ends, incarnation=self._incarnation, step=self._step, load=self._load, kv_events=None
         )
 
     def _publish(self, outputs: list[RequestOutput]) -> None:
         self._spoke_s = self._clock()
         self._load = self._scheduler.load(self._step_s, self._spoke_s)
         self._recorder.loaded(self._load)
+        events = self._take_kv_events()
         self._inbox.publish(
-            outputs,
-            incarnation=self._incarnation,
-            step=self._step,
-            load=self._load,
-            kv_events=self._take_kv_events(),
+            outputs, incarnation=self._incarnation, step=self._step, load=self._load, kv_events=events
         )
 
 

@@ -86,6 +86,45 @@ def test_with_nothing_to_plan_what_is_under_way_is_collected_at_once():
     assert inbox.ends()["a"].finish_reason == "length"
 
 
+def test_a_step_that_others_wait_for_is_published_once_the_next_is_launched():
+    """Nothing is planned ahead of a step that speculates: the device waits for what follows it."""
+    loop, inbox, journal, _, _ = build([[submit("a")], []], depth=1, num_stalls=0)
+    plan, publish = loop._scheduler.plan, inbox.publish
+
+    def planned(now_s):
+        return None if loop._launched else plan(now_s)
+
+    def published(outputs, **fields):
+        if outputs and outputs[0].token_ids:
+            journal.append(("publish", fields["step"]))
+        publish(outputs, **fields)
+
+    loop._scheduler.plan, inbox.publish = planned, published
+    loop.run()
+    assert [entry for entry in journal if entry[0] in ("launch", "collect", "publish")] == [
+        ("launch", 1),
+        ("collect", 1),
+        ("launch", 2),
+        ("publish", 1),
+        ("collect", 2),
+        ("launch", 3),
+        ("publish", 2),
+        ("collect", 3),
+        ("publish", 3),
+    ]
+    assert inbox.ends()["a"].finish_reason == "length"
+
+
+def test_what_a_step_brought_comes_before_what_is_asked_then_is_answered():
+    script = [[submit("a", 9)], [], [AbortRequest(RequestId("a"))]]
+    loop, inbox, _, _, _ = build(script, depth=1, num_stalls=0)
+    plan = loop._scheduler.plan
+    loop._scheduler.plan = lambda now_s: None if loop._launched else plan(now_s)
+    loop.run()
+    of_a = [output for _, outputs in inbox.published for output in outputs]
+    assert [(output.token_ids, output.finish_reason) for output in of_a][-2:] == [([5], None), ([], "abort")]
+
+
 def once(plan):
     """Plan a single step."""
     plans = []
