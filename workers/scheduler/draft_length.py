@@ -69,6 +69,8 @@ class DraftLength:
         self._kind = 1
         """Of the last step."""
         self._num_steps = 0
+        self._before: tuple[int, int] | None = None
+        """Kind and length of the last step, if all its rows verified and drafted as many."""
         self.length = 0
         """The last step's."""
         self.switches: Counter[DraftSwitch] = Counter()
@@ -103,12 +105,16 @@ class DraftLength:
         self._rates.verified(num_drafts, num_accepted, num_rows)
 
     def stepped(self, plan: BatchPlan, seconds: float) -> None:
-        """Take in how long a step took: it tells of a length if all its rows verified and drafted as many."""
+        """Take in how long a step took: it tells of a length if all its rows verified and drafted as many,
+        and those of the step before did, which it may have waited for, or not."""
         if plan.num_drafts:
             self._rates.stepped()
         is_even = all(num_drafts == plan.draft_len for num_drafts in plan.num_drafts or [0])
+        before, self._before = self._before, None
         if plan.mode in ("decode", "verify") and plan.slots and is_even and seconds > 0:
-            self._costs.measured(kind_of(len(plan.slots)), plan.draft_len, seconds, self._num_steps)
+            self._before = kind_of(len(plan.slots)), plan.draft_len
+            if self._before == before:
+                self._costs.measured(*self._before, seconds, self._num_steps)
 
     def _choice(self, kind: int, lengths: Sequence[int]) -> _Choice:
         """Return what is chosen for steps of a kind; at first, what is for those before."""
