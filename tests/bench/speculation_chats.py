@@ -54,10 +54,18 @@ def _chitchat(random: Random) -> list[list[dict[str, str]]]:
 
 
 class Chats:
-    """Clients that ask all at once, greedily, for `num_tokens` each; tokens count once all have begun."""
+    """Clients that ask greedily for `num_tokens` each, `num_at_once` of them at a time (None: all).
+
+    Tokens count from when so many have begun to be answered until fewer are.
+    """
 
     def __init__(
-        self, name: str, prompts: list[list[int]], num_tokens: int, hints: list[list[FetchHint]] | None = None
+        self,
+        name: str,
+        prompts: list[list[int]],
+        num_tokens: int,
+        hints: list[list[FetchHint]] | None = None,
+        num_at_once: int | None = None,
     ) -> None:
         sampling = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
         self._waiting = [
@@ -67,29 +75,35 @@ class Chats:
             for number, tokens in enumerate(prompts)
         ]
         self._num_left = len(prompts)
-        self._silent = {submit.request_id for submit in self._waiting}
+        self._num_due = num_at_once or len(prompts)
+        self._silent = {submit.request_id for submit in self._waiting[: self._num_due]}
         self._began_s = self._ended_s = 0.0
         self._num_tokens = 0
+        self._is_over = False
 
     @property
     def are_done(self) -> bool:
         return not self._num_left
 
     def ask(self, now_s: float) -> list[Received]:
-        asked, self._waiting = self._waiting, []
+        asked, self._waiting = self._waiting[: self._num_due], self._waiting[self._num_due :]
+        self._num_due = 0
         return list(asked)
 
     def wait_s(self, now_s: float) -> float:
         return 0.0
 
     def take(self, outputs: list[RequestOutput], now_s: float) -> None:
-        if not self._silent:
-            self._num_tokens += sum(len(output.token_ids) for output in outputs)
-            self._ended_s = now_s
-        elif outputs:
+        if self._silent and outputs:
             self._silent -= {output.request_id for output in outputs if output.token_ids}
             self._began_s = now_s
-        self._num_left -= sum(output.finish_reason is not None for output in outputs)
+        elif not self._is_over:
+            self._num_tokens += sum(len(output.token_ids) for output in outputs)
+            self._ended_s = now_s
+        num_ended = sum(output.finish_reason is not None for output in outputs)
+        self._num_left -= num_ended
+        self._num_due += num_ended
+        self._is_over = self._is_over or self._num_due > len(self._waiting)
 
     @property
     def tokens_per_s(self) -> float:
