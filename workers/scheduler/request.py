@@ -72,7 +72,7 @@ class Request:
     @property
     def main_origin(self) -> Origin | Literal["computed"]:
         """Where the most of its prompt was found, if it was not computed."""
-        if not self.origins:
+        if not self.num_cached:
             return "computed"
         lens: dict[Origin | Literal["computed"], int] = {
             "computed": self.prompt_len - sum(self.origins.values())
