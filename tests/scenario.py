@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any, Self
 
-from tests.drafts import DRAFTS, is_perfect
+from tests.drafts import draft_options, is_perfect
 from tests.followers import Followers
 from tests.harness import Harness
 from workers.config import WorkerConfig
@@ -95,7 +95,7 @@ class Scenario:
         self.combination = combination
         self.cases = cases
         self.draft: str | None = combination.get("draft")
-        self.draft_options = DRAFTS[self.draft] if self.draft is not None else {}
+        self.draft_options = draft_options(self.draft, combination["chunk_len"])
         self.name = " ".join(f"{name}={value}" for name, value in combination.items())
         # Of more, a short step's tokens would run out before its slots, and nobody had to give way.
         max_running = min(max_running, max(2, combination["chunk_len"] // 2))
@@ -265,7 +265,7 @@ class Scenario:
         sizes = sorted(-(-(len(case.prompt_ids) + len(case.token_ids)) // page_size) for case in self.cases)
         if not self.combination["is_evicting"]:
             return 3 * sum(sizes) + NOISE_TOKENS // page_size
-        window = 2 * self.draft_options.get("draft_tokens", 0)
+        window = WorkerConfig(**self.draft_options).draft_window
         spare = self.max_running * (1 + window // page_size)
         return sum(sizes[-self.max_running :]) + spare + NEIGHBOUR_MAX_LEN // page_size
 

@@ -128,6 +128,7 @@ class TierSeed:
     """Of the engine; those of its mover are the node's."""
     overlap_depth: int = 0
     draft: str | None = None
+    draft_topk: int = 1
 
     @classmethod
     def draw(cls, seed: int, sources: Sequence[Source], page_sizes: Sequence[int]) -> Self:
@@ -152,6 +153,7 @@ class TierSeed:
             _faults(seed, random),
             overlap_depth=random.choice((0, 1)),
             draft=random.choice((None, None, "self", "random-eagle3")),
+            draft_topk=random.choice((1, 2)),
         )
 
     def play(
@@ -230,7 +232,8 @@ class _Play:
         self._random = Random(f"turns/{draw.seed}")
         self._network = InProcessNetwork() if draw.source == "peer" else None
         self._store = f"disk:{folder / 'store'}?gb=0.25" if draw.source == "disk" else store
-        window = 0 if draw.draft is None else 2 * DRAFT_TOKENS
+        drafts = {"draft": draw.draft, "draft_tokens": DRAFT_TOKENS, "draft_topk": draw.draft_topk}
+        window = WorkerConfig(**drafts).draft_window
         sizes = sorted(
             -(-(len(case.prompt_ids) + len(case.token_ids) + window) // draw.page_size) for case in cases
         )
@@ -242,8 +245,7 @@ class _Play:
             "max_tokens_per_step": 16,
             "max_running_requests": 2,
             "overlap_depth": draw.overlap_depth,
-            "draft": draw.draft,
-            "draft_tokens": DRAFT_TOKENS,
+            **drafts,
             "kv_sanitizer": True,
             "num_threads": 1,
             "prefetch_policy": draw.prefetch_policy,

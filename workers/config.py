@@ -1,6 +1,6 @@
 """WorkerConfig: every option of one TP group's workers, validated once, frozen ever after. No torch."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import (
     ConfigDict,
@@ -8,6 +8,7 @@ from pydantic import (
     ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
+    model_validator,
 )
 from pydantic.dataclasses import dataclass
 
@@ -16,6 +17,8 @@ _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_na
 PositiveInt = Annotated[int, Field(ge=1)]
 
 _MAX_DRAFTS = 16
+_MAX_TREE_NODES = 62
+"""What a token sees of a tree fits into one word."""
 _AUTO_DRAFT_LENS = (1, 2, 3, 5)
 """What `auto` chooses from: each has prepared steps of its own."""
 
@@ -83,6 +86,10 @@ class WorkerConfig:
     ] = "auto"
     """Tokens that the draft guesses at a time; `auto`: 5 at most, as many as bring the most tokens a second
     by what was measured of guesses and of steps with as many answers, and none while guessing would lose."""
+    draft_topk: Annotated[int, Field(ge=1, le=8)] = 1
+    """Guesses that are followed for each of `draft_tokens`: 1, a chain; more, a tree of the likeliest, of
+    which `draft_topk` times as many tokens are checked. More of what is guessed is right, and checking costs
+    more: for few requests at a time. Trees are checked in steps without prompts."""
     draft_attention_backend: Literal["auto", "reference", "native", "flashinfer"] = "auto"
     """The draft's, as `attention_backend`; `auto`: the compiled kernels where the model uses them, too."""
     graphs: bool = True
@@ -119,6 +126,23 @@ class WorkerConfig:
     collective_timeout_s: Annotated[float, Field(gt=0)] = 60.0
     """Seconds a rank waits for its peers before it takes them for lost."""
 
+    @model_validator(mode="after")
+    def _check_draft(self) -> Self:
+        if self.draft is None:
+            return self
+        if self.draft_topk > 1 and self.max_drafts > _MAX_TREE_NODES:
+            raise ValueError(
+                f"draft_topk: found {self.draft_topk} with draft_tokens={self.draft_tokens}, a tree of"
+                f" {self.max_drafts} tokens; allowed are {_MAX_TREE_NODES}: lower either"
+            )
+        if self.draft_topk * self.draft_lens[0] >= self.max_tokens_per_step:
+            raise ValueError(
+                f"draft_tokens: found {self.draft_tokens} with draft_topk={self.draft_topk}, of which"
+                f" max_tokens_per_step={self.max_tokens_per_step} has no room to check any beside the token"
+                " before them: lower either, or raise max_tokens_per_step"
+            )
+        return self
+
     @property
     def depth(self) -> int:
         """Steps that may be in flight when another is planned: `overlap_depth`, or what holds without it."""
@@ -128,18 +152,22 @@ class WorkerConfig:
 
     @property
     def draft_lens(self) -> tuple[int, ...]:
-        """How many tokens may be drafted at a time, ascending; none without a draft."""
+        """How many tokens ahead may be drafted at a time, ascending; none without a draft."""
         if self.draft is None:
             return ()
         return _AUTO_DRAFT_LENS if self.draft_tokens == "auto" else (self.draft_tokens,)
 
     @property
     def max_drafts(self) -> int:
-        """Most tokens drafted at a time: 0 without a draft."""
-        return max(self.draft_lens, default=0)
+        """Most tokens that a row brings to be verified, of a tree all nodes: 0 without a draft."""
+        return self.draft_topk * max(self.draft_lens, default=0)
 
     @property
     def draft_window(self) -> int:
         """Places behind its tokens that a running request needs: for drafts being verified, and for those
-        drafted in the same step."""
-        return 2 * self.max_drafts
+        drafted in the same step, which go on behind the right ones of these."""
+        if not self.draft_lens:
+            return 0
+        #   drafting   | right ones | chosen | what is followed at each depth but the last |
+        drafting = self.draft_lens[-1] + 1 + (self.draft_lens[-1] - 1) * self.draft_topk
+        return max(self.max_drafts, drafting)

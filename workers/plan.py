@@ -132,7 +132,8 @@ class BatchPlan(msgspec.Struct, frozen=True, array_like=True):
 
     With a draft the last num_drafts[i] tokens of row i (none where the list is empty) are those that were
     drafted for its slot when it was sampled last: each rank has them, `token_ids` does not. Where such a row
-    is sampled, so is each of its drafts. `draft_len`: how many tokens are then drafted for each sampled row.
+    is sampled, so is each of its drafts. `draft_len`: how many tokens are then drafted ahead for each sampled
+    row. Drafts may be the nodes of a tree: then they take the row's last places, but not these positions.
     """
 
     step: int

@@ -12,6 +12,7 @@ from workers.engine.forward_batch import ForwardBatch
 from workers.engine.mechanisms import ALL_ON, Mechanisms
 from workers.kvcache.kv_pool import KVPool
 from workers.kvcache.layout import ElementType, target_only
+from workers.speculative.tree import MAX_NODES
 
 CUDA = torch.device("cuda")
 MAX_ROWS, MAX_TOKENS = 16, 1024
@@ -111,6 +112,7 @@ class CudaRows:
             max_rows=MAX_ROWS,
             max_tokens=MAX_TOKENS,
             mechanisms=mechanisms,
+            max_tree_tokens=MAX_NODES + 1,
         )
 
     def attend(self, attention: FlashInferAttention, window: int | None = None) -> torch.Tensor:

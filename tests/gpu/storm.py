@@ -62,6 +62,7 @@ OPTIONS = (
     "checked",
     "draft",
     "draft_tokens",
+    "draft_topk",
     "draft_attention_backend",
 )
 """Of WorkerConfig: given, they are not drawn."""

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.kernel_cases import KernelCases
+from tests.tree_kernel_cases import TreeKernelCases
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
@@ -27,7 +28,7 @@ needs_dependent_launch = pytest.mark.skipif(
 )
 
 
-class TestOnCuda(KernelCases):
+class TestOnCuda(KernelCases, TreeKernelCases):
     device = "cuda"
     matmul_dtypes = (torch.bfloat16, torch.float16)
 

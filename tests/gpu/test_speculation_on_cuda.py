@@ -49,6 +49,29 @@ def test_answers_are_those_without_a_draft_and_steps_are_replayed(draft: str, pa
     assert (mean_accept_len(leg) > 1.6) if draft == "self" else (mean_accept_len(leg) < 1.4)
 
 
+@pytest.mark.parametrize("topk", ["2", "5"])
+@pytest.mark.parametrize("page_size", ["1", "16"])
+@pytest.mark.parametrize("draft", ["self", "random-eagle3"])
+def test_trees_too(draft: str, page_size: str, topk: str) -> None:
+    leg, found = play("--draft", draft, "--page-size", page_size, "--draft-topk", topk)
+    assert not found.violations, found.violations
+    assert found.num_compared_tokens > 300
+    assert found.num_loaded_pages and found.num_evictions
+    ratios = replay_ratios(leg)
+    assert ratios["verify"] == ratios["draft"] == 1.0, ratios
+    assert (mean_accept_len(leg) > 1.6) if draft == "self" else (mean_accept_len(leg) < 1.8)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--graphs", "off"], ["--attention-backend", "reference"], ["--draft-attention-backend", "reference"]],
+)
+def test_trees_of_eager_steps_and_other_attention(options: list[str]) -> None:
+    leg, found = play("--draft", "self", "--page-size", "8", "--draft-topk", "3", *options)
+    assert not found.violations, found.violations
+    assert mean_accept_len(leg) > 1.6
+
+
 @pytest.mark.parametrize("options", [["--graphs", "off"], ["--attention-backend", "reference"]])
 def test_eager_steps_draft_too(options: list[str]) -> None:
     leg, found = play("--draft", "self", "--page-size", "8", *options)

@@ -7,6 +7,7 @@ import torch
 
 from workers.attention.flashinfer_kernels import HeadShape, HostRows, PlanInfo, PlanLimits, PlanMemory
 from workers.attention.row_pages import RowPages
+from workers.attention.tree_mask import TreeMask
 from workers.engine.copies import CopyStream
 
 
@@ -46,6 +47,7 @@ class FakeKernels:
                 rows.context_lens.copy(),
                 rows.num_tokens,
                 rows.is_captured,
+                rows.is_causal,
             )
         )
         words = np.concatenate([[num_rows], rows.query_starts, rows.page_starts, rows.context_lens])
@@ -71,8 +73,10 @@ class FakeKernels:
         out: torch.Tensor,
         *,
         overlaps: bool,
+        mask: TreeMask | None = None,
     ) -> None:
         self.overlaps.add(overlaps)
+        assert self.plans[-1].is_causal == (mask is None) and not (mask and self.name == "long")
         words = memory.device.view(torch.int32).tolist()
         num_rows = words[0]
         starts = words[1 : num_rows + 2]
@@ -93,9 +97,13 @@ class FakeKernels:
             context_len = (num_pages - 1) * self.shape.page_size + last
             assert self.plans_by_pages or context_len == context_lens[row]
             self.runs.append((starts[row], starts[row + 1]))
+            own_mask = None
+            if mask is not None:  # whose rows are the batch's, of which this begins at the same token
+                of_batch = int((query_starts == starts[row]).nonzero()[-1])
+                own_mask = mask.bits[mask.starts[of_batch] :][: mask.row_bytes]
             self._attend(
                 q, pool, pages.pages[page_starts[row] : page_starts[row + 1]], context_len,
-                slice(starts[row], starts[row + 1]), scale, out,
+                slice(starts[row], starts[row + 1]), scale, out, own_mask,
             )  # fmt: skip
 
     def _attend(
@@ -107,6 +115,7 @@ class FakeKernels:
         tokens: slice,
         scale: float,
         out: torch.Tensor,
+        mask: torch.Tensor | None,
     ) -> None:
         group_size = self.shape.num_heads // self.shape.num_kv_heads
         k, v = (
@@ -117,6 +126,10 @@ class FakeKernels:
         positions = torch.arange(context_len - num_queries, context_len)[:, None]
         keys = torch.arange(context_len)
         visible = keys <= positions
+        if mask is not None:
+            bits = (mask[:, None] >> torch.arange(8, dtype=torch.uint8) & 1).view(-1)
+            assert num_queries * context_len <= len(bits), "a row beyond its mask"
+            visible = bits[: num_queries * context_len].view(num_queries, context_len) > 0
         if self.window is not None:
             visible &= keys > positions - self.window
         scores = torch.einsum("qhd,khd->hqk", q[tokens].float(), k) * scale

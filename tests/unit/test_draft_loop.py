@@ -12,8 +12,9 @@ from workers.kvcache.page_table import PageTable
 from workers.parallel import TPGroup
 from workers.plan import SetRow
 from workers.speculative.acceptance import VerifiedRows
-from workers.speculative.draft_loop import DraftLoop, LoopParts
+from workers.speculative.draft_loop import DraftLoop
 from workers.speculative.draft_state import DraftState
+from workers.speculative.loop_inputs import LoopParts
 
 CPU = torch.device("cpu")
 PAGE_SIZE, NUM_PAGES, PAGES_PER_ROW = 2, 40, 10
@@ -56,17 +57,17 @@ def stage(loop, positions, token_id):
 
 def test_rows_and_pages_of_a_longer_step_before_are_gone(loop, table):
     stage(loop, [3, 13, 9, 1], token_id=7)
-    assert (loop._pages != DUMMY_PAGE).sum() == NUM_SLOTS * PAGES_PER_ROW
+    assert (loop.inputs.pages != DUMMY_PAGE).sum() == NUM_SLOTS * PAGES_PER_ROW
     stage(loop, [1, 3], token_id=5)
     #   the second's window: places 3 .. 8, in pages 0 .. 4
     expected = np.zeros((NUM_SLOTS, PAGES_PER_ROW), dtype=np.int32)
     expected[:2, :5] = table.rows[:2, :5]
-    assert np.array_equal(loop._pages.numpy(), expected)
-    assert loop.chosen.tolist() == [[5] * 4, [5] * 4, [0] * 4, [0] * 4]
+    assert np.array_equal(loop.inputs.pages.numpy(), expected)
+    assert loop.inputs.chosen.tolist() == [[5] * 4, [5] * 4, [0] * 4, [0] * 4]
     stage(loop, [1, 13, 3], token_id=6)
     expected[:3] = table.rows[:3]
-    assert np.array_equal(loop._pages.numpy(), expected)
-    assert loop.chosen.tolist() == [[6] * 4] * 3 + [[0] * 4]
+    assert np.array_equal(loop.inputs.pages.numpy(), expected)
+    assert loop.inputs.chosen.tolist() == [[6] * 4] * 3 + [[0] * 4]
 
 
 def test_what_follows_a_step_is_that_of_a_loop_that_staged_no_other(loop):
@@ -76,4 +77,4 @@ def test_what_follows_a_step_is_that_of_a_loop_that_staged_no_other(loop):
     loop.accept()
     assert loop.num_right.tolist() == [NUM_DRAFTS, NUM_DRAFTS, 0, 0]
     assert loop._token_ids.tolist() == [0, 0, 0, 0]
-    assert loop._locations[:, 2:].tolist() == [[0, 0]] * NUM_DRAFTS, "pads stay on the dummy page"
+    assert loop._passes._locations[:, 2:].tolist() == [[0, 0]] * NUM_DRAFTS, "pads stay on the dummy page"

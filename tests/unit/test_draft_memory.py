@@ -5,6 +5,7 @@ import torch
 
 from tests.harness import tiny_config, write_tiny_model
 from workers.attention.row_pages import RowPages
+from workers.attention.tree_mask import TreeMask, row_bytes
 from workers.card import load_card
 from workers.draft_card import read_draft_card
 from workers.engine.copies import InlineCopies
@@ -14,12 +15,13 @@ from workers.kvcache.kv_pool import KVPool
 from workers.kvcache.layout import DraftShape, with_draft
 from workers.kvcache.page_table import PageTable
 from workers.parallel import TPGroup
-from workers.speculative.draft_loop import DraftLoop, LoopParts
+from workers.speculative.draft_loop import DraftLoop
 from workers.speculative.draft_state import DraftState
+from workers.speculative.loop_inputs import LoopParts
 from workers.speculative.loop_sizes import loop_bytes, loop_sizes
 
 CPU = torch.device("cpu")
-FEATURE_SIZE = 48
+FEATURE_SIZE, VOCAB_SIZE = 48, 200
 
 
 def held_bytes(config, context_len):
@@ -33,25 +35,35 @@ def held_bytes(config, context_len):
 
     def pass_attention(batch):
         shape = (batch.num_rows, batch.max_columns)
+        if batch.tree is not None:
+            of_row = row_bytes(1 + config.max_drafts, batch.max_columns * config.page_size)
+            bits = torch.empty(max_slots * of_row, dtype=torch.uint8)
+            rooms.setdefault("mask", TreeMask.room(max_slots, of_row, bits))
         return rooms.setdefault(shape, RowPages.room(*shape, CPU))
 
-    state = DraftState(pool, max_slots, config.max_drafts)
+    state = DraftState(pool, max_slots, config.max_drafts, VOCAB_SIZE, config.draft_topk)
     parts = LoopParts(
         None, state, pool, table, TPGroup.single(), InlineCopies(), pass_attention, greedy_tokens
     )
     loops = [DraftLoop(size, parts) for size in loop_sizes(max_slots)]
-    tensors = [value for loop in loops for value in vars(loop).values() if isinstance(value, torch.Tensor)]
-    tensors += [value for room in rooms.values() for value in vars(room).values()]
+    parts_of = [each for loop in loops for each in (loop, loop.inputs, loop._passes)] + list(rooms.values())
+    tensors = [value for each in parts_of for value in vars(each).values() if isinstance(value, torch.Tensor)]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 
 
 @pytest.mark.parametrize(
-    ("page_size", "context_len", "draft_tokens"), [(1, 4096, 3), (16, 4096, 7), (64, 500, "auto"), (4, 60, 1)]
+    ("page_size", "context_len", "draft_tokens", "draft_topk"),
+    [(1, 4096, 3, 1), (16, 4096, 7, 1), (64, 500, "auto", 1), (4, 60, 1, 1), (16, 4096, 3, 8), (4, 60, 2, 3)],
 )
-def test_loops_take_what_was_foretold(tmp_path, page_size, context_len, draft_tokens):
+def test_loops_take_what_was_foretold(tmp_path, page_size, context_len, draft_tokens, draft_topk):
     config = tiny_config(
-        tmp_path, draft="self", draft_tokens=draft_tokens, page_size=page_size, max_running_requests=40
+        tmp_path,
+        draft="self",
+        draft_tokens=draft_tokens,
+        draft_topk=draft_topk,
+        page_size=page_size,
+        max_running_requests=40,
     )
     held = held_bytes(config, context_len)
     foretold = loop_bytes(config, context_len, 4 * FEATURE_SIZE)

@@ -9,8 +9,9 @@ import torch
 from tests.unit.flashinfer_fakes import FakeLibrary
 from tests.unit.test_graph_runner import DelayedStream
 from tests.unit.test_reference_attention import HEAD_DIM, NUM_HEADS, NUM_KV_HEADS, PagedRows, layer
-from workers.attention.flashinfer import FlashInferAttention, PlanChangedError
+from workers.attention.flashinfer import FlashInferAttention
 from workers.attention.flashinfer_kernels import HeadShape, PlanLimits
+from workers.attention.planner import PlanChangedError
 from workers.attention.pool_kernels import TorchPoolKernels
 from workers.attention.row_pages import RowPages, host_page_starts
 from workers.engine.copies import CopyStream, InlineCopies

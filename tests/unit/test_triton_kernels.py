@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.kernel_cases import KernelCases
+from tests.tree_kernel_cases import TreeKernelCases
 
 if torch.cuda.is_available():
     pytest.skip("tests/gpu/test_kernels.py runs these on the card", allow_module_level=True)
@@ -13,7 +14,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # read where the kernels are made, at thei
 pytest.importorskip("triton", reason="Triton is not installed: it comes with torch's CUDA builds")
 
 
-class TestInterpreted(KernelCases):
+class TestInterpreted(KernelCases, TreeKernelCases):
     device = "cpu"
     matmul_dtypes = (torch.float16,)  # the interpreter multiplies no bfloat16 matrices
 

@@ -118,6 +118,7 @@ def choose_kernels(
         max_verified=most_rows * (1 + config.max_drafts) if config.max_drafts else 0,
         mechanisms=mechanisms,
         pool_kernels=own,
+        max_tree_tokens=1 + config.max_drafts if config.draft_topk > 1 else 0,
     )
     greedy = greedy_tokens if own is None else own.greedy_tokens
     return ChosenKernels(attention, greedy_tokens=greedy, layer_kernels=own)
@@ -131,6 +132,7 @@ def choose_draft_attention(
     Raises BackendError where the one asked for cannot be; `auto` then takes the reference, with a warning.
     """
     choice, attention = config.draft_attention_backend, chosen.attention
+    _check_trees(config, decoder, is_flashinfer=isinstance(attention, FlashInferAttention))
     own = "native" if isinstance(attention, NativeAttention) else "flashinfer"
     if isinstance(attention, ReferenceAttention):
         own = "reference"
@@ -154,6 +156,22 @@ def choose_draft_attention(
         draft.adopt(chosen.layer_kernels)
     is_prepared = own != "reference"
     return DraftAttention(attention, attention.for_passes, is_apart=False, is_prepared=is_prepared)
+
+
+def _check_trees(config: WorkerConfig, decoder: Decoder, *, is_flashinfer: bool) -> None:
+    """Raise BackendError where a window counts positions and a tree's places are none.
+
+    FlashInfer's kernels count places; the others go wrong only where a window is shorter than a tree is deep.
+    """
+    windows = [layer.sliding_window for layer in decoder.attention_layers if layer.sliding_window is not None]
+    if config.draft_topk == 1 or not windows:
+        return
+    if is_flashinfer or min(windows) <= max(config.draft_lens, default=0) + 1:
+        backend = "flashinfer" if is_flashinfer else "any attention backend"
+        raise BackendError(
+            f"draft_topk={config.draft_topk}: found a model with windows of {min(windows)} tokens, on"
+            f" {backend}; allowed is 1, a chain"
+        )
 
 
 def _are_alike(draft: DraftModel, decoder: Decoder) -> bool:

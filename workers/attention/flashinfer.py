@@ -16,9 +16,7 @@ from workers.attention.flashinfer_kernels import (
     HostRows,
     KernelLibrary,
     PagedKernels,
-    PlanInfo,
     PlanLimits,
-    PlanMemory,
 )
 from workers.attention.planned_rows import (
     captured_rows,
@@ -27,102 +25,19 @@ from workers.attention.planned_rows import (
     rows_between,
     verified_rows,
 )
+from workers.attention.planner import PlannedPart, Planner
 from workers.attention.pool_kernels import PoolKernels, TorchPoolKernels
 from workers.attention.row_pages import RowPages, host_page_starts
-from workers.engine.copies import CopyStream, Fence
+from workers.attention.tree_mask import TreeMask, row_bytes
+from workers.engine.copies import CopyStream
 from workers.engine.forward_batch import ForwardBatch, IntArray
 from workers.engine.graph_guard import Bucket
 from workers.engine.mechanisms import ALL_ON, Mechanisms
-from workers.engine.staging import StagingRing
 from workers.kvcache.kv_pool import KVPool
 from workers.plan import Mode
 
 MAX_SHORT_LEN = 16
 """Tokens. A batch without longer rows is left to the kernels for short rows, whose tiles hold no more."""
-
-
-class PlanChangedError(RuntimeError):
-    """A plan does not fit the graph that was captured with another: a bug, here or in the library."""
-
-
-@dataclass
-class PinnedPlan:
-    """A staging set: where the library writes a plan before it copies it."""
-
-    data: torch.Tensor
-    fence: Fence | None = None
-
-
-class Planner:
-    """Plans a part of a batch, again and again, for kernels that read the plan at one address (I3)."""
-
-    def __init__(
-        self,
-        kernels: PagedKernels,
-        limits: PlanLimits,
-        floats: torch.Tensor,
-        copies: CopyStream,
-        *,
-        always_has_rows: bool,
-        is_ring: bool,
-    ) -> None:
-        device = floats.device
-        num_bytes = kernels.plan_bytes(limits)
-        self.kernels = kernels
-        self._limits = limits
-        self._floats = floats
-        self._copies = copies
-        self._device = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
-        self._ring: StagingRing[PinnedPlan] = StagingRing(
-            lambda: PinnedPlan(torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")),
-            is_ring,
-        )
-        self._always_has_rows = always_has_rows
-        self._captured: list[int] | None = None
-        self._planned: tuple[bytes, bytes] | None = None
-        """Which rows `_device` has the plan of, where that is a captured part's."""
-        self._part: PlannedPart | None = None
-
-    def plan_whole(self, rows: HostRows) -> "PlannedPart":
-        """Plan rows of one token for good; see PagedKernels."""
-        pinned = self._ring.acquire()
-        memory = PlanMemory(self._floats, self._device, pinned.data)
-        info = self.kernels.plan_whole(rows, memory)
-        pinned.fence = self._copies.fence()
-        return PlannedPart(self.kernels, info, memory, self._always_has_rows)
-
-    def plan(self, rows: HostRows) -> "PlannedPart":
-        """Plan rows within the limits; those of a captured part are as many as these.
-
-        Where the kernels ask for no more than rows' pages, a captured part's plan holds until these change.
-        """
-        asked = (rows.query_starts.tobytes(), rows.page_starts.tobytes())
-        if self._part is not None and asked == self._planned:
-            return self._part
-        pinned = self._ring.acquire()
-        memory = PlanMemory(self._floats, self._device, pinned.data)
-        info = self.kernels.plan(rows, memory)
-        pinned.fence = self._copies.fence()
-        if self._limits.is_captured:
-            self._captured = self._captured or list(info)
-            if list(info) != self._captured:
-                raise PlanChangedError(f"found {list(info)}, allowed is {self._captured}, the graph's")
-        part = PlannedPart(self.kernels, info, memory, self._always_has_rows)
-        if self._limits.is_captured and self.kernels.plans_by_pages:
-            self._planned, self._part = asked, part
-        return part
-
-
-@dataclass(frozen=True)
-class PlannedPart:
-    """What a layer's attention calls for a part of the batch."""
-
-    kernels: PagedKernels
-    info: PlanInfo
-    memory: PlanMemory
-    overlaps: bool
-    """It may begin before what is in front of it has ended, for which each row waits; false where there may
-    be no row: a kernel that waits for nothing would seem to say that all before it has ended."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +55,8 @@ class _BucketState:
     pages: RowPages
     planners: dict[int | None, _Planners]
     out: torch.Tensor | None
-    """Of a mixed bucket, whose pad tokens no kernel writes: they keep what they have, zeros at first"""
+    """Of a bucket whose pad tokens no kernel writes: they keep what they have, zeros at first"""
+    mask: TreeMask | None
 
 
 class FlashInferAttention:
@@ -162,7 +78,10 @@ class FlashInferAttention:
         max_verified: int = 0,
         mechanisms: Mechanisms = ALL_ON,
         pool_kernels: PoolKernels | None = None,
+        max_tree_tokens: int = 0,
     ) -> None:
+        """`max_tree_tokens`: of a row that ends in a tree."""
+        self._max_rows, self._max_tree_tokens = max_rows, max_tree_tokens
         self._pool = pool
         self._copies = copies
         self._is_ring = mechanisms.rings_staging
@@ -176,10 +95,13 @@ class FlashInferAttention:
         self._eager = self._make_planners(limits, limits, always_has_rows=True)
         self._buckets: dict[Bucket, _BucketState] = {}
         self._pass_pages: dict[tuple[int, int], RowPages] = {}
+        self._mask_bits = self._floats.new_empty(0)
+        """Of all trees' masks: one pass after another uses it."""
         # The current pass:
         self._batch: ForwardBatch | None = None
         self._pages: RowPages | None = None
         self._out: torch.Tensor | None = None
+        self._mask: TreeMask | None = None
         self._parts: dict[int | None, list[PlannedPart]] = {}
 
     @property
@@ -194,7 +116,7 @@ class FlashInferAttention:
         self._batch = batch
         page_starts = host_page_starts(batch, self._pool.page_size)
         if batch.bucket is None:
-            self._pages, self._out = _room_for_pages(batch), None
+            self._pages, self._out, self._mask = _room_for_pages(batch), None, self._room_for_mask(batch)
             short, long = self._eager_rows(batch, page_starts)
             planners = self._eager
         else:
@@ -202,6 +124,7 @@ class FlashInferAttention:
             if state is None:
                 state = self._buckets[batch.bucket] = self._make_bucket(batch)
             self._pages, self._out, planners = state.pages, state.out, state.planners
+            self._mask = state.mask
             if batch.bucket.mode == "decode":
                 short, long = rows_between(batch, page_starts, 0, batch.num_rows), None
             elif batch.bucket.mode == "verify":
@@ -211,17 +134,18 @@ class FlashInferAttention:
         self._parts = {window: _plan_parts(of_window, short, long) for window, of_window in planners.items()}
 
     def for_passes(self, batch: ForwardBatch) -> "FlashInferAttention":
-        """Return attention that is planned for all passes over `batch`, rows of one token whose lengths only
-        the device knows: one block of threads for each of them and KV head."""
+        """Return attention that is planned for all passes over `batch`, rows of few tokens whose contexts the
+        device alone knows: none of these is divided among blocks of threads."""
         num_rows = batch.num_rows
         rows = HostRows(
             query_starts=batch.host_query_starts,
             page_starts=np.arange(num_rows + 1, dtype=np.int32),
-            context_lens=np.ones(num_rows, dtype=np.int32),
-            num_tokens=num_rows,
+            context_lens=batch.host_context_lens,
+            num_tokens=batch.num_tokens,
             is_captured=False,
+            is_causal=batch.tree is None,
         )
-        limits = PlanLimits(num_rows, num_rows, is_captured=False)
+        limits = PlanLimits(num_rows, batch.num_tokens, is_captured=False)
         planners = self._make_planners(limits, None, always_has_rows=True)
         attention = copy(self)
         # Each pass lines up its own pages when it begins: passes of one shape need room once.
@@ -229,6 +153,7 @@ class FlashInferAttention:
         if shape not in self._pass_pages:
             self._pass_pages[shape] = _room_for_pages(batch)
         attention._batch, attention._pages, attention._out = batch, self._pass_pages[shape], None
+        attention._mask = self._room_for_mask(batch)
         attention._parts = {
             window: [of_window.short.plan_whole(rows)] for window, of_window in planners.items()
         }
@@ -248,6 +173,16 @@ class FlashInferAttention:
             pages.pages,
             pages.last_page_lens,
         )
+        if batch.tree is not None:
+            assert self._mask is not None, "no mask is planned"
+            self._pool_kernels.pack_tree(
+                batch.tree.visible,
+                batch.query_starts,
+                batch.context_lens,
+                batch.tree.num_before,
+                self._mask.bits,
+                self._mask.row_bytes,
+            )
 
     def forward(
         self, layer: AttentionLayer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
@@ -293,16 +228,18 @@ class FlashInferAttention:
                 layer.scale,
                 out,
                 overlaps=part.overlaps,
+                mask=self._mask,
             )
         return out.view(q.shape[0], -1)
 
     def _eager_rows(
         self, batch: ForwardBatch, page_starts: IntArray
     ) -> tuple[HostRows | None, HostRows | None]:
-        """Divide rows: one token each come first. All are short where no kernels are for long ones."""
+        """Divide rows: one token each come first. All are short where no kernels are for long ones, or can
+        read a tree's mask."""
         lens = np.diff(batch.host_query_starts)
         num_rows = batch.num_rows
-        if None in self._long.values() or int(lens.max()) <= MAX_SHORT_LEN:
+        if batch.tree is not None or None in self._long.values() or int(lens.max()) <= MAX_SHORT_LEN:
             return rows_between(batch, page_starts, 0, num_rows), None
         num_short = int((lens == 1).sum())
         short = rows_between(batch, page_starts, 0, num_short) if num_short else None
@@ -318,11 +255,24 @@ class FlashInferAttention:
             short = PlanLimits(num_verified_rows(batch), size, is_captured=True)
         long = PlanLimits(max_long_rows(batch), size, is_captured=True) if is_mixed else None
         dtype, device = self._pool.layer(0)[0].dtype, batch.page_rows.device
+        has_pads = is_mixed or batch.tree is not None
         return _BucketState(
             pages=_room_for_pages(batch),
             planners=self._make_planners(short, long, always_has_rows=not is_mixed),
-            out=None if not is_mixed else torch.zeros((size, *self._out_shape), dtype=dtype, device=device),
+            out=None if not has_pads else torch.zeros((size, *self._out_shape), dtype=dtype, device=device),
+            mask=self._room_for_mask(batch),
         )
+
+    def _room_for_mask(self, batch: ForwardBatch) -> TreeMask | None:
+        """Return room for what a batch's trees see, of rows as long as the table's."""
+        if batch.tree is None:
+            return None
+        assert self._max_tree_tokens, "trees were not announced"
+        of_row = row_bytes(self._max_tree_tokens, batch.max_columns * self._pool.page_size)
+        num_bytes = max(batch.num_rows, self._max_rows) * of_row
+        if len(self._mask_bits) < num_bytes:
+            self._mask_bits = self._mask_bits.new_empty(num_bytes)
+        return TreeMask.room(batch.num_rows, of_row, self._mask_bits)
 
     def _make_planners(
         self, short: PlanLimits, long: PlanLimits | None, *, always_has_rows: bool

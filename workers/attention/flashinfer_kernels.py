@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from workers.attention.row_pages import RowPages
+from workers.attention.tree_mask import TreeMask
 from workers.engine.forward_batch import IntArray
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ MIN_CAPABILITY = 8
 _LONG_CAPABILITY = 9
 """Major compute capabilities: of cards that the kernels run on, and that those for long rows do."""
 
-_CAUSAL, _NHD, _NO_POSITIONS, _NO_WINDOW = 1, 0, 0, -1
+_CAUSAL, _MASKED, _NHD, _NO_POSITIONS, _NO_WINDOW = 1, 2, 0, 0, -1
 """FlashInfer's codes."""
 _TILES_Q = (16, 64, 128)
 _LONG_TILES_Q = {64: 192, 128: 128, 256: 128}
@@ -69,6 +70,8 @@ class HostRows:
     """Of a captured plan: the most that it will ever have"""
     is_captured: bool
     """Its grid and the places in its workspace depend on R and num_tokens alone"""
+    is_causal: bool = True
+    """Else a mask says what tokens see"""
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ class PagedKernels(Protocol):
         ...
 
     def plan_whole(self, rows: HostRows, memory: PlanMemory) -> PlanInfo:
-        """Plan rows of one token whose contexts are not divided: it holds for contexts of any length."""
+        """Plan rows of as many tokens each whose contexts are not divided: it holds for any lengths."""
         ...
 
     def run(
@@ -124,10 +127,12 @@ class PagedKernels(Protocol):
         out: torch.Tensor,
         *,
         overlaps: bool,
+        mask: TreeMask | None = None,
     ) -> None:
         """Attend, into `out` [tokens, heads, head_dim] at the planned rows' tokens alone; like q.
 
         `overlaps`: the kernels may begin while those before them still run, and wait where they read.
+        `mask`: of rows that were planned as not causal, which kernels for short rows alone can.
         """
 
 
@@ -207,7 +212,7 @@ class _Kernels:
             rows.is_captured,
             shape.head_dim,
             shape.head_dim,
-            True,  # causal
+            rows.is_causal,
             self._window_left,
             *options,
         )
@@ -225,6 +230,7 @@ class _Kernels:
         out: torch.Tensor,
         *,
         overlaps: bool,
+        mask: TreeMask | None = None,
     ) -> None:
         """See PagedKernels."""
         self._module.paged_run(
@@ -239,12 +245,12 @@ class _Kernels:
             pages.last_page_lens,
             out,
             None,  # log-sum-exp
-            _CAUSAL,
+            _CAUSAL if mask is None else _MASKED,
             _NHD,
             self._window_left,
             overlaps and self._has_pdl,
-            None,  # custom mask
-            None,
+            None if mask is None else mask.bits,
+            None if mask is None else mask.starts,
             None,  # ALiBi slopes
             None,  # items scored at once
             None,

@@ -50,6 +50,10 @@ class NativeAttention:
         view.num_rows = batch.num_rows
         view.num_tokens = batch.num_tokens
         view.page_size = self._pool.page_size
+        tree = batch.tree
+        view.visible = None if tree is None else tree.visible.data_ptr()
+        view.positions = None if tree is None else batch.positions.data_ptr()
+        view.num_before = 0 if tree is None else tree.num_before
 
     def begin(self) -> None:
         """Do nothing: `plan` has."""

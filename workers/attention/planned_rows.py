@@ -15,6 +15,7 @@ def rows_between(batch: ForwardBatch, page_starts: IntArray, first: int, stop: i
         context_lens=batch.host_context_lens[first:stop],
         num_tokens=int(query_starts[-1] - query_starts[0]),
         is_captured=batch.bucket is not None,
+        is_causal=batch.tree is None,
     )
 
 
@@ -26,15 +27,18 @@ def num_verified_rows(batch: ForwardBatch) -> int:
 
 
 def verified_rows(batch: ForwardBatch, page_starts: IntArray) -> HostRows:
-    """Return a verify bucket's rows, pads among them, filled up with rows of no tokens."""
+    """Return a verify bucket's rows, filled up with rows of no tokens; pads among them, but for trees, whose
+    masks have no room for these."""
     assert batch.bucket is not None
     num_rows = num_verified_rows(batch)
+    stop = batch.num_rows if batch.tree is None else batch.num_real_rows
     return HostRows(
-        query_starts=_filled_up(batch.host_query_starts, num_rows + 1),
-        page_starts=_filled_up(page_starts, num_rows + 1),
-        context_lens=_filled_up(batch.host_context_lens, num_rows, 0),
+        query_starts=_filled_up(batch.host_query_starts[: stop + 1], num_rows + 1),
+        page_starts=_filled_up(page_starts[: stop + 1], num_rows + 1),
+        context_lens=_filled_up(batch.host_context_lens[:stop], num_rows, 0),
         num_tokens=batch.bucket.size,
         is_captured=True,
+        is_causal=batch.tree is None,
     )
 
 

@@ -31,6 +31,17 @@ class PoolKernels(Protocol):
         In a captured graph C is what num_columns [1] holds when it is replayed, max_columns at most.
         """
 
+    def pack_tree(
+        self,
+        visible: torch.Tensor,
+        query_starts: torch.Tensor,
+        context_lens: torch.Tensor,
+        num_before: int,
+        bits: torch.Tensor,
+        row_bytes: int,
+    ) -> None:
+        """Write a TreeMask's bits from a TokenTree's words; rows that do not fit, of pads, are left out."""
+
     def write_kv(
         self,
         k: torch.Tensor,
@@ -77,6 +88,29 @@ class TorchPoolKernels:
         places = starts[:-1, None] + columns
         places.masked_fill_(columns >= num_pages[:, None], pages.shape[0] - 1)
         pages.scatter_(0, places.view(-1), page_rows.reshape(-1))
+
+    def pack_tree(
+        self,
+        visible: torch.Tensor,
+        query_starts: torch.Tensor,
+        context_lens: torch.Tensor,
+        num_before: int,
+        bits: torch.Tensor,
+        row_bytes: int,
+    ) -> None:
+        """See PoolKernels."""
+        num_rows = context_lens.shape[0]
+        bit = torch.arange(row_bytes * 8, device=bits.device)
+        num_tokens = query_starts[1:] - query_starts[:-1]
+        num_bits = (num_tokens.long() * context_lens)[:, None]
+        lens = context_lens.long().clamp_min(1)[:, None]
+        token = (bit // lens + query_starts[:-1, None]).clamp_max(len(visible) - 1)
+        number = bit % lens - (context_lens - num_tokens - num_before)[:, None]
+        is_seen = (number < 0) | (number < 64) & (visible[token] >> number.clamp(0, 63) & 1 > 0)
+        is_seen &= (bit < num_bits) & (num_bits <= row_bytes * 8)
+        powers = 1 << torch.arange(8, dtype=torch.uint8, device=bits.device)
+        packed = (is_seen.view(num_rows, row_bytes, 8) * powers).sum(dim=2, dtype=torch.uint8)
+        bits[: num_rows * row_bytes].copy_(packed.view(-1))
 
     def write_kv(
         self,

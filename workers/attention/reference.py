@@ -30,8 +30,20 @@ class _Rows:
     """[rows, queries] int64"""
     pages: torch.Tensor
     """[rows, columns] int64: column c holds positions c * page_size .. (c + 1) * page_size - 1"""
-    first_position: torch.Tensor
-    """[rows, 1] int64: the position of each row's first query"""
+    first_place: torch.Tensor
+    """[rows, 1] int64: the place of each row's first query, in a chain its position"""
+    tree: "_Nodes | None" = None
+
+
+@dataclass(frozen=True)
+class _Nodes:
+    """Of queries [rows, queries] that are a tree's, int64 each."""
+
+    positions: torch.Tensor
+    visible: torch.Tensor
+    """See TokenTree"""
+    first_number: torch.Tensor
+    """[rows, 1]: the place of each row's number 0"""
 
 
 class ReferenceAttention:
@@ -106,21 +118,33 @@ class ReferenceAttention:
         device = batch.token_ids.device
         tokens = batch.host_query_starts[rows].astype(np.int64)[:, None] + np.arange(first, stop)
         query_lens = np.diff(batch.host_query_starts)[rows]
-        positions = (batch.host_context_lens[rows] - query_lens + first).astype(np.int64)[:, None]
+        first_places = (batch.host_context_lens[rows] - query_lens).astype(np.int64)[:, None]
         num_columns = -(-padded_len // self._page_size)
         pages = batch.page_rows[torch.from_numpy(rows).to(device), :num_columns].long()
         if pages.shape[1] < num_columns:
             pages = torch.nn.functional.pad(pages, (0, num_columns - pages.shape[1]))  # dummy pages
-        return _Rows(torch.from_numpy(tokens).to(device), pages, torch.from_numpy(positions).to(device))
+        of_rows = torch.from_numpy(tokens).to(device)
+        places = torch.from_numpy(first_places).to(device)
+        nodes = None
+        if batch.tree is not None:
+            first_number = places - batch.tree.num_before
+            nodes = _Nodes(batch.positions[of_rows], batch.tree.visible[of_rows], first_number)
+        return _Rows(of_rows, pages, places + first, nodes)
 
     def _mask(self, rows: _Rows, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return visible [rows, queries, keys] and unseen [rows, keys], what no query of the row sees."""
         device = rows.pages.device
         keys = torch.arange(rows.pages.shape[1] * self._page_size, device=device)
-        queries = rows.first_position + torch.arange(rows.tokens.shape[1], device=device)
-        visible = keys <= queries[:, :, None]
+        positions = rows.first_place + torch.arange(rows.tokens.shape[1], device=device)
+        visible = keys <= positions[:, :, None]
+        if rows.tree is not None:
+            numbers = (keys - rows.tree.first_number)[:, None]  # [rows, 1, keys]
+            sees = rows.tree.visible[:, :, None] >> numbers.clamp(0, 63) & 1 > 0
+            visible &= (numbers < 0) | sees & (numbers < 64)
+            positions = rows.tree.positions
         if window is not None:
-            visible &= keys > queries[:, :, None] - window
+            # Of a tree's places only its root and what is before it may be out of a window.
+            visible &= keys > positions[:, :, None] - window
         return visible, ~visible.any(dim=1)
 
 

@@ -66,7 +66,9 @@ def draft_bytes(config: WorkerConfig, card: ModelCard, draft: DraftCard) -> int:
 
 
 def log_memory(device: torch.device, page_bytes: int) -> None:
-    """Say where the device's memory went, everything of the rank being on it."""
+    """Say where a CUDA device's memory went, everything of the rank being on it."""
+    if device.type != "cuda":
+        return
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
     logger.info(
         "device memory",

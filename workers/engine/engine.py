@@ -170,6 +170,7 @@ class Engine:
             chosen.kernels if tp_group.size == 1 else None,
             samples_per_row=1 + config.max_drafts,
             group=tp_group,
+            has_trees=config.draft_topk > 1,
         )
         if self._guard.buckets:
             with torch.inference_mode():
@@ -189,8 +190,7 @@ class Engine:
             self._speculator = Speculator(
                 self._draft.state, self._draft.runner, self._pool, self._table, copies, self._sanitizer
             )
-        if device.type == "cuda":
-            log_memory(device, self._pool.data.nbytes)
+        log_memory(device, self._pool.data.nbytes)
 
     @property
     def pool(self) -> KVPool:
@@ -332,7 +332,7 @@ class Engine:
         else:
             batch, slots = self._stager.stage_bucket(plan, self._graphs.inputs(decision.bucket))
         if self._speculator is not None:
-            self._speculator.begin(plan, batch, slots)
+            batch = self._speculator.begin(plan, batch, slots, self._sampler)
         if self._sanitizer:
             self._sanitizer.check_inputs(batch, slots)
         logits = self._compute(batch)

@@ -1,6 +1,7 @@
 """ForwardBatch: the inputs of one forward pass, staged for it alone (I3). Read by decoder and attention."""
 
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +11,26 @@ from workers.engine.graph_guard import Bucket
 from workers.plan import Mode
 
 IntArray = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class TokenTree:
+    """What the tokens of a batch's rows stand behind and see, where a row's last tokens are a tree's nodes.
+
+    A row's numbers are its last places:  | num_before places | the row's tokens in the batch |
+    """
+
+    parents: torch.Tensor
+    """[T] int64: the batch's token whose text each goes on; of a row's first token nothing is meant"""
+    visible: torch.Tensor
+    """[T] int64: bit n of a token: it sees number n of its row. It sees all places before these."""
+    num_before: int
+
+    @classmethod
+    def room(cls, num_tokens: int, device: torch.device) -> Self:
+        """Return a tree of so many tokens that all see their whole rows: whatever is seen is there."""
+        parents = torch.zeros(num_tokens, dtype=torch.int64, device=device)
+        return cls(parents, torch.full_like(parents, -1), num_before=0)
 
 
 @dataclass(frozen=True)
@@ -50,6 +71,8 @@ class ForwardBatch:
     """[S] int64: tokens whose logits are wanted; in a decode bucket all T, in order"""
     host_query_starts: IntArray
     host_context_lens: IntArray
+    tree: TokenTree | None = None
+    """None: tokens see all before them, and positions are places. Else positions are texts'."""
 
     @property
     def num_tokens(self) -> int:

@@ -65,10 +65,12 @@ class GraphRunner:
         mechanisms: Mechanisms = ALL_ON,
         kernels: RecordingKernels | None = None,
         samples_per_row: int = 1,
+        has_trees: bool = False,
         group: TPGroup | None = None,
         graphs: PassGraphs | None = None,
     ) -> None:
-        """`group`: whose collectives a step contains, None: none. `graphs`: the device's where None."""
+        """`samples_per_row`, `has_trees`: of rows that verify. `group`: whose collectives a step contains,
+        None: none. `graphs`: the device's where None."""
         self._runner = runner
         self._is_alone = group is None or group.size == 1
         self._kernels = kernels
@@ -81,7 +83,7 @@ class GraphRunner:
         page_size = runner.pool.page_size
         self._inputs = {
             bucket: BucketInputs(
-                bucket, max_slots, page_size, pages_per_row, device, mechanisms, samples_per_row
+                bucket, max_slots, page_size, pages_per_row, device, mechanisms, samples_per_row, has_trees
             )
             for bucket in sorted(buckets, key=lambda bucket: bucket.size, reverse=True)
         }
@@ -248,7 +250,7 @@ def guard_for(
         config.graphs,
         GraphRunner.supports(device, captured_modes),
         token_sizes,
-        verify_lens=[1 + draft_len for draft_len in config.draft_lens] if verifies else (),
+        verify_lens=[1 + config.draft_topk * length for length in config.draft_lens] if verifies else (),
     )
 
 

@@ -114,14 +114,13 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ty
         storages = {tensor.untyped_storage().data_ptr() for tensor in inputs}
         if all(result.untyped_storage().data_ptr() in storages for result in results):
             return out  # a view: an address, found for good
-        if len(results) != 1:
-            raise RecordingError(f"{func} makes {len(results)} new tensors; recorded are operations of one")
-        result = results[0]
-        self._kept.append(result)
+        self._kept += results
         if func in _CONVERSIONS:
-            self._launches.append(partial(result.copy_, inputs[0]))
+            self._launches.append(partial(results[0].copy_, inputs[0]))
+        elif len(results) == 1:
+            self._launches.append(lambda: results[0].copy_(func(*args, **kwargs)))
         else:
-            self._launches.append(lambda: result.copy_(func(*args, **kwargs)))
+            self._launches.append(lambda: _copy_all(results, func(*args, **kwargs)))
         return out
 
     def replay(self) -> None:
@@ -133,3 +132,8 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ty
     def num_launches(self) -> int:
         """Count the operations of a replay."""
         return len(self._launches)
+
+
+def _copy_all(results: Sequence[torch.Tensor], again: Sequence[torch.Tensor]) -> None:
+    for result, value in zip(results, again, strict=True):
+        result.copy_(value)

@@ -95,6 +95,11 @@ class Sampler:
         if table.has_penalties[slot]:
             self._free_counts_rows.append(int(table.counts_row[slot]))
 
+    def is_plain(self, slots: IntArray) -> npt.NDArray[np.bool_]:
+        """Tell of each slot whether its next token is that of the largest logit, wherever its place is."""
+        found: npt.NDArray[np.bool_] = self._table.is_plain[slots]
+        return found
+
     def has_history(self, slots: IntArray) -> npt.NDArray[np.bool_]:
         """Tell of each slot whether its next token depends on those before it, beside their place."""
         found: npt.NDArray[np.bool_] = self._table.has_penalties[slots]

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from workers.engine.copies import CopyStream, Fence
-from workers.engine.forward_batch import ForwardBatch
+from workers.engine.forward_batch import ForwardBatch, TokenTree
 from workers.engine.graph_guard import Bucket
 from workers.engine.last_tokens import LastTokens
 from workers.engine.mechanisms import ALL_ON, Mechanisms
@@ -135,6 +135,7 @@ class BucketInputs:
         device: torch.device,
         mechanisms: Mechanisms = ALL_ON,
         samples_per_row: int = 1,
+        has_trees: bool = False,
     ) -> None:
         size = bucket.size
         is_decode = bucket.mode == "decode"
@@ -154,6 +155,8 @@ class BucketInputs:
         self.num_samples = size if is_decode else min(max_samples, max(size, num_rows))
         """Tokens whose logits it computes."""
         self.static = StepInputs(size, num_rows, max_columns, device)
+        self.tree = TokenTree.room(size, device) if has_trees and bucket.mode == "verify" else None
+        """Filled by the Speculator; until then every token sees its whole row."""
         self.ring = StagingRing(make, mechanisms.rings_staging)
         self.has_rows = False
 
@@ -362,4 +365,5 @@ def static_batch(
         max_columns=static.max_columns,
         host_query_starts=host.start_array,
         host_context_lens=host.len_array,
+        tree=bucket.tree,
     )

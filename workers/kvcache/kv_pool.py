@@ -34,8 +34,8 @@ class KVPool:
         # calloc on the CPU: pages cost resident memory only once they are written.
         self.data = torch.zeros((num_pages + 1, layout.bundle_bytes), dtype=torch.uint8, device=device)
         #   target and draft [num_pages + 1, num_layers, 2, page_size, num_kv_heads, head_dim]
-        sections = [self._section_view(layout.section(name)) for name in ("target", "draft")]
-        self._layers = [(kv[:, i, 0], kv[:, i, 1]) for kv in sections for i in range(kv.shape[1])]
+        self._sections = [self._section_view(layout.section(name)) for name in ("target", "draft")]
+        self._layers = [(kv[:, i, 0], kv[:, i, 1]) for kv in self._sections for i in range(kv.shape[1])]
         self.tails = self._section_view(layout.section("tail"))
         """Each page's draft feature of its last token, [num_pages + 1, feature_size]; 0 without a draft."""
 
@@ -52,6 +52,18 @@ class KVPool:
         compute it in 64 bits.
         """
         return self._layers[index]
+
+    def move_entries(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        """Copy tokens' entries of all layers, target's and draft's, from sources [n] to targets [n]: int64,
+        page * page_size + offset. All are gathered before any is written; no two go to one target, but for
+        equal ones."""
+        source_pages, source_offsets = sources // self.page_size, sources % self.page_size
+        target_pages, target_offsets = targets // self.page_size, targets % self.page_size
+        for kv in self._sections:
+            if kv.shape[1]:
+                #   [n, layers, 2, kv_heads, head_dim]
+                entries = kv[source_pages, :, :, source_offsets]
+                kv[target_pages, :, :, target_offsets] = entries
 
     def poison(self, pages: Sequence[int]) -> None:
         """Fill `pages` with NaN bytes, so that reading what nobody wrote shows in the logits."""

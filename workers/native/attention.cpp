@@ -6,6 +6,8 @@
 // The cut of a context depends on the row alone, so its result does not depend on its neighbours.
 // Only keys that some query of the task may see are read: what lies outside can be NaN.
 
+#include <algorithm>
+
 #include "attention_block.h"
 #include "threads.h"
 
@@ -23,13 +25,16 @@ struct Task {
 
 extern "C" {
 
-// One step's batch; mirrors workers.native.kernels.AttentionBatch. Pointers are to int32 except `locations`.
+// One step's batch; mirrors workers.native.kernels.AttentionBatch. Pointers are to int32 up to `locations`.
 struct AttentionBatch {
   const int32_t* page_rows;  // [num_rows, page_rows_stride]
   const int32_t* query_starts;
   const int32_t* context_lens;
   const int64_t* locations;
   int64_t page_rows_stride, num_rows, num_tokens, page_size;
+  const int64_t* visible;    // null unless rows end in trees: TokenTree's, as num_before is
+  const int64_t* positions;  // of texts, which windows count; elsewhere they are places
+  int64_t num_before;
 };
 
 // One layer and its part of the pool; mirrors workers.native.kernels.AttentionShape. Strides in elements;
@@ -88,20 +93,31 @@ struct Attention {
   }
 
   int64_t query_len(int64_t row) const { return batch.query_starts[row + 1] - batch.query_starts[row]; }
-  int64_t first_position(int64_t row) const { return batch.context_lens[row] - query_len(row); }
+  int64_t first_place(int64_t row) const { return batch.context_lens[row] - query_len(row); }
+
+  // Where query `query` of a row is in its text: never behind its place.
+  int64_t position(int64_t row, int64_t query) const {
+    return batch.visible ? batch.positions[batch.query_starts[row] + query] : first_place(row) + query;
+  }
+
+  // The first place that some query in [first, stop) of a row sees: of a chain's the first one's.
+  int64_t low_of(int64_t row, int64_t first, int64_t stop) const {
+    int64_t lowest = low(position(row, first));
+    for (int64_t query = first + 1; batch.visible && query < stop; ++query)
+      lowest = std::min(lowest, low(position(row, query)));
+    return lowest;
+  }
 
   // Calls visit(task) for all tasks of the step, in an order that every thread sees alike.
   template <class Visit>
   void each_task(Visit&& visit) const {
     int64_t partial = 0;
     for (int64_t row = 0; row < batch.num_rows; ++row) {
-      const int64_t len = query_len(row), position = first_position(row);
+      const int64_t len = query_len(row), place = first_place(row);
       for (int64_t first = 0; first < len; first += QUERIES_PER_TASK) {
         const int64_t stop = first + QUERIES_PER_TASK < len ? first + QUERIES_PER_TASK : len;
-        const int64_t last_key = position + stop;
-        int64_t first_key = 0;
-        if (shape.sliding_window > 0 && position + first + 1 > shape.sliding_window)
-          first_key = position + first + 1 - shape.sliding_window;
+        const int64_t last_key = place + stop;
+        int64_t first_key = low_of(row, first, stop);
         const bool is_whole = last_key - first_key <= KEYS_PER_TASK;
         for (; first_key < last_key; first_key += KEYS_PER_TASK) {
           const int64_t end = first_key + KEYS_PER_TASK < last_key ? first_key + KEYS_PER_TASK : last_key;
@@ -170,11 +186,11 @@ struct Attention {
       math.tile_scores(block, own.wide_q, rows, keys, scores);
       math.widen_values(block, values);
     }
-    const int64_t first_position_of_task = first_position(task.row) + task.first_query;
     for (int64_t i = 0; i < rows; ++i) {
-      const int64_t position = first_position_of_task + i / group;
-      math.soften(scores + i * KEYS_PER_BLOCK, low(position) - first, position + 1 - first, block.num, &own.maxima[i],
-             &own.weights[i], own.sums + i * padded_dim);
+      const int64_t query = task.first_query + i / group, place = first_place(task.row) + query;
+      if (batch.visible) hide(task.row, query, first, block.num, scores + i * KEYS_PER_BLOCK);
+      math.soften(scores + i * KEYS_PER_BLOCK, low(position(task.row, query)) - first, place + 1 - first, block.num,
+                  &own.maxima[i], &own.weights[i], own.sums + i * padded_dim);
     }
     if (is_few)
       math.add_values(scores, rows, [&](int64_t t, int64_t d) { return load(block.values[t] + d); }, block.num,
@@ -182,6 +198,16 @@ struct Attention {
     else
       math.add_values(scores, rows, [&](int64_t t, int64_t d) { return load(values + t * padded_dim + d); }, block.num,
                       own.sums);
+  }
+
+  // Takes away the scores of what a tree's query does not see of its row's numbers; block of keys `first` ...
+  void hide(int64_t row, int64_t query, int64_t first, int64_t num, float* scores) const {
+    const uint64_t visible = batch.visible[batch.query_starts[row] + query];
+    const int64_t first_number = first_place(row) - batch.num_before;
+    for (int64_t t = std::max<int64_t>(first_number - first, 0); t < num; ++t) {
+      const int64_t number = first + t - first_number;
+      if (number >= 64 || !(visible >> number & 1)) scores[t] = NO_SCORE;
+    }
   }
 
   void widen_queries(const Task& task, int64_t kv_head, float* to) const {
@@ -280,7 +306,7 @@ struct Attention {
         if (task.is_whole) return;
         if (parts == 0) first = task;
         parts += 1;
-        if (task.stop_key < first_position(task.row) + task.stop_query) return;
+        if (task.stop_key < first_place(task.row) + task.stop_query) return;
         for (int64_t head = 0; head < shape.num_kv_heads; ++head)
           if (joined++ % num_threads == thread) join(first, parts, head, scratch);
         parts = 0;

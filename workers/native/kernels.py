@@ -36,6 +36,9 @@ class AttentionBatch(ctypes.Structure):
         ("num_rows", _INT),
         ("num_tokens", _INT),
         ("page_size", _INT),
+        ("visible", _POINTER),
+        ("positions", _POINTER),
+        ("num_before", _INT),
     )
 
 

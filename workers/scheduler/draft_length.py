@@ -60,7 +60,9 @@ class DraftLength:
     that is not chosen is probed from time to time, so that it comes back when texts or load have changed.
     """
 
-    def __init__(self, lengths: Sequence[int], max_tokens_per_step: int) -> None:
+    def __init__(self, lengths: Sequence[int], max_tokens_per_step: int, topk: int = 1) -> None:
+        """`topk`: so many drafts are verified for each token of a length."""
+        self._topk = topk
         self._lengths = [0, *sorted(lengths)]
         self._max_tokens = max_tokens_per_step
         self._rates = AcceptRates(self._lengths[-1])
@@ -80,7 +82,7 @@ class DraftLength:
         if num_rows == 0:
             return 0
         self._num_steps += 1
-        room = max(self._max_tokens // num_rows - 1, 0)
+        room = max(self._max_tokens // num_rows - 1, 0) // self._topk
         lengths = [length for length in self._lengths if length <= room]
         if len(lengths) == 1:
             self.switches["off", "no_room"] += self.length > 0
@@ -101,7 +103,7 @@ class DraftLength:
         return self.length
 
     def verified(self, num_drafts: int, num_accepted: int, num_rows: int = 1) -> None:
-        """Take in what became of the drafts of some rows, of all the same."""
+        """Take in what became of the drafts of some rows, so many tokens ahead, of all the same."""
         self._rates.verified(num_drafts, num_accepted, num_rows)
 
     def stepped(self, plan: BatchPlan, seconds: float) -> None:
@@ -109,7 +111,7 @@ class DraftLength:
         and those of the step before did, which it may have waited for, or not."""
         if plan.num_drafts:
             self._rates.stepped()
-        is_even = all(num_drafts == plan.draft_len for num_drafts in plan.num_drafts or [0])
+        is_even = all(num_drafts == self._topk * plan.draft_len for num_drafts in plan.num_drafts or [0])
         before, self._before = self._before, None
         if plan.mode in ("decode", "verify") and plan.slots and is_even and seconds > 0:
             self._before = kind_of(len(plan.slots)), plan.draft_len

@@ -93,6 +93,21 @@ class Running:
                 request.num_planned = 1 + request.num_verified
                 self._budget -= request.num_planned
 
+    def verify_alone(self) -> None:
+        """Leave the drafts out where prompts are part of the step, and give these the tokens."""
+        verifying = [request for request in self.requests if request.num_verified]
+        prefilling = [
+            request for request in self.requests if request.num_planned > 1 and not request.num_verified
+        ]
+        for request in verifying if prefilling else ():
+            self._budget += request.num_verified
+            request.num_planned -= request.num_verified
+            request.num_verified = 0
+        for request in prefilling if verifying else ():
+            num_more = min(request.num_left - request.num_planned, self._budget)
+            request.num_planned += num_more
+            self._budget -= num_more
+
     def plan_row(self, request: Request) -> None:
         """Give a request its part of the step, unless its prefix is still loading: then it waits alone."""
         assert request.slot is not None and not request.num_planned, f"{request.request_id} is planned twice"

@@ -106,7 +106,10 @@ class Scheduler:
         target_s = None if target_ms is None else target_ms / 1e3
         self._budget = StepBudget(config.max_tokens_per_step, target_s, step_sizes)
         is_auto = bool(config.draft_lens) and config.draft_tokens == "auto"
-        self._draft_length = DraftLength(config.draft_lens, config.max_tokens_per_step) if is_auto else None
+        self._draft_length = None
+        if is_auto:
+            lens, topk = config.draft_lens, config.draft_topk
+            self._draft_length = DraftLength(lens, config.max_tokens_per_step, topk)
         if self._draft_length is not None:
             self.stats.draft_switches = self._draft_length.switches
         self._num_steps = 0
@@ -176,6 +179,8 @@ class Scheduler:
         if may_admit:
             running.admit(now_s)
         running.fill()
+        if self._config.draft_topk > 1:
+            running.verify_alone()
         rows = [request for request in running.requests if request.num_planned]
         if not rows and (self._in_flight or not self._cache.has_ops):
             return None
@@ -258,10 +263,11 @@ class Scheduler:
     def _assemble(self, rows: list[Request]) -> BatchPlan:
         self._num_steps += 1
         self._cache.planned(self._num_steps)
-        ops, draft_len = self._cache.take_ops(), self._config.max_drafts
+        ops, draft_len = self._cache.take_ops(), max(self._config.draft_lens, default=0)
         if self._draft_length is not None:
             draft_len = self._draft_length.choose(sum(request.is_sampled for request in rows))
-        step = assemble(self._num_steps, self._cache.version, ops, rows, draft_len)
+        topk = self._config.draft_topk
+        step = assemble(self._num_steps, self._cache.version, ops, rows, draft_len, topk)
         self._in_flight.append(step)
         if self._config.draft_lens and step.plan.sampled:
             self.stats.draft_steps[draft_len] += 1
@@ -328,11 +334,12 @@ class Scheduler:
                 self._cache.commit(request.slot, num_computed)
             request.num_computed = num_computed
             request.num_in_flight -= length
-        # What became of rows' drafts counts behind the request's end, too.
+        # What became of rows' drafts counts behind the request's end, too; of trees by their depth.
         for (origin, num_drafts, num_found), num_rows in verified.items():
-            self.stats.verified(num_drafts, num_found, origin, num_rows)
+            draft_len = num_drafts // self._config.draft_topk
+            self.stats.verified(draft_len, num_found, origin, num_rows)
             if self._draft_length is not None:
-                self._draft_length.verified(num_drafts, num_found - 1, num_rows)
+                self._draft_length.verified(draft_len, num_found - 1, num_rows)
 
     def _answer(self, request: Request | None, kept: _Kept) -> RequestOutput:
         """End a request where its last token did, and tell what it has got."""

@@ -27,11 +27,16 @@ class Step:
 
 
 def assemble(
-    step: int, version: RelocationVersion, ops: list[PlanOp], planned: list[Request], draft_len: int = 0
+    step: int,
+    version: RelocationVersion,
+    ops: list[PlanOp],
+    planned: list[Request],
+    draft_len: int = 0,
+    draft_topk: int = 1,
 ) -> Step:
     """Write the plan of the requests' planned tokens, and count these as in flight.
 
-    `draft_len` tokens are drafted for each row that is sampled.
+    `draft_len` tokens are drafted for each row that is sampled, of a tree `draft_topk` times as many.
 
     Rows of one token come first, before all others those whose token is awaited: the only one that they lack.
 
@@ -57,7 +62,7 @@ def assemble(
         if end == len(request.token_ids) + request.num_awaited:
             sampled.append(row)
             request.num_awaited += 1
-            request.num_drafts = draft_len
+            request.num_drafts = draft_len * draft_topk
         request.num_in_flight += length
         request.num_planned = request.num_verified = 0
     plan = BatchPlan(

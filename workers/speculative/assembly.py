@@ -13,9 +13,9 @@ from workers.models.decoder import Decoder
 from workers.models.draft import DraftModel
 from workers.parallel import TPGroup
 from workers.speculative.draft_extend import DraftExtend
-from workers.speculative.draft_loop import LoopParts
 from workers.speculative.draft_runner import DraftRunner
 from workers.speculative.draft_state import DraftState
+from workers.speculative.loop_inputs import LoopParts
 from workers.speculative.loop_sizes import loop_sizes
 
 
@@ -42,7 +42,7 @@ def assemble_draft(
 ) -> DraftParts:
     """Build what drafts for the rows of `table`; raises BackendError where its attention cannot be."""
     attention = choose_draft_attention(config, pool, model, decoder, chosen)
-    state = DraftState(pool, table.max_slots, config.max_drafts, decoder.config.vocab_size)
+    state = DraftState(pool, table.max_slots, config.max_drafts, decoder.config.vocab_size, config.draft_topk)
     parts = LoopParts(model, state, pool, table, group, copies, attention.for_passes, chosen.greedy_tokens)
     reason: EagerReason | None = None
     if not config.graphs:

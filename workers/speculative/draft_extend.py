@@ -2,7 +2,8 @@
 
     place               s        s+1      s+2     ...      of one row of any step
     token               known    known or drafted
-    the entry's feature carried  of s     of s+1  ...      the target's, of the token before
+    the entry's feature carried  of s     of s+1  ...      the target's, of the token before; of a tree's
+                                                           node its parent's
 
 The draft's entries have the places of the target's: one batch, one plan, one captured graph. What becomes of
 a drafted token that is wrong, in both of them and in a page's tail, is written over by the next step. A row
@@ -79,11 +80,15 @@ class DraftExtend:
         # Rows without tokens, of buckets, begin behind the last token: there is a place for what they carry.
         starts, carried = batch.query_starts.long(), self._state.carried
         before = torch.empty(num_tokens + 1, features.shape[1], dtype=features.dtype, device=features.device)
-        before[1:] = features
+        if batch.tree is None:
+            before[1:] = features
+        else:
+            torch.index_select(features, 0, batch.tree.parents, out=before[:num_tokens])
         before.index_copy_(0, starts[:-1], carried.index_select(0, batch.slots))
         self._draft.extend(batch.token_ids, before[:num_tokens], batch.positions, self._attention)
         page_size = self._pool.page_size
-        ends_page = (batch.positions + 1) % page_size == 0
+        # By place: a tree's node may be another position's, but then another comes to that place.
+        ends_page = (batch.out_locations + 1) % page_size == 0
         pages = batch.out_locations // page_size * ends_page  # others' go to the dummy page
         self._pool.tails.index_copy_(0, pages, features)
         self._pool.tails[DUMMY_PAGE].zero_()

@@ -19,7 +19,8 @@ from workers.engine.part_times import PartTimes
 from workers.engine.recording import Arena, Recording, RecordingError, RecordingKernels
 from workers.plan import CloseSlot, SetRow
 from workers.speculative.acceptance import VerifiedRows
-from workers.speculative.draft_loop import DraftLoop, LoopParts
+from workers.speculative.draft_loop import DraftLoop
+from workers.speculative.loop_inputs import LoopParts
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class DraftRunner:
         self._graphs = graphs or graphs_of(self._device, parts.group)
         self._arena = Arena()
         self._prepared: dict[tuple[int, int], Prepared] = {}
-        """By size and number of drafts; of 0 drafts: accept"""
+        """By size and how far ahead is drafted; 0: accept"""
 
     def loop_for(self, num_rows: int) -> DraftLoop:
         """Return the smallest loop that holds so many rows."""
@@ -71,12 +72,12 @@ class DraftRunner:
         self._prepared.get((loop.size, 0), loop.accept)()
         self.times.ended("accept")
 
-    def draft(self, loop: DraftLoop, num_drafts: int) -> None:
+    def draft(self, loop: DraftLoop, draft_len: int) -> None:
         """Draft behind the rows that were accepted, and count how."""
-        prepared = self._prepared.get((loop.size, num_drafts))
+        prepared = self._prepared.get((loop.size, draft_len))
         if prepared is None:
             self._guard.count("draft", self._reason or "capture_failed")
-            loop.draft(num_drafts)
+            loop.draft(draft_len)
         else:
             self._guard.count("draft", None)
             prepared()
@@ -108,20 +109,20 @@ class DraftRunner:
         logger.info("prepared drafting", extra={"passes": len(self._prepared), "seconds": seconds})
 
     def _prepare(self, loop: DraftLoop) -> None:
-        max_drafts = self._parts.state.max_drafts
+        max_depth = self._parts.state.max_depth
         num_rows = min(loop.size, self._parts.table.max_slots)
         self._rehearse(loop, num_rows, position=1, token_id=0)
         accept = self._prepare_pass(loop.accept)
         drafting = {num: self._prepare_pass(partial(loop.draft, num)) for num in self._lengths}
         # They must repeat what is computed, from other inputs than those they were prepared with.
         found = []
-        for passes in (accept, drafting[max_drafts]), (loop.accept, partial(loop.draft, max_drafts)):
+        for passes in (accept, drafting[max_depth]), (loop.accept, partial(loop.draft, max_depth)):
             self._rehearse(loop, max(1, num_rows - 1), position=self._parts.table.page_size, token_id=1)
             for compute in passes:
                 compute()
-            found.append((loop.num_right.clone(), self._parts.state.drafts.clone()))
-        (right, drafts), (right_again, drafts_again) = found
-        if not (torch.equal(right, right_again) and torch.equal(drafts, drafts_again)):
+            state = self._parts.state
+            found.append((loop.num_right.clone(), state.drafts.clone(), state.fields.clone()))
+        if not all(torch.equal(replayed, computed) for replayed, computed in zip(*found, strict=True)):
             raise RecordingError(f"drafting for {loop.size} rows: a replay differs from the draft")
         self._prepared |= {(loop.size, num): run for num, run in ({0: accept} | drafting).items()}
 
@@ -139,8 +140,7 @@ class DraftRunner:
         """Stage rows that never were, with what they carry and bring, over pages that nobody owns yet."""
         parts, max_drafts = self._parts, self._parts.state.max_drafts
         table = parts.table
-        # Drafts are tokens 0: right where token 0 is chosen.
-        parts.state.drafts.zero_()
+        parts.state.rehearse()
         num_pages = -(-(position + 2 * max_drafts) // table.page_size)
         if num_pages > table.pages_per_row:  # a table of one page
             position, num_pages = 1, table.pages_per_row

@@ -31,5 +31,10 @@ def loop_bytes(config: WorkerConfig, context_len: int, feature_bytes: int) -> in
         + 20 * config.max_drafts  # positions, places and lengths of each pass
         + 16
     )
-    sizes = loop_sizes(config.max_running_requests)
-    return sum(sizes) * row_bytes + len(sizes) * config.max_drafts * _PLAN_BYTES
+    sizes, max_slots = loop_sizes(config.max_running_requests), config.max_running_requests
+    num_bytes = sum(sizes) * row_bytes + len(sizes) * max(config.draft_lens) * _PLAN_BYTES
+    if config.draft_topk == 1:
+        return num_bytes
+    # What each followed node sees and the numbers that were right; the mask of all rows, which there is once.
+    mask_bytes = num_places * (num_columns * config.page_size) // 8
+    return num_bytes + sum(sizes) * 16 * config.max_drafts + max_slots * mask_bytes

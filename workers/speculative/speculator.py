@@ -14,21 +14,24 @@ function of the tokens alone. Entries from p on are provisional: the next round 
 Nothing here waits for the device but a sanitizer, and rows with penalties (see `choose`).
 """
 
+from dataclasses import replace
+
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
 from workers.engine.copies import CopyStream, Fence
-from workers.engine.forward_batch import ForwardBatch
+from workers.engine.forward_batch import ForwardBatch, TokenTree
 from workers.engine.sampler import Sampler
 from workers.kvcache.kv_pool import KVPool
 from workers.kvcache.page_table import PageTable
 from workers.kvcache.sanitizer import KVSanitizer
 from workers.plan import BatchPlan
-from workers.speculative.acceptance import Verified, VerifiedRows, choose
+from workers.speculative.acceptance import HostTrees, Verified, VerifiedRows, choose
 from workers.speculative.draft_loop import DraftLoop
 from workers.speculative.draft_runner import DraftRunner
 from workers.speculative.draft_state import DraftState
+from workers.speculative.tree import DEPTH, PARENT, VISIBLE
 
 IntArray = npt.NDArray[np.int64]
 
@@ -52,15 +55,60 @@ class Speculator:
         self._copies = copies
         self._sanitizer = sanitizer
         self._is_carried = np.zeros(table.max_slots, dtype=np.bool_)
+        self._trees: HostTrees | None = None
+        """Of the step under way, where its sampler asks for them."""
 
     def close(self, slot: int) -> None:
         """Forget what is carried for a slot: the next request begins on its own prefix."""
         self._is_carried[slot] = False
 
-    def begin(self, plan: BatchPlan, batch: ForwardBatch, slots: IntArray) -> None:
-        """Find what the staged step's rows carry into it, and begin to time it."""
+    def begin(self, plan: BatchPlan, batch: ForwardBatch, slots: IntArray, sampler: Sampler) -> ForwardBatch:
+        """Find what the staged step's rows carry into it, and what its trees are; begin to time it.
+
+        Return the batch as it then is.
+        """
         self._load_carried(plan)
         self._runner.times.begin(plan.mode)
+        self._trees = None
+        state = self._state
+        if state.topk == 1 or not plan.num_drafts:
+            return batch
+        if not sampler.is_plain(np.array(plan.slots)[plan.sampled]).all():
+            drafts, fields = self._copies.to_host(state.drafts), self._copies.to_host(state.fields)
+            self._trees = HostTrees(drafts, fields, self._copies.fence())
+        #   tokens of a row   | own | node 1 | node 2 | ... |
+        #                           ^ end - num             ^ end
+        rows = slots[: batch.num_real_rows]
+        num_drafts = np.zeros(self._table.max_slots, dtype=np.int64)
+        num_drafts[plan.slots] = plan.num_drafts
+        nums = num_drafts[rows]
+        ends = batch.host_query_starts[1 : len(rows) + 1].astype(np.int64)
+        numbers = np.arange(nums.sum()) - np.repeat(np.cumsum(nums) - nums, nums)
+        firsts = np.repeat(ends - nums, nums)
+        sources = np.repeat(rows * state.max_drafts, nums) + numbers
+        return self._grow(batch, self._copies.upload(np.stack([firsts + numbers, sources, firsts - 1])))
+
+    def _grow(self, batch: ForwardBatch, index: Tensor) -> ForwardBatch:
+        """Let a batch's tokens stand behind and see what they do in their trees.
+
+        index [3, nodes] int64: the batch's tokens that are nodes, where their fields are, and the token of
+        their row's own, number 0.
+        """
+        if batch.tree is None:
+            batch = replace(batch, tree=TokenTree.room(batch.num_tokens, batch.token_ids.device))
+        assert batch.tree is not None
+        #   what no node is: the token before it; number 0, which sees itself. Pads see all of theirs.
+        num_real = int(batch.host_query_starts[batch.num_real_rows])
+        batch.tree.parents.zero_()
+        batch.tree.visible[:num_real].fill_(1)
+        batch.tree.visible[num_real:].fill_(-1)
+        #   fields  [slots, NUM_FIELDS, max_drafts] -> [NUM_FIELDS, nodes]
+        fields = self._state.fields.transpose(0, 1).flatten(1).index_select(1, index[1])
+        batch.tree.parents.index_copy_(0, index[0], index[2] + fields[PARENT])
+        batch.tree.visible.index_copy_(0, index[0], fields[VISIBLE])
+        own = batch.positions.index_select(0, index[2])
+        batch.positions.index_copy_(0, index[0], own + fields[DEPTH])
+        return batch
 
     def advance(
         self,
@@ -102,14 +150,15 @@ class Speculator:
     ) -> tuple[Verified, DraftLoop]:
         loop = self._runner.loop_for(len(rows.slots))
         assert logits is not None, "what is sampled has logits"
-        choices = choose(sampler, logits, rows, self._state.drafts, self._copies)
+        choices = choose(sampler, logits, rows, self._state.drafts, self._copies, self._trees)
         numbers = np.arange(self._state.max_drafts + 1)
         at = lasts[:, None] + np.minimum(numbers, rows.num_drafts[:, None])
         loop.stage(rows, choices.token_ids, features, at)
         self._runner.accept(loop)
         # A copy on the CPU, too: the next step writes there (I9).
         num_right = self._copies.to_host(loop.num_right[: len(rows.slots)].clone())
-        return Verified(num_right, choices.to_host(self._copies)), loop
+        path = None if loop.path is None else self._copies.to_host(loop.path[: len(rows.slots)].clone())
+        return Verified(num_right, choices.to_host(self._copies), path), loop
 
     def _check(self, rows: VerifiedRows, loop: DraftLoop, num_drafts: int) -> None:
         """Tell the sanitizer what was wrong, and show it what is to be drafted; waits for the device."""

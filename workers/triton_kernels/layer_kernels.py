@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from workers.layers.kernels import Matmul
-from workers.triton_kernels import argmax, elementwise, kv_write, page_lines
+from workers.triton_kernels import argmax, elementwise, kv_write, page_lines, tree_bits
 from workers.triton_kernels.skinny_matmul import SkinnyConfig, skinny_config, skinny_matmul
 
 SKINNY_DTYPES = (torch.bfloat16, torch.float16)
@@ -126,6 +126,18 @@ class TritonKernels:
         page_lines.line_up_pages(
             page_rows, num_columns, max_columns, context_lens, page_size, starts, pages, last_page_lens
         )
+
+    def pack_tree(
+        self,
+        visible: torch.Tensor,
+        query_starts: torch.Tensor,
+        context_lens: torch.Tensor,
+        num_before: int,
+        bits: torch.Tensor,
+        row_bytes: int,
+    ) -> None:
+        """See tree_bits.pack_tree; for attention backends."""
+        tree_bits.pack_tree(visible, query_starts, context_lens, num_before, bits, row_bytes)
 
     def greedy_tokens(self, logits: torch.Tensor) -> torch.Tensor:
         """See argmax.greedy_tokens; for the sampler."""
