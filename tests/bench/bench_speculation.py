@@ -8,9 +8,8 @@ The real Scheduler, Engine and step loop, without Ray and HTTP; greedy; held-out
 chitchat-dataset where that file is not there. Every option of the workers is one here too. Progress goes to
 stderr; one JSON line ends stdout:
 
-speedup_b1, ...         tokens/s with the draft over those without, while so many answers run: one that ends
-                        is followed by the next prompt, until there is none. Median over rounds, in which both
-                        arms take turns
+speedup_b1, ...         tokens/s with the draft over those without, from when all answers of a batch have
+                        begun until the first has ended: median over rounds, in which both arms take turns
 accept_length           tokens a row and step that verified drafts brought, the token sampled behind right
                         drafts counted, with chains of `accept_draft_tokens`, over prompts that were computed
 accept_length_by_origin the same chats, their prompts computed; found on the device; in the node's arena by a
@@ -58,8 +57,8 @@ from workers.kvcache.page_pool import Safety  # noqa: E402
 from workers.protocol import FetchHint  # noqa: E402
 
 ARMS = ("plain", "drafted")
-NUM_TURNS, NUM_TURNS_OF_MANY, MAX_SMALL_BATCH = 3, 2, 8
-"""Prompts for each of the answers that run at a time, of which small batches have more."""
+NUM_ALONE = 3
+"""Chats of a round in batches of one, one after another: one by itself says little of others."""
 NUM_ORIGIN_CHATS = 32
 NUM_TOGETHER = 4
 """Chats of which all prompts are fetched: of 32 at once most were computed instead."""
@@ -91,16 +90,21 @@ def measure_speed(arguments: argparse.Namespace, prompts: list[list[int]]) -> di
             stats, acceptance = ranks["drafted"].scheduler.stats, Acceptance(ranks["drafted"])
             steps_before = Counter(stats.draft_steps)
             for round_ in range(-1, arguments.rounds):  # the first warms up
-                num_asked = size * (NUM_TURNS if size <= MAX_SMALL_BATCH else NUM_TURNS_OF_MANY)
-                first = (round_ + 1) * num_asked
-                asked = [prompts[(first + number) % len(prompts)] for number in range(num_asked)]
+                num_batches = NUM_ALONE if size == 1 else 1
+                first = (round_ + 1) * size * num_batches
+                asked = [prompts[(first + number) % len(prompts)] for number in range(size * num_batches)]
                 if round_ == 0:
                     acceptance, steps_before = Acceptance(ranks["drafted"]), Counter(stats.draft_steps)
                 speeds = {}
                 for arm in ARMS if round_ % 2 == 0 else ARMS[::-1]:
-                    chats = Chats(f"{arm}/{size}/{round_}", asked, arguments.tokens, num_at_once=size)
-                    ranks[arm].run(chats)
-                    speeds[arm] = chats.tokens_per_s
+                    batches = [
+                        Chats(f"{arm}/{size}/{round_}/{place}", asked[place : place + size], arguments.tokens)
+                        for place in range(0, len(asked), size)
+                    ]
+                    for chats in batches:
+                        ranks[arm].run(chats)
+                    num_tokens = sum(chats.num_tokens for chats in batches)
+                    speeds[arm] = num_tokens / sum(chats.seconds for chats in batches)
                 if round_ >= 0:
                     for arm, speed in speeds.items():
                         medians.add(arm, speed)

@@ -54,18 +54,13 @@ def _chitchat(random: Random) -> list[list[dict[str, str]]]:
 
 
 class Chats:
-    """Clients that ask greedily for `num_tokens` each, `num_at_once` of them at a time (None: all).
+    """Clients that ask all at once, greedily, for `num_tokens` each.
 
-    Tokens count from when so many have begun to be answered until fewer are.
+    Tokens count from when all have begun to be answered until the first has ended.
     """
 
     def __init__(
-        self,
-        name: str,
-        prompts: list[list[int]],
-        num_tokens: int,
-        hints: list[list[FetchHint]] | None = None,
-        num_at_once: int | None = None,
+        self, name: str, prompts: list[list[int]], num_tokens: int, hints: list[list[FetchHint]] | None = None
     ) -> None:
         sampling = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
         self._waiting = [
@@ -74,20 +69,17 @@ class Chats:
             )
             for number, tokens in enumerate(prompts)
         ]
-        self._num_left = len(prompts)
-        self._num_due = num_at_once or len(prompts)
-        self._silent = {submit.request_id for submit in self._waiting[: self._num_due]}
+        self._num_left = self._num_asked = len(prompts)
+        self._silent = {submit.request_id for submit in self._waiting}
         self._began_s = self._ended_s = 0.0
-        self._num_tokens = 0
-        self._is_over = False
+        self.num_tokens = 0
 
     @property
     def are_done(self) -> bool:
         return not self._num_left
 
     def ask(self, now_s: float) -> list[Received]:
-        asked, self._waiting = self._waiting[: self._num_due], self._waiting[self._num_due :]
-        self._num_due = 0
+        asked, self._waiting = self._waiting, []
         return list(asked)
 
     def wait_s(self, now_s: float) -> float:
@@ -97,17 +89,14 @@ class Chats:
         if self._silent and outputs:
             self._silent -= {output.request_id for output in outputs if output.token_ids}
             self._began_s = now_s
-        elif not self._is_over:
-            self._num_tokens += sum(len(output.token_ids) for output in outputs)
+        elif self._num_left == self._num_asked:
+            self.num_tokens += sum(len(output.token_ids) for output in outputs)
             self._ended_s = now_s
-        num_ended = sum(output.finish_reason is not None for output in outputs)
-        self._num_left -= num_ended
-        self._num_due += num_ended
-        self._is_over = self._is_over or self._num_due > len(self._waiting)
+        self._num_left -= sum(output.finish_reason is not None for output in outputs)
 
     @property
-    def tokens_per_s(self) -> float:
-        return self._num_tokens / (self._ended_s - self._began_s)
+    def seconds(self) -> float:
+        return self._ended_s - self._began_s
 
 
 class Acceptance:
