@@ -24,7 +24,7 @@ _MAX_WORDS = 4096
 
 
 class RankSums(Protocol):
-    """What layers need of OneShotSums: sums that all ranks make together, in one order."""
+    """What OneShotSums is to layers and samplers: sums that all ranks make together, in one order."""
 
     def takes(self, part: torch.Tensor) -> bool:
         """Tell whether parts [rows, size] of this shape and dtype, equal on every rank, are for it."""
@@ -38,6 +38,15 @@ class RankSums(Protocol):
         self, x: torch.Tensor, part: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return x + the sum of all ranks' `part`, and that normalised (see LayerKernels.add_rms_norm)."""
+        ...
+
+    def takes_keys(self, keys: torch.Tensor) -> bool:
+        """Tell whether `best_ids` can be asked of so many keys."""
+        ...
+
+    def best_ids(self, keys: torch.Tensor) -> torch.Tensor:
+        """Return the token ids in the largest of all ranks' `keys` (see vocabulary_shard.keys_of), [rows]
+        int64 each."""
         ...
 
 
@@ -104,6 +113,14 @@ class OneShotSums:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See RankSums."""
         return self._kernels.sum_add_rms_norm(self._memory, x, part, weight, eps, pdl=self._pdl)
+
+    def takes_keys(self, keys: torch.Tensor) -> bool:
+        """See RankSums."""
+        return len(keys) <= _MAX_ROWS
+
+    def best_ids(self, keys: torch.Tensor) -> torch.Tensor:
+        """See RankSums."""
+        return self._kernels.best_ids(self._memory, keys, pdl=self._pdl)
 
 
 def exchange(store: TCPStore, name: str, rank: int, size: int, value: str, timeout_s: float) -> list[str]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.kernel_cases import KernelCases
+from tests.rank_kernel_cases import RankKernelCases
 from tests.tree_kernel_cases import TreeKernelCases
 
 if not torch.cuda.is_available():
@@ -28,7 +29,7 @@ needs_dependent_launch = pytest.mark.skipif(
 )
 
 
-class TestOnCuda(KernelCases, TreeKernelCases):
+class TestOnCuda(KernelCases, TreeKernelCases, RankKernelCases):
     device = "cuda"
     matmul_dtypes = (torch.bfloat16, torch.float16)
 

@@ -1,5 +1,5 @@
-"""One rank of test_one_shot_kernel: sums parts in Triton's interpreter over inboxes in a shared file, and
-says what came of it as a JSON line. Arguments: the file, rank, ranks, sums."""
+"""One rank of test_one_shot_kernel: sums parts and finds best tokens in Triton's interpreter over inboxes in
+a shared file, and says what came of it as a JSON line. Arguments: the file, rank, ranks, sums."""
 
 import hashlib
 import json
@@ -31,6 +31,12 @@ def stream_of(number: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     return x, torch.randn(like.shape[1], generator=generator).to(like.dtype)
 
 
+def keys_of_ranks(number: int, num_ranks: int) -> torch.Tensor:
+    """Return all ranks' keys of 1 to 3 rows, [ranks, rows], of either sign."""
+    generator = torch.Generator().manual_seed(number + 2000)
+    return torch.randint(-(1 << 62), 1 << 62, (num_ranks, 1 + number % MAX_ROWS), generator=generator)
+
+
 def is_close(found: torch.Tensor, expected: torch.Tensor) -> bool:
     """Tell whether values are within two units in the last place: the interpreter cuts bfloat16s off."""
     eps = torch.finfo(expected.dtype).eps
@@ -42,7 +48,7 @@ def main(path: str, rank: int, num_ranks: int, num_sums: int) -> None:
     shared = torch.from_file(path, shared=True, size=num_ranks * num_words, dtype=torch.int64)
     inboxes = tuple(shared[peer * num_words :].data_ptr() for peer in range(num_ranks))
     # About to wrap: the counts of sums are of 32 bits.
-    epochs = torch.full((MAX_ROWS,), 2**31 - 1 - num_sums // 4, dtype=torch.int32)
+    epochs = torch.full((MAX_ROWS,), 2**31 - 1 - num_sums // 2, dtype=torch.int32)
     memory = one_shot.OneShotMemory(rank, inboxes, epochs, MAX_WORDS, timeout_s=0.0)
     pauses = random.Random(rank)
     wrong, digest = [], hashlib.sha256()
@@ -63,6 +69,9 @@ def main(path: str, rank: int, num_ranks: int, num_sums: int) -> None:
             stream = one_shot.sum_parts(memory, part, pdl=False)
             right = is_close(stream, total)
         digest.update(stream.view(torch.int16).numpy())
+        keys = keys_of_ranks(number, num_ranks)
+        found = one_shot.best_ids(memory, keys[rank].clone(), pdl=False)
+        right = right and torch.equal(found, 0xFFFFFFFF - (keys.amax(0) & 0xFFFFFFFF))
         if not right or not torch.equal(part, parts[rank]):
             wrong.append(number)
     said = {"wrong": wrong, "epochs": epochs.tolist(), "digest": digest.hexdigest()}

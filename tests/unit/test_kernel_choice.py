@@ -68,6 +68,9 @@ class FakeOwn(TorchPoolKernels):
         self.greedy.append(logits)
         return torch.full((len(logits),), 7)
 
+    def greedy_keys(self, logits, first_id):
+        raise NotImplementedError("of a group of several ranks")
+
 
 def choose(
     backend, dtype="bfloat16", *, on_cuda=True, head_dim=64, window=None, load=None, load_own=None, **options

@@ -4,19 +4,21 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="Triton is not installed: it comes with torch's CUDA builds")
+if find_spec("triton") is None:  # not imported here: test_triton_kernels interprets it
+    pytest.skip("Triton is not installed: it comes with torch's CUDA builds", allow_module_level=True)
 
 SCRIPT = Path(__file__).parent / "one_shot_rank.py"
 ROOT = SCRIPT.parents[2]
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", [2, 3])
 def test_ranks_that_come_at_different_times_get_the_same_right_sums(tmp_path: Path, num_ranks: int) -> None:
-    num_sums = 30
+    num_sums = 20
     inboxes = tmp_path / "inboxes"
     inboxes.write_bytes(bytes(1 << 20))
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
@@ -31,7 +33,7 @@ def test_ranks_that_come_at_different_times_get_the_same_right_sums(tmp_path: Pa
         for rank in range(num_ranks)
     ]
     try:
-        said = [json.loads(rank.communicate(timeout=60)[0]) for rank in ranks]
+        said = [json.loads(rank.communicate(timeout=200)[0]) for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()

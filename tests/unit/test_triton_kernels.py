@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.kernel_cases import KernelCases
+from tests.rank_kernel_cases import RankKernelCases
 from tests.tree_kernel_cases import TreeKernelCases
 
 if torch.cuda.is_available():
@@ -14,7 +15,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # read where the kernels are made, at thei
 pytest.importorskip("triton", reason="Triton is not installed: it comes with torch's CUDA builds")
 
 
-class TestInterpreted(KernelCases, TreeKernelCases):
+class TestInterpreted(KernelCases, TreeKernelCases, RankKernelCases):
     device = "cpu"
     matmul_dtypes = (torch.float16,)  # the interpreter multiplies no bfloat16 matrices
 

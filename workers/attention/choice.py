@@ -27,12 +27,14 @@ from workers.engine.copies import CopyStream
 from workers.engine.forward_batch import ForwardBatch
 from workers.engine.mechanisms import ALL_ON, Mechanisms
 from workers.engine.recording import RecordingKernels
-from workers.engine.sampler import GreedyTokens, greedy_tokens
+from workers.engine.sampler import GreedyKeys, GreedyTokens, Sampler, greedy_tokens
+from workers.engine.vocabulary_shard import greedy_keys
 from workers.kvcache.kv_pool import KVPool
 from workers.layers.kernels import LayerKernels
 from workers.models.decoder import Decoder
 from workers.models.draft import DraftModel
 from workers.native.build import NativeBuildError
+from workers.parallel import TPGroup
 from workers.triton_kernels.choice import TritonMissingError, cuda_kernels
 
 if TYPE_CHECKING:
@@ -55,8 +57,23 @@ class ChosenKernels:
     attention: ReferenceAttention | NativeAttention | FlashInferAttention
     kernels: RecordingKernels | None = None
     greedy_tokens: GreedyTokens = greedy_tokens
+    greedy_keys: GreedyKeys = greedy_keys
     layer_kernels: LayerKernels | None = None
     """What the decoder has adopted, on any device"""
+
+    def sampler(
+        self, vocab_size: int, max_slots: int, device: torch.device, copies: CopyStream, group: TPGroup
+    ) -> Sampler:
+        """Return a Sampler of the group's vocabulary that chooses by these kernels."""
+        return Sampler(
+            vocab_size,
+            max_slots,
+            device,
+            copies,
+            greedy=self.greedy_tokens,
+            group=group,
+            keys=self.greedy_keys,
+        )
 
 
 @dataclass(frozen=True)
@@ -106,7 +123,11 @@ def choose_kernels(
     if own is not None:
         decoder.adopt(own)
         for dtype in (pool.layer(0)[0].dtype, torch.float32):  # of greedy steps, and of mixed ones
-            own.greedy_tokens(decoder.norm.weight.new_zeros(1, decoder.head.num_tokens, dtype=dtype))
+            logits = decoder.norm.weight.new_zeros(1, decoder.head.num_tokens, dtype=dtype)
+            if decoder.group.size == 1:
+                own.greedy_tokens(logits)
+            else:
+                own.greedy_keys(logits, 0)
     most_rows = max(config.max_running_requests, *(config.graph_batch_sizes or (1,)))
     attention = FlashInferAttention(
         pool,
@@ -120,8 +141,11 @@ def choose_kernels(
         pool_kernels=own,
         max_tree_tokens=1 + config.max_drafts if config.draft_topk > 1 else 0,
     )
-    greedy = greedy_tokens if own is None else own.greedy_tokens
-    return ChosenKernels(attention, greedy_tokens=greedy, layer_kernels=own)
+    if own is None:
+        return ChosenKernels(attention)
+    return ChosenKernels(
+        attention, greedy_tokens=own.greedy_tokens, greedy_keys=own.greedy_keys, layer_kernels=own
+    )
 
 
 def choose_draft_attention(

@@ -26,7 +26,6 @@ from workers.engine.model_runner import ModelRunner
 from workers.engine.namespace import kv_namespace
 from workers.engine.part_times import part_times_of
 from workers.engine.sampled import Sampled
-from workers.engine.sampler import Sampler
 from workers.engine.staged_tokens import DraftIds
 from workers.engine.staging import Stager
 from workers.kvcache.kv_pool import KVPool, allocate_pool
@@ -141,8 +140,7 @@ class Engine:
         chosen = choose_kernels(
             config, self._pool, loaded.decoder, copies, max_tokens=max_tokens, mechanisms=mechanisms
         )
-        greedy = chosen.greedy_tokens
-        self._sampler = Sampler(card.vocab_size, max_slots, device, copies, greedy=greedy, group=tp_group)
+        self._sampler = chosen.sampler(card.vocab_size, max_slots, device, copies, tp_group)
         self._guard = guard_for(config, device, chosen.attention.captured_modes, max_tokens)
         self._draft: DraftParts | None = None
         if draft is not None:

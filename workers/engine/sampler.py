@@ -18,7 +18,7 @@ from workers.engine.copies import CopyStream
 from workers.engine.random_numbers import Purpose, gumbel, row_keys
 from workers.engine.sampled import Sampled, SampledLogprobs
 from workers.engine.sampling_table import SamplingTable
-from workers.engine.vocabulary_shard import VocabularyShard, ids_of, keys_of, values_of
+from workers.engine.vocabulary_shard import VocabularyShard, greedy_keys, ids_of, values_of
 from workers.parallel import TPGroup
 from workers.plan import OpenSlot
 
@@ -29,6 +29,10 @@ IntArray = npt.NDArray[np.int64]
 
 GreedyTokens = Callable[[Tensor], Tensor]
 """Of logits [rows, vocab] in any dtype each row's largest, of equal ones the lower id: [rows] int64."""
+
+
+GreedyKeys = Callable[[Tensor, int], Tensor]
+"""See vocabulary_shard.greedy_keys."""
 
 
 def greedy_tokens(logits: Tensor) -> Tensor:
@@ -57,10 +61,11 @@ class Sampler:
         may_wait: bool | None = None,
         greedy: GreedyTokens = greedy_tokens,
         group: TPGroup | None = None,
+        keys: GreedyKeys = greedy_keys,
     ) -> None:
         """`may_wait`: whether a nucleus is sought among more and more tokens, which takes a look at the
         device's results, or in one sort. None: on CPU only. `group`: among which the vocabulary is divided;
-        None: it is whole."""
+        None: it is whole. `keys` take the place of `greedy` where it is divided."""
         self._shard = shard = VocabularyShard(vocab_size, group or TPGroup.single())
         self._vocab_size = vocab_size
         self._max_slots = max_slots
@@ -68,6 +73,7 @@ class Sampler:
         self._copies = copies
         self._may_wait = self._device.type == "cpu" if may_wait is None else may_wait
         self._greedy_tokens = greedy
+        self._greedy_keys = keys
         self._table = SamplingTable(vocab_size, max_slots)
         ids = torch.arange(shard.num_tokens, dtype=torch.int32, device=self._device) + shard.first
         self._ids = ids[None]  # [1, num_tokens]
@@ -224,14 +230,9 @@ class Sampler:
         return which, values.index_select(0, self._copies.upload(which))
 
     def _greedy(self, scores: Tensor, rows: IntArray, places: IntArray) -> Tensor:
-        return self._best(scores, self._greedy_tokens(scores))
-
-    def _best(self, scores: Tensor, places: Tensor) -> Tensor:
-        """Return the tokens of the largest scores of all ranks, of which each has its own at `places`."""
         if self._shard.is_whole:
-            return places
-        best = scores.gather(-1, places[:, None])[:, 0].float()
-        return self._shard.best(keys_of(best, places + self._shard.first))
+            return self._greedy_tokens(scores)
+        return self._shard.best(self._greedy_keys(scores, self._shard.first))
 
     def _draw_whole(self, scores: Tensor, rows: IntArray, places: IntArray) -> Tensor:
         """Draw from the whole vocabulary, min_p aside, which needs no ranking."""
@@ -239,7 +240,7 @@ class Sampler:
         if self._table.has_min_p[rows].any():
             log_p = log_p.masked_fill(log_p < filters[:, 2:], -math.inf)
         noisy = log_p.add_(gumbel(self._keys(rows, places), self._ids))
-        return self._best(noisy, noisy.argmax(dim=-1))
+        return noisy.argmax(dim=-1) if self._shard.is_whole else self._greedy(noisy, rows, places)
 
     def _draw_top_k(self, scores: Tensor, rows: IntArray, places: IntArray) -> Tensor:
         log_p, filters = self._scaled(scores, rows)

@@ -23,6 +23,13 @@ def keys_of(values: Tensor, token_ids: Tensor) -> Tensor:
     return (order.to(torch.int64) << 32) | (_LAST_ID - token_ids)
 
 
+def greedy_keys(logits: Tensor, first_id: int) -> Tensor:
+    """Return the keys [rows] int64 of each row's largest logit, of equal ones the lower id; logits [rows, n]
+    of any float type are those of the tokens from `first_id` on."""
+    best, places = logits.float().max(dim=-1)
+    return keys_of(best, places + first_id)
+
+
 def ids_of(keys: Tensor) -> Tensor:
     """Return the token ids of keys, int64."""
     return _LAST_ID - (keys & _LAST_ID)
@@ -49,6 +56,9 @@ class VocabularyShard:
 
     def best(self, keys: Tensor) -> Tensor:
         """Return the ids of the largest of all ranks' keys, [rows] int64, which it overwrites."""
+        sums = self._group.one_shot
+        if sums is not None and sums.takes_keys(keys):
+            return sums.best_ids(keys)
         self._group.maximum(keys)
         return ids_of(keys)
 

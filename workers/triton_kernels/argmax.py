@@ -1,4 +1,7 @@
-"""greedy_tokens: each row's largest logit, of equal ones the lower id. Programs share few rows."""
+"""greedy_tokens: each row's largest logit, of equal ones the lower id; greedy_keys: with the logit, as a key.
+
+Programs share few rows.
+"""
 
 import torch
 import triton
@@ -52,14 +55,16 @@ def _scan_kernel(
     tl.store(keys + row * num_parts + part, tl.max(best, axis=0))
 
 
-@triton.jit(do_not_specialize=["num_parts"])
-def _merge_kernel(keys, tokens, num_parts, BLOCK: tl.constexpr, PDL: tl.constexpr):
+@triton.jit(do_not_specialize=["num_parts", "first_id"])
+def _merge_kernel(
+    keys, out, num_parts, first_id, IS_KEY: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
     let_next_begin(PDL)
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, BLOCK)
     await_inputs(PDL)
     key = tl.max(tl.load(keys + row * num_parts + part, mask=part < num_parts, other=_SMALLEST), axis=0)
-    tl.store(tokens + row, 0xFFFFFFFF - (key & 0xFFFFFFFF))
+    tl.store(out + row, key - first_id if IS_KEY else 0xFFFFFFFF - (key & 0xFFFFFFFF))
 
 
 def greedy_tokens(logits: torch.Tensor, *, pdl: bool) -> torch.Tensor:
@@ -67,11 +72,21 @@ def greedy_tokens(logits: torch.Tensor, *, pdl: bool) -> torch.Tensor:
 
     It stays on the device; rows may lie apart. Compiled once for a dtype and vocabulary, not by rows.
     """
+    return _best(logits, None, pdl)
+
+
+def greedy_keys(logits: torch.Tensor, first_id: int, *, pdl: bool) -> torch.Tensor:
+    """Return the keys [rows] int64 (see vocabulary_shard.keys_of) of what greedy_tokens finds, in logits of
+    the tokens from `first_id` on."""
+    return _best(logits, first_id, pdl)
+
+
+def _best(logits: torch.Tensor, first_id: int | None, pdl: bool) -> torch.Tensor:
     assert logits.dtype in _DTYPES and logits.stride(1) == 1, (logits.dtype, logits.stride())
     rows, vocab_size = logits.shape
-    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    out = torch.empty(rows, dtype=torch.int64, device=logits.device)
     if rows == 0:
-        return tokens
+        return out
     num_blocks = triton.cdiv(vocab_size, _BLOCK)
     num_parts = min(triton.cdiv(_NUM_PROGRAMS, rows), num_blocks)
     part_size = triton.cdiv(triton.cdiv(vocab_size, num_parts), _BLOCK) * _BLOCK
@@ -89,5 +104,14 @@ def greedy_tokens(logits: torch.Tensor, *, pdl: bool) -> torch.Tensor:
         **launch_options(pdl),
     )
     max_parts = triton.next_power_of_2(min(_NUM_PROGRAMS, num_blocks))
-    _merge_kernel[(rows,)](keys, tokens, num_parts, BLOCK=max_parts, PDL=pdl, **launch_options(pdl))
-    return tokens
+    _merge_kernel[(rows,)](
+        keys,
+        out,
+        num_parts,
+        first_id or 0,
+        IS_KEY=first_id is not None,
+        BLOCK=max_parts,
+        PDL=pdl,
+        **launch_options(pdl),
+    )
+    return out

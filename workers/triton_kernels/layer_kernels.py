@@ -143,6 +143,10 @@ class TritonKernels:
         """See argmax.greedy_tokens; for the sampler."""
         return argmax.greedy_tokens(logits, pdl=self._pdl)
 
+    def greedy_keys(self, logits: torch.Tensor, first_id: int) -> torch.Tensor:
+        """See argmax.greedy_keys; for the sampler of one rank of several."""
+        return argmax.greedy_keys(logits, first_id, pdl=self._pdl)
+
     def _config(self, width: int, depth: int, rows: int, *, is_gated: bool) -> SkinnyConfig | None:
         config = skinny_config(width, depth, rows, is_gated=is_gated)
         if config is None or self._switches.late_launch:

@@ -167,6 +167,50 @@ def _sum_kernel(
     tl.store(epochs + row, epoch)
 
 
+@triton.jit(do_not_specialize=["timeout_ns"])
+def _best_kernel(
+    keys,
+    ids,
+    inboxes,
+    epochs,
+    timeout_ns,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
+    MAX_ROWS: tl.constexpr,
+    MAX_WORDS: tl.constexpr,
+    TIMED: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    # keys [rows, 2] int32 words, the lower first
+    let_next_begin(PDL)
+    row = tl.program_id(0)
+    word = tl.arange(0, 2)
+    inside = word < 2
+    await_inputs(PDL)
+    epoch = tl.load(epochs + row) + 1
+    own = tl.load(keys + row * 2 + word)
+    slot = ((epoch & 1) * MAX_ROWS + row) * RANKS
+    message = (epoch.to(tl.int64) << 32) | (own.to(tl.int64) & 0xFFFFFFFF)
+    for peer in tl.static_range(RANKS):
+        if peer != RANK:
+            inbox = inboxes[peer].to(tl.pointer_type(tl.int64))
+            tl.store(inbox + (slot + RANK).to(tl.int64) * MAX_WORDS + word, message)
+    inbox = inboxes[RANK].to(tl.pointer_type(tl.int64))
+    best = _whole(own, word)
+    for peer in tl.static_range(RANKS):
+        if peer != RANK:
+            places = inbox + (slot + peer).to(tl.int64) * MAX_WORDS + word
+            best = tl.maximum(best, _whole(_receive(places, inside, epoch, timeout_ns, TIMED), word))
+    tl.store(ids + row, 0xFFFFFFFF - (best & 0xFFFFFFFF))
+    tl.store(epochs + row, epoch)
+
+
+@triton.jit
+def _whole(words, word):
+    wide = words.to(tl.int64)
+    return tl.sum(tl.where(word == 0, wide & 0xFFFFFFFF, wide << 32), axis=0)
+
+
 def takes(memory: OneShotMemory, part: torch.Tensor) -> bool:
     """Tell whether parts of this shape and dtype can be summed here."""
     rows, size = part.shape
@@ -193,6 +237,30 @@ def sum_add_rms_norm(
     total, out = torch.empty_like(x), torch.empty_like(x)
     _launch(memory, part, x, weight, eps, total, out, pdl)
     return total, out
+
+
+def best_ids(memory: OneShotMemory, keys: torch.Tensor, *, pdl: bool) -> torch.Tensor:
+    """Return the token ids in the largest of all ranks' `keys`, [rows] int64 each, of at most max_rows."""
+    rows = len(keys)
+    assert rows <= memory.max_rows and keys.is_contiguous(), (rows, keys.stride())
+    ids = torch.empty_like(keys)
+    if rows:
+        _best_kernel[(rows,)](
+            keys.view(torch.int32),
+            ids,
+            memory.inboxes,
+            memory.epochs,
+            int(memory.timeout_s * 1e9),
+            RANK=memory.rank,
+            RANKS=len(memory.inboxes),
+            MAX_ROWS=memory.max_rows,
+            MAX_WORDS=memory.max_words,
+            TIMED=memory.timeout_s > 0,
+            PDL=pdl,
+            num_warps=1,
+            **launch_options(pdl),
+        )
+    return ids
 
 
 def _launch(
