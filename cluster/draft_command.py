@@ -56,9 +56,10 @@ def _eval(as_json: bool, config: Path | None, **given: Any) -> None:
         _print_json(told)
         return
     rates = ", ".join(f"{rate:.3f}" for rate in told["rates"])
+    trees = "" if told["draft_topk"] == 1 else f" in trees of {told['draft_topk']} guesses each"
     _say(
-        f"accept length {told['accept_length']:.2f} with {told['draft_tokens']} drafts at a time, the model's"
-        " own token counted"
+        f"accept length {told['accept_length']:.2f} with {told['draft_tokens']} drafts at a time{trees}, the"
+        " model's own token counted"
     )
     _say(
         f"right by place: {rates}: of the drafts at each place whose predecessors were right, the share that"

@@ -37,11 +37,13 @@ class Speed:
 @dataclass(frozen=True)
 class Measured:
     """What a draft is worth on greedy answers. `accept_length`: tokens that a verify step brings, the
-    target's own included. `rates`: of the drafts at each place whose predecessors were right, the share that
-    was right, as in a draft's card; `accepted_rates`: of all drafts there, those that were accepted.
+    target's own included. `rates`: of the drafts at each place (of trees at each depth) whose predecessors
+    were right, the share that was right, as in a draft's card; `accepted_rates`: of all drafts there, those
+    that were accepted.
     `equal_ratio`: answers that are the same without the draft, in float32 all."""
 
     draft_tokens: int
+    draft_topk: int
     num_prompts: int
     num_answer_tokens: int
     accept_length: float
@@ -101,6 +103,7 @@ def measure(options: EvalOptions, progress: Progress) -> Measured:
     equal = sum(with_draft.answers[place] == without.answers[place] for place in without.answers)
     return Measured(
         draft_tokens=options.draft_tokens,
+        draft_topk=options.draft_topk,
         num_prompts=len(questions),
         num_answer_tokens=num_tokens,
         accept_length=num_kept / max(1, num_rows),
@@ -187,6 +190,7 @@ def _config(options: EvalOptions, draft: str | None) -> WorkerConfig:
         kv_gb=4.0 if options.device == "cuda" else 0.5,
         draft=draft,
         draft_tokens=options.draft_tokens,
+        draft_topk=options.draft_topk,
         draft_attention_backend=options.draft_attention_backend,
         prefix_caching=False,
         num_threads=options.num_threads,

@@ -101,6 +101,8 @@ class EvalOptions:
     """Compute threads on the CPU; 0: as torch chooses."""
     draft_tokens: Annotated[int, Field(ge=1, le=16)] = 3
     """Tokens that the draft guesses at a time."""
+    draft_topk: Annotated[int, Field(ge=1, le=8)] = 1
+    """Guesses that it follows for each of these: 1, a chain; more, a tree."""
     batch_sizes: tuple[Count, ...] = (1,)
     """Requests that run at the same time, one measurement for each."""
     max_prompts: Count = 32
