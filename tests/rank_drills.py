@@ -1,5 +1,7 @@
 """What is drilled on two ranks, over gloo in test_rank_drills and over NCCL in test_drills_on_cuda."""
 
+import signal
+
 from tests.drills import Drill, Told
 from tests.rank_processes import FAILED_EXIT_CODE, RankFaults, RankProcesses
 from workers.kvcache.moves import MoveInjection
@@ -52,7 +54,8 @@ def check_hanging_rank(drill: Drill, num_requests: int, hangs: int) -> None:
 def check_recovery(drill: Drill, told: Told, ended: list[int]) -> None:
     """Ranks that were left ended by themselves, in time, with an error; the next group answered the rest."""
     assert sorted(told.endings) == ended, f"after {drill.deadline_s} s ended: {told.endings}"
-    assert all(ending.code == FAILED_EXIT_CODE for ending in told.endings.values()), told.endings
+    # NCCL's own thread may have been first to end a process whose device had failed.
+    assert all(ending.code in (FAILED_EXIT_CODE, -signal.SIGABRT) for ending in told.endings.values()), told
     assert told.lost_after_s is not None and told.num_tokens_before >= 60
     check_answers(told)
 

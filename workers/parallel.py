@@ -30,7 +30,7 @@ from torch._C._distributed_c10d import (
 from workers.completion_board import CompletionBoard
 from workers.move_board import MoveBoard
 from workers.one_shot_sums import OneShotSums, RankSums, exchange
-from workers.process_groups import Collectives, process_group
+from workers.process_groups import Collectives, end_collectives, process_group
 
 _LENGTH = struct.Struct("<I")
 _HELLO = struct.Struct("<I32s")
@@ -306,7 +306,7 @@ class TPGroup:
             link.close()
         self._links = []
         if self._process_group is not None:
-            self._process_group.abort()
+            end_collectives(self._process_group)
         self._process_group = None
 
     def close(self) -> None:

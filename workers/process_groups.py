@@ -1,5 +1,7 @@
 """process_group: torch's process groups as TPGroup uses them, each its own: none is registered anywhere."""
 
+import logging
+import threading
 from datetime import timedelta
 from typing import Literal, Protocol, cast
 
@@ -13,6 +15,10 @@ from torch._C._distributed_c10d import (
     TCPStore,
     Work,
 )
+
+logger = logging.getLogger(__name__)
+
+_END_TIMEOUT_S = 2.0
 
 
 class Collectives(Protocol):
@@ -73,3 +79,13 @@ def process_group(
     # Bound to the group's address: by default gloo resolves the machine's name, which may not resolve.
     options._devices = [gloo.create_device(hostname=host)]
     return gloo(store, rank, size, options)
+
+
+def end_collectives(group: Collectives) -> None:
+    """End running collectives, the device's too, with an error; what the group holds is freed if that can be
+    soon: NCCL waits for the last captured graph that holds one of its collectives, and for the device."""
+    thread = threading.Thread(target=group.abort, name="group-abort", daemon=True)
+    thread.start()
+    thread.join(_END_TIMEOUT_S)
+    if thread.is_alive():
+        logger.warning("a group's memory is not freed yet: graphs, or the device, still hold it")

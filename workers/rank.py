@@ -132,6 +132,7 @@ class Rank:
                 logger.warning(
                     "a rank is slow to leave; its last step may fail", extra={"rank": self._spec.rank}
                 )
+            self._engine.close()
         except Exception as error:  # the rank's top, but for its thread's
             # Pages wait for copies behind the steps: what a device still waits for must not come.
             self._group.abort()

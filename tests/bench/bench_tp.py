@@ -124,6 +124,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--batch-sizes", default="1,8,64,256", help="of part decode")
     made.add_argument("--rounds", type=int, default=3, help="of each decode measurement")
     made.add_argument("--out", type=Path, help="also write the JSON line to this file, after every part")
+    made.add_argument("--add-to", type=Path, help="a file of --out of the same cards, to go on from")
     made.add_argument("--quick", action="store_true", help="small sizes: shows that it works, not how fast")
     made.add_argument("--profile", action="store_true", help="of part decode: which kernels take the time")
     made.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -153,6 +154,10 @@ def main() -> None:
         )
     results = about(arguments.device, "tests/bench/bench_tp.py", sys.argv[1:])
     results["num_cards"] = max(tp_sizes) if arguments.device == "cuda" else 0
+    if arguments.add_to:
+        before = json.loads(arguments.add_to.read_text())
+        assert before["card"] == results["card"], "measured on other cards"
+        results = before | results | {"command": f"{before['command']}; {results['command']}"}
     for part, model, tp_size in runs_of(arguments.parts.split(","), arguments.models.split(","), tp_sizes):
         name = f"{part} {model} on {tp_size}"
         command = [sys.executable, __file__, *sys.argv[1:], "--part", part, "--of", f"{model}:{tp_size}"]

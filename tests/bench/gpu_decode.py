@@ -3,8 +3,9 @@
 import re
 import statistics
 import time
+from itertools import pairwise
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch.profiler import ProfilerActivity, profile
 
@@ -20,6 +21,19 @@ _ALL_REDUCE = re.compile("all_?reduce|^_sum_kernel", re.IGNORECASE)
 """Names of kernels that sum over ranks; waiting for the others counts."""
 MAX_STEP_TOKENS = 8_192
 """Four steps compute all prompts of the largest batch."""
+
+
+class DecodeRound(NamedTuple):
+    """What came of one batch."""
+
+    ttft_s: float
+    """Mean"""
+    tpot_s: float
+    """Mean, with all decoding"""
+    longest_s: float
+    """Of the times between two tokens"""
+    replayed_ratio: float
+    """Of the decode steps"""
 
 
 class Batch:
@@ -89,19 +103,20 @@ def measure_decode(
                 _one_round(rank, f"{batch_size}/{round_}", batch_size, num_tokens if round_ >= 0 else 8)
                 for round_ in range(-1, num_rounds)  # the first warms up
             ][1:]
-            tpots = [tpot_s for _, tpot_s, _ in rounds]
+            tpots = [one.tpot_s for one in rounds]
             tpot_s = statistics.median(tpots)
             mean_len = PROMPT_LEN + num_tokens / 2
             read_bytes = rank.weight_bytes_read + batch_size * mean_len * rank.token_bytes
             floor_s = read_bytes / (rank.config.tp_size * read_gb_s * 1e9)
             results[f"b{batch_size}"] = found = {
-                "ttft_ms": round(1000 * statistics.median(ttft_s for ttft_s, _, _ in rounds), 3),
+                "ttft_ms": round(1000 * statistics.median(one.ttft_s for one in rounds), 3),
                 "tpot_ms": round(1000 * tpot_s, 4),
                 "tpot_range_ms": [round(1000 * min(tpots), 4), round(1000 * max(tpots), 4)],
                 "decode_tok_s": round(batch_size / tpot_s, 1),
                 "floor_ms": round(1000 * floor_s, 4),
                 "tpot_over_floor": round(tpot_s / floor_s, 3),
-                "replayed_ratio": round(min(ratio for _, _, ratio in rounds), 4),
+                "longest_ms": [round(1000 * one.longest_s, 2) for one in rounds],
+                "replayed_ratio": round(min(one.replayed_ratio for one in rounds), 4),
             }
             say(f"{shape} batch {batch_size}: {found}")
             if is_profiled:
@@ -146,9 +161,8 @@ def _profile(rank: BenchRank, batch_size: int) -> dict[str, Any]:
 
 def _one_round(
     rank: BenchRank, name: str, batch_size: int, num_tokens: int, launched: Launched | None = None
-) -> tuple[float, float, float]:
-    """Return the mean time to the first token, the mean time per token with all decoding, and the part of
-    the decode steps that were replayed."""
+) -> DecodeRound:
+    """Ask for a whole batch at once."""
     random = Random(name)
     prompts = [prompt(random, PROMPT_LEN, rank.model.vocab_size) for _ in range(batch_size)]
     batch = Batch(name, prompts, num_tokens)
@@ -159,4 +173,5 @@ def _one_round(
     replayed = sum(step.outcome != "eager" for step in decodes) / len(decodes)
     # The first step that serves all may be a mixed one: what follows it are decodes of the whole batch.
     tpot_s = (batch.ends_s[-1] - batch.ends_s[0]) / (len(batch.ends_s) - 1)
-    return ttft_s, tpot_s, replayed
+    longest_s = max(later - earlier for earlier, later in pairwise(batch.ends_s))
+    return DecodeRound(ttft_s, tpot_s, longest_s, replayed)

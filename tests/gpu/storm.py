@@ -58,6 +58,8 @@ OPTIONS = (
     "itl_target_ms",
     "overlap_depth",
     "graphs",
+    "graph_batch_sizes",
+    "graph_token_sizes",
     "attention_backend",
     "checked",
     "draft",

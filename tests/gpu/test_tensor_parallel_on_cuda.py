@@ -18,6 +18,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(120)]
 
 QUIET = ["--shape", "small", "--requests", "96", "--concurrency", "24", "--max-prompt-len", "120"]
 QUIET += ["--injection", "off", "--max-tokens-per-step", "256", "--page-size", "8"]
+# Few, to be captured soon.
+QUIET += ["--graph-batch-sizes", "[4, 12, 24]", "--graph-token-sizes", "[64, 256]"]
 DRAFTING = {None: [], "self": ["--draft", "self"], "random": ["--draft", "random-eagle3"]}
 MAX_ACCEPT_RATIO = 0.05
 """Between accept lengths of equal requests: bfloat16 rounds otherwise with other ranks, and each tie makes

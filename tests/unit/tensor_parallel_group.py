@@ -106,5 +106,7 @@ class Ranks:
         while not is_enough():
             line = self.process.stdout.readline()
             assert line, "the ranks' process ended"
+            if not line.startswith("{"):  # NCCL's
+                continue
             fields = json.loads(line)
             self.said[fields["rank"]].update(fields)

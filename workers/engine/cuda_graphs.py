@@ -30,6 +30,9 @@ class PassGraphs(Protocol):
         """Return how much of the device's memory is taken, by whomever."""
         ...
 
+    def close(self) -> None:
+        """Let go of all that was captured; nothing of it is repeated any more."""
+
 
 def require_all(agree: Agree, error: RuntimeError | None) -> None:
     """Raise CaptureError on every rank where there is an `error` on any.
@@ -49,6 +52,7 @@ class CudaGraphs:
         self._agree = agree
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
+        self._captured: list[torch.cuda.CUDAGraph] = []
         self._failed: list[torch.cuda.CUDAGraph] = []
 
     def capture(self, compute: Callable[[], object]) -> Callable[[], None]:
@@ -70,6 +74,7 @@ class CudaGraphs:
                 failure = error
         before.wait_stream(self._stream)
         require_all(self._agree, failure)
+        self._captured.append(graph)
         return graph.replay
 
     def _capture(self, graph: torch.cuda.CUDAGraph, compute: Callable[[], object]) -> None:
@@ -111,3 +116,9 @@ class CudaGraphs:
         """Return how much of the device's memory is taken, by whomever."""
         num_free, num_bytes = torch.cuda.mem_get_info(self._device)
         return int(num_bytes - num_free)
+
+    def close(self) -> None:
+        """Let go of every graph: NCCL frees no communicator that one of them holds a collective of."""
+        for graph in self._captured:
+            graph.reset()
+        self._captured.clear()

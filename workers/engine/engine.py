@@ -281,7 +281,10 @@ class Engine:
         return self.collect()
 
     def close(self) -> None:
-        """Let go of the device's memory; no plan may follow."""
+        """Let go of the device's memory, and of the collectives that graphs hold; no plan may follow."""
+        self._graphs.close()
+        if self._draft is not None:
+            self._draft.runner.close()
         del self._graphs, self._runner, self._pool, self._sanitizer, self._mover
         del self._draft, self._speculator
 

@@ -147,6 +147,12 @@ class GraphRunner:
         is_own = batch.bucket.mode == "verify" or not self._mechanisms.clones_outputs
         return samples if is_own else samples.clone()
 
+    def close(self) -> None:
+        """Let go of the prepared steps."""
+        self._steps.clear()
+        if self._graphs is not None:
+            self._graphs.close()
+
     def _capture(self, inputs: BucketInputs, rehearsal: Rehearsal) -> PreparedStep:
         """Run the bucket, which allocates and packs whatever it needs, bind its inputs, and compare.
 

@@ -108,6 +108,12 @@ class DraftRunner:
         seconds = time.monotonic() - started_s
         logger.info("prepared drafting", extra={"passes": len(self._prepared), "seconds": seconds})
 
+    def close(self) -> None:
+        """Let go of the prepared passes."""
+        self._prepared.clear()
+        if self._graphs is not None:
+            self._graphs.close()
+
     def _prepare(self, loop: DraftLoop) -> None:
         max_depth = self._parts.state.max_depth
         num_rows = min(loop.size, self._parts.table.max_slots)
