@@ -149,11 +149,13 @@ def config_of(model, draft, page_size, tp_size=1, **options):
 
 @pytest.mark.parametrize("tp_size", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize("topk", [1, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("draft", ["self", "random-eagle3"])
 def test_drafts_are_the_same_wherever_a_prefix_came_from(
-    model, followers, tmp_path, draft, page_size, tp_size
+    model, followers, tmp_path, draft, topk, page_size, tp_size
 ):
-    found = Places(tmp_path, config_of(model, draft, page_size, tp_size), followers).serve_all()
+    config = config_of(model, draft, page_size, tp_size, draft_topk=topk)
+    found = Places(tmp_path, config, followers).serve_all()
     computed = found.pop("computed")
     assert computed.origins == {"computed": sum(map(len, PROMPTS))}
     whole = sum((len(prompt) - 1) // page_size * page_size for prompt in PROMPTS)
