@@ -6,8 +6,6 @@ per follower, so that a follower can wait with a timeout and a dead peer shows a
 ends in a typed error.
 """
 
-import hmac
-import secrets
 import select
 import socket
 import struct
@@ -30,12 +28,14 @@ from torch._C._distributed_c10d import (
 from workers.completion_board import CompletionBoard
 from workers.move_board import MoveBoard
 from workers.one_shot_sums import OneShotSums, RankSums, exchange
+from workers.plan_links import follow, lead, receive
 from workers.process_groups import Collectives, end_collectives, process_group
 
 _LENGTH = struct.Struct("<I")
-_HELLO = struct.Struct("<I32s")
-_TOKEN_BYTES = 32
 _MAX_PLAN_BYTES = 1 << 30
+_SPIN_S = 2e-3
+"""So long a follower on CUDA looks for a plan again at once before it sleeps until one comes, which takes it
+some 60 us more. On the CPU its core has steps to compute."""
 
 T = TypeVar("T")
 
@@ -71,6 +71,7 @@ class TPGroup:
         links: list[socket.socket] | None = None,
         store: TCPStore | None = None,
         one_shot: RankSums | None = None,
+        spin_s: float = 0.0,
     ) -> None:
         self.rank = rank
         self.size = size
@@ -86,6 +87,7 @@ class TPGroup:
         self.one_shot = one_shot
         """Sums what is small by itself; None: the process group sums everything."""
         self._num_agreements = 0
+        self._spin_s = spin_s
 
     @classmethod
     def single(cls) -> Self:
@@ -154,14 +156,15 @@ class TPGroup:
             )
         else:
             store = TCPStore(host, port, size, is_master=False, timeout=timeout, wait_for_workers=False)
-        links = _lead(store, size, host, meeting_s) if rank == 0 else [_follow(store, rank, host, meeting_s)]
+        links = lead(store, size, host, meeting_s) if rank == 0 else [follow(store, rank, host, meeting_s)]
         board = CompletionBoard.shared(store, rank, size)
         moves = MoveBoard.shared(store, rank, size)
         for link in links:
             link.settimeout(timeout_s)
         collectives = process_group(store, rank, size, host, timedelta(seconds=timeout_s), device)
         sums = OneShotSums.connect(store, rank, size, timeout_s) if one_shot and device == "cuda" else None
-        return cls(rank, size, timeout_s, board, moves, collectives, links, store, sums)
+        spin_s = _SPIN_S if device == "cuda" else 0.0
+        return cls(rank, size, timeout_s, board, moves, collectives, links, store, sums, spin_s)
 
     def sum(self, part: torch.Tensor) -> torch.Tensor:
         """Return the sum of the ranks' `part` [rows, size], contiguous, which it may overwrite."""
@@ -258,7 +261,7 @@ class TPGroup:
         """Tell whether rank 0 has sent something, or is gone; wait for it at most so long (followers)."""
         assert self.rank > 0
         try:
-            return bool(select.select([self._links[0]], [], [], timeout_s)[0])
+            return self._has_come(timeout_s)
         except OSError as error:
             raise TPPeerLostError(f"rank 0 is gone: {error}") from error
 
@@ -270,12 +273,12 @@ class TPGroup:
         assert self.rank > 0
         link = self._links[0]
         try:
-            if not select.select([link], [], [], timeout_s)[0]:
+            if not self._has_come(timeout_s):
                 raise TPTimeoutError(f"rank 0 sent no plan for {timeout_s} s")
-            (num_bytes,) = _LENGTH.unpack(_receive(link, _LENGTH.size))
+            (num_bytes,) = _LENGTH.unpack(receive(link, _LENGTH.size))
             if num_bytes > _MAX_PLAN_BYTES:
                 raise TPPeerLostError(f"rank 0 announced a plan of {num_bytes} bytes: not our protocol")
-            return _receive(link, num_bytes)
+            return receive(link, num_bytes)
         except TimeoutError:
             raise TPTimeoutError(f"rank 0 stopped within a plan for {self._timeout_s} s") from None
         except OSError as error:
@@ -316,6 +319,16 @@ class TPGroup:
         self.board.close()
         self.moves.close()
 
+    def _has_come(self, timeout_s: float) -> bool:
+        """Tell whether the link to rank 0 can be read, be it to its end; wait for it at most so long."""
+        links, now_s = self._links[:1], time.monotonic()
+        end_s, sleep_s = now_s + timeout_s, now_s + min(timeout_s, self._spin_s)
+        while now_s < sleep_s:
+            if select.select(links, [], [], 0)[0]:
+                return True
+            now_s = time.monotonic()
+        return bool(select.select(links, [], [], max(0.0, end_s - now_s))[0])
+
     def _reduce(self, tensor: torch.Tensor, operation: ReduceOp.RedOpType) -> None:
         group = self._process_group
         if group is None:
@@ -334,45 +347,6 @@ class TPGroup:
                 work.wait()
 
         _named_errors(f"rank {self.rank}: {name}", self._timeout_s, run)
-
-
-def _lead(store: TCPStore, size: int, host: str, timeout_s: float) -> list[socket.socket]:
-    """Accept one plan link per follower; each proves with a token from the store that it belongs here."""
-    token = secrets.token_bytes(_TOKEN_BYTES)
-    links: dict[int, socket.socket] = {}
-    with socket.create_server((host, 0), backlog=size) as server:
-        server.settimeout(timeout_s)
-        store.set("plan_token", token.hex())
-        store.set("plan_port", str(server.getsockname()[1]))
-        while len(links) < size - 1:
-            link, _ = server.accept()
-            link.settimeout(timeout_s)
-            rank, shown = _HELLO.unpack(_receive(link, _HELLO.size))
-            if not hmac.compare_digest(shown, token) or not 0 < rank < size or rank in links:
-                link.close()
-                continue
-            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            links[rank] = link
-    return [links[rank] for rank in sorted(links)]
-
-
-def _follow(store: TCPStore, rank: int, host: str, timeout_s: float) -> socket.socket:
-    token = bytes.fromhex(store.get("plan_token").decode())
-    link = socket.create_connection((host, int(store.get("plan_port"))), timeout=timeout_s)
-    link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    link.sendall(_HELLO.pack(rank, token))
-    return link
-
-
-def _receive(link: socket.socket, num_bytes: int) -> bytes:
-    octets = bytearray(num_bytes)
-    view = memoryview(octets)
-    while view:
-        received = link.recv_into(view)
-        if received == 0:
-            raise TPPeerLostError("the peer closed its connection")
-        view = view[received:]
-    return bytes(octets)
 
 
 def _named_errors(action: str, timeout_s: float, call: Callable[[], T]) -> T:

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import socket
+import struct
 import time
 from collections.abc import Iterator
 
@@ -9,6 +11,8 @@ import pytest
 import torch
 
 from tests.unit.tensor_parallel_group import Ranks
+from workers.completion_board import CompletionBoard
+from workers.move_board import MoveBoard
 from workers.parallel import TPGroup, TPPeerLostError, TPTimeoutError, listen
 
 
@@ -107,4 +111,23 @@ def test_a_group_of_one_needs_no_connection() -> None:
     assert group.board.minimum() == 5
     with pytest.raises(AssertionError):
         group.board.publish(4)
+    group.close()
+
+
+@pytest.mark.parametrize("spin_s", [0.0, 0.02, 1.0])
+def test_a_follower_waits_as_long_as_it_is_told_however_it_looks(spin_s: float) -> None:
+    ours, theirs = socket.socketpair()
+    board, moves = CompletionBoard.private(), MoveBoard.private()
+    group = TPGroup(1, 2, 5.0, board, moves, links=[ours], spin_s=spin_s)
+    began_s = time.monotonic()
+    assert not group.has_plan(0.05)
+    with pytest.raises(TPTimeoutError, match=r"no plan for 0\.1 s"):
+        group.receive_plan(0.1)
+    assert 0.15 <= time.monotonic() - began_s < 1.0
+    theirs.sendall(struct.pack("<I", 3) + b"abc")
+    assert group.has_plan(5.0) and group.receive_plan(5.0) == b"abc"
+    theirs.close()
+    assert group.has_plan(5.0)
+    with pytest.raises(TPPeerLostError, match="rank 0 is gone"):
+        group.receive_plan(5.0)
     group.close()
