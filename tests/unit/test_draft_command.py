@@ -54,6 +54,8 @@ def test_measuring_counts_what_the_engine_accepts(options: TrainOptions) -> None
     assert found.rates == found.accepted_rates == [1.0, 1.0]
     assert (found.num_prompts, found.equal_ratio) == (4, 1.0)
     assert [speed.batch_size for speed in found.speeds] == [1, 3]
+    tree = measure(replace(asked, draft_topk=2, batch_sizes=(1,)), quiet)
+    assert tree.accept_length == pytest.approx(3.0) and tree.equal_ratio == 1.0
     adversary = measure(replace(asked, draft="random-eagle3"), quiet)
     assert adversary.accept_length < 1.5 and adversary.equal_ratio == 1.0
 
