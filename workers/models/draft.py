@@ -81,6 +81,10 @@ class DraftModel(Protocol):
         but 0."""
         ...
 
+    def own_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return what `logits` does of this rank's part of the draft's vocabulary alone, on every rank."""
+        ...
+
     def target_ids(self, draft_ids: torch.Tensor) -> torch.Tensor:
         """Return the target's token ids of ids of the draft's vocabulary, int64, of any shape."""
         ...

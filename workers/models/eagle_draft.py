@@ -95,6 +95,10 @@ class EagleDraft:
         """See DraftModel. No norm: `hidden` stands for a normalised state."""
         return self.ends.head.logits(hidden)
 
+    def own_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """See DraftModel."""
+        return self.ends.head.own_logits(hidden)
+
     def target_ids(self, draft_ids: torch.Tensor) -> torch.Tensor:
         """Return them as they are."""
         return draft_ids
@@ -180,6 +184,10 @@ class Eagle3Draft:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """See DraftModel."""
         return self.ends.head.logits(self._norm(hidden))
+
+    def own_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """See DraftModel."""
+        return self.ends.head.own_logits(self._norm(hidden))
 
     def target_ids(self, draft_ids: torch.Tensor) -> torch.Tensor:
         """See DraftModel."""
@@ -277,6 +285,10 @@ class MTPDraft:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """See DraftModel."""
         return self.ends.head.logits(hidden)
+
+    def own_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """See DraftModel."""
+        return self.ends.head.own_logits(hidden)
 
     def target_ids(self, draft_ids: torch.Tensor) -> torch.Tensor:
         """Return them as they are."""

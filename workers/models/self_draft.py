@@ -61,6 +61,10 @@ class SelfDraft:
         """Return the target's."""
         return self._decoder.whole_logits(hidden)
 
+    def own_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """See DraftModel."""
+        return self._decoder.logits(hidden)
+
     def target_ids(self, draft_ids: torch.Tensor) -> torch.Tensor:
         """Return them as they are."""
         return draft_ids

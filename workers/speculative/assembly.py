@@ -43,7 +43,17 @@ def assemble_draft(
     """Build what drafts for the rows of `table`; raises BackendError where its attention cannot be."""
     attention = choose_draft_attention(config, pool, model, decoder, chosen)
     state = DraftState(pool, table.max_slots, config.max_drafts, decoder.config.vocab_size, config.draft_topk)
-    parts = LoopParts(model, state, pool, table, group, copies, attention.for_passes, chosen.greedy_tokens)
+    parts = LoopParts(
+        model,
+        state,
+        pool,
+        table,
+        group,
+        copies,
+        attention.for_passes,
+        chosen.greedy_tokens,
+        chosen.greedy_keys,
+    )
     reason: EagerReason | None = None
     if not config.graphs:
         reason = "disabled"

@@ -6,6 +6,7 @@ token     chosen    draft 1  ...   draft k-1
 
 import torch
 
+from workers.engine.vocabulary_shard import VocabularyShard
 from workers.speculative.acceptance import count_right
 from workers.speculative.loop_inputs import LoopInputs, LoopParts
 
@@ -70,10 +71,7 @@ class ChainPasses:
     def _next_tokens(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the likeliest token behind each row, [rows] int64, equal on every rank."""
         model, parts = self._parts.draft, self._parts
-        logits = model.logits(hidden)
-        if logits is None:
-            token_ids = torch.empty(self._inputs.size, dtype=torch.int64, device=hidden.device)
-        else:
-            token_ids = model.target_ids(parts.greedy_tokens(logits))
-        parts.group.broadcast(token_ids)
-        return token_ids
+        logits, shard = model.own_logits(hidden), VocabularyShard(model.draft_vocab_size, parts.group)
+        if shard.is_whole:
+            return model.target_ids(parts.greedy_tokens(logits))
+        return model.target_ids(shard.best(parts.greedy_keys(logits, shard.first)))

@@ -9,7 +9,8 @@ import torch
 from workers.attention.backend import AttentionBackend
 from workers.engine.copies import CopyStream
 from workers.engine.forward_batch import ForwardBatch, TokenTree
-from workers.engine.sampler import GreedyTokens
+from workers.engine.sampler import GreedyKeys, GreedyTokens
+from workers.engine.vocabulary_shard import greedy_keys
 from workers.kvcache.kv_pool import KVPool
 from workers.kvcache.page_table import PageTable
 from workers.models.draft import DraftModel
@@ -33,6 +34,7 @@ class LoopParts:
     copies: CopyStream
     pass_attention: PassAttention
     greedy_tokens: GreedyTokens
+    greedy_keys: GreedyKeys = greedy_keys
 
 
 class LoopInputs:
