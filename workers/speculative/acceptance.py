@@ -61,7 +61,7 @@ class Choices:
     """
 
     token_ids: Tensor
-    """[B, places] int64"""
+    """[B, places] int64, for all numbers that any row has at least"""
     parts: list[tuple[IntArray, Sampled]]
     """What was sampled behind which numbers, row * places + number"""
 
@@ -136,9 +136,10 @@ def choose(
         ahead = depths[rows.slots[row], number]
     has_history = sampler.has_history(rows.slots)
     positions = rows.positions[row] + ahead
-    if len(row) == num_rows * num_places and not has_history.any():  # as they come
+    width = int(lens.max())
+    if len(row) == num_rows * width and not has_history.any():  # as they come
         sampled = sampler.sample(logits, rows.slots[row], positions)
-        return Choices(sampled.token_ids.view(num_rows, num_places), [(np.arange(len(row)), sampled)])
+        return Choices(sampled.token_ids.view(num_rows, width), [(np.arange(len(row)), sampled)])
     token_ids = torch.zeros(num_rows * num_places, dtype=torch.int64, device=all_drafts.device)
     choices = Choices(token_ids.view(num_rows, num_places), [])
 
@@ -181,4 +182,4 @@ def count_right(token_ids: Tensor, drafts: Tensor, num_drafts: Tensor) -> Tensor
     max_drafts = drafts.shape[1]
     is_right = token_ids[:, :max_drafts] == drafts
     is_right &= torch.arange(max_drafts, device=drafts.device) < num_drafts[:, None]
-    return is_right.long().cumprod(dim=1).sum(dim=1)
+    return is_right.cumprod(dim=1).sum(dim=1)

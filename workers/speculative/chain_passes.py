@@ -46,10 +46,9 @@ class ChainPasses:
     def begin(self, places: torch.Tensor) -> None:
         """See DraftPasses."""
         # Pads stay on the dummy page: a place further on would be another row's.
-        positions = places + self._ahead * self._inputs.is_real
-        self._positions.copy_(positions)
+        positions = torch.add(places, self._ahead * self._inputs.is_real, out=self._positions)
         self._locations.copy_(self._inputs.locations(positions))
-        self._context_lens.copy_(positions + 1)
+        torch.add(positions, 1, out=self._context_lens)
 
     def draft(self, token_ids: torch.Tensor, feature: torch.Tensor, draft_len: int) -> None:
         """See DraftPasses."""

@@ -47,6 +47,10 @@ class DraftExtend:
         self._state = state
         self._guard = guard
         self._times = times
+        pages = torch.arange(pool.num_pages + 1, device=pool.data.device)
+        self._ended_pages = pages.new_zeros(len(pages) * pool.page_size)
+        """The page of each page's last place; of all other places the dummy page."""
+        self._ended_pages[pool.page_size - 1 :: pool.page_size] = pages
 
     def features(self, taps: list[torch.Tensor]) -> torch.Tensor:
         """Return the features [tokens, feature_size] of a pass' taps."""
@@ -86,10 +90,8 @@ class DraftExtend:
             torch.index_select(features, 0, batch.tree.parents, out=before[:num_tokens])
         before.index_copy_(0, starts[:-1], carried.index_select(0, batch.slots))
         self._draft.extend(batch.token_ids, before[:num_tokens], batch.positions, self._attention)
-        page_size = self._pool.page_size
         # By place: a tree's node may be another position's, but then another comes to that place.
-        ends_page = (batch.out_locations + 1) % page_size == 0
-        pages = batch.out_locations // page_size * ends_page  # others' go to the dummy page
+        pages = self._ended_pages.index_select(0, batch.out_locations)
         self._pool.tails.index_copy_(0, pages, features)
         self._pool.tails[DUMMY_PAGE].zero_()
         # Rows go on from their last token; where that was drafted, accepting finds the one that was right.

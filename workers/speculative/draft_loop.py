@@ -86,7 +86,7 @@ class DraftLoop:
         self._places = torch.zeros(size, dtype=torch.int64, device=device)
         self._token_ids = torch.zeros(size, dtype=torch.int64, device=device)
         self._feature = state.carried.new_zeros(size, state.carried.shape[1])
-        self._num_rows = self._num_columns = 0
+        self._num_rows = self._num_columns = self._num_chosen = 0
 
     @property
     def has_pads(self) -> bool:
@@ -99,8 +99,8 @@ class DraftLoop:
         return self._passes.path
 
     def stage(self, rows: VerifiedRows, chosen: torch.Tensor, features: torch.Tensor, at: IntArray) -> None:
-        """Take a step's rows: what was `chosen` [B, places], and of the step's features [tokens,
-        feature_size] those `at` [B, places]: of each row's own last token and of its drafts."""
+        """Take a step's rows: what was `chosen` [B, places that any row has], and of the step's features
+        [tokens, feature_size] those `at` [B, places]: of each row's own last token and of its drafts."""
         parts, inputs, num_rows = self._parts, self.inputs, len(rows.slots)
         state = parts.state
         host = self._ring.acquire()
@@ -117,22 +117,26 @@ class DraftLoop:
         parts.copies.copy(inputs.numbers, host.numbers)
         parts.copies.copy(inputs.pages[:, :num_columns], pages)
         # What the step before staged, and this one does not, points nowhere again (I9).
-        inputs.pages[:, num_columns : self._num_columns].fill_(DUMMY_PAGE)
-        inputs.chosen[num_rows : self._num_rows].zero_()
-        inputs.chosen[:num_rows].copy_(chosen)
+        num_chosen = chosen.shape[1]
+        if num_columns < self._num_columns:
+            inputs.pages[:, num_columns : self._num_columns].fill_(DUMMY_PAGE)
+        if num_rows < self._num_rows or num_chosen < self._num_chosen:
+            inputs.chosen.zero_()
+        inputs.chosen[:num_rows, :num_chosen].copy_(chosen)
         torch.index_select(features, 0, inputs.features_at, out=inputs.features)
         host.fence = parts.copies.fence()
-        self._num_rows, self._num_columns = num_rows, num_columns
+        self._num_rows, self._num_columns, self._num_chosen = num_rows, num_columns, num_chosen
 
     def accept(self) -> None:
         """Find out what was right, and where each row goes on."""
         inputs, carried = self.inputs, self._parts.state.carried
         num_right, last = self._passes.accept()
         self.num_right.copy_(num_right)
-        self._token_ids.copy_(inputs.chosen.gather(1, last[:, None]).view(-1))
-        self._feature.copy_(inputs.features.index_select(0, last * self.size + inputs.row_numbers))
+        torch.gather(inputs.chosen, 1, last[:, None], out=self._token_ids.view(-1, 1))
+        at = torch.add(inputs.row_numbers, last, alpha=self.size)
+        torch.index_select(inputs.features, 0, at, out=self._feature)
         carried.index_copy_(0, inputs.slots, self._feature)
-        self._places.copy_((inputs.places + num_right) * inputs.is_real)
+        torch.mul(inputs.places + num_right, inputs.is_real, out=self._places)
         self._passes.begin(self._places)
 
     def draft(self, draft_len: int) -> None:

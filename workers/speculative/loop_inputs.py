@@ -56,12 +56,13 @@ class LoopInputs:
         self.features = state.carried.new_zeros(size * num_places, state.carried.shape[1])
         """Of each row's own token, then of each one's draft 0, ..., [places * rows, feature_size]"""
         self.row_numbers = torch.arange(size, device=device)
+        self._first_columns = self.row_numbers * self.max_columns
 
     def locations(self, places: torch.Tensor) -> torch.Tensor:
         """Return page * page_size + offset of the rows' places, [..., rows] int64."""
-        columns = places // self.page_size + self.row_numbers * self.max_columns
+        columns = places // self.page_size + self._first_columns
         pages = self.pages.view(-1).index_select(0, columns.reshape(-1)).view(places.shape)
-        return pages.long() * self.page_size + places % self.page_size
+        return torch.add(places % self.page_size, pages, alpha=self.page_size)  # in 64 bits
 
     def batch(
         self,
