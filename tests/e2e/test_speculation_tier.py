@@ -48,7 +48,7 @@ def serve(harness, spoil=lambda engine: None):
     def spoilt(plan, *arguments):
         if plan.starts[0] and not drafts[-1]:
             spoil(harness.engine)
-        begin(plan, *arguments)
+        return begin(plan, *arguments)
 
     def seen(plan, *arguments):
         found = advance(plan, *arguments)
