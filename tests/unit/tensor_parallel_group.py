@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import torch
 
+from workers.engine.vocabulary_shard import ids_of
 from workers.parallel import TPGroup, listen
 
 SCRIPT = Path(__file__).parent / "tensor_parallel_ranks.py"
@@ -64,6 +65,14 @@ class GlooSums:
         stream = x + total
         scale = torch.rsqrt(stream.float().pow(2).mean(-1, keepdim=True) + eps)
         return stream, weight * (stream.float() * scale).to(x.dtype)
+
+    def takes_keys(self, keys: torch.Tensor) -> bool:
+        return True
+
+    def best_ids(self, keys: torch.Tensor) -> torch.Tensor:
+        best = keys.clone()
+        self.group.maximum(best)
+        return ids_of(best)
 
 
 class Ranks:

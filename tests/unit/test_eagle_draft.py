@@ -290,14 +290,14 @@ def test_a_draft_may_be_narrower_than_its_target(tmp_path: Path) -> None:
 
 
 def drafted(draft: DraftModel, decoder: Decoder, attention) -> list[torch.Tensor | None]:
-    """Return features, output and logits of a short sequence, of which the first tokens are but kept."""
+    """Return features, output, logits and this rank's of a short sequence whose first tokens are but kept."""
     tokens = some_tokens(9)
     _, taps = decoder.forward_tapped(tokens, planned(attention, 9), attention, draft.feature_layers)
     features = draft.feature(taps)
     entries = entries_of(features)
     draft.extend(tokens[:4], entries[:4].contiguous(), planned(attention, 4), attention)
     hidden = draft.forward(tokens[4:], entries[4:].contiguous(), planned(attention, 5, 4), attention)
-    return [features, hidden, draft.logits(hidden)]
+    return [features, hidden, draft.logits(hidden), draft.own_logits(hidden)]
 
 
 @pytest.mark.parametrize("kind", ["eagle of three layers", "eagle3", "mimo", "random-eagle3"])
@@ -325,6 +325,7 @@ def test_two_ranks_compute_what_one_does(kind: str, sums_late: bool, tmp_path: P
         torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(theirs, wanted, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(first[1][2], whole[2], rtol=1e-4, atol=1e-5)
+    assert torch.equal(torch.cat([first[1][3], second[1][3]], dim=1), first[1][2])
 
 
 @pytest.mark.parametrize("kind", ["eagle of three layers", "eagle3", "deepseek", "self"])
