@@ -34,6 +34,10 @@ class Rehearsal:
         if inputs.bucket.mode == "decode":
             num_rows = min(inputs.bucket.size, self._max_slots)
             return self._stage(inputs, list(range(num_rows)), 0, [1] * num_rows, token_id=0)
+        if inputs.tree is not None:
+            num_rows = max(1, min(self._max_slots, inputs.bucket.size // inputs.samples_per_row))
+            lens = [self._longest(min(inputs.samples_per_row, inputs.bucket.size), 0)] * num_rows
+            return self._stage(inputs, list(range(num_rows)), 0, lens, token_id=0)
         num_short = min(_NUM_SHORT_ROWS, self._max_slots, inputs.bucket.size - 1) - 1
         lens = [1] * num_short + [self._longest(inputs.bucket.size - num_short, 0)]
         return self._stage(inputs, list(range(len(lens))), 0, lens, token_id=0)
@@ -44,6 +48,10 @@ class Rehearsal:
         if inputs.bucket.mode == "decode":
             num_rows = max(1, min(inputs.bucket.size, self._max_slots) - 1)
             lens = [1] * num_rows
+        elif inputs.tree is not None:
+            num_rows = min(_NUM_SHORT_ROWS, self._max_slots, inputs.bucket.size - 1)
+            longest = min(inputs.samples_per_row, inputs.bucket.size - num_rows + 1)
+            lens = [1] * (num_rows - 1) + [self._longest(longest, start)]
         else:
             num_short = min(_NUM_SHORT_ROWS, self._max_slots - 1, inputs.bucket.size - 2)
             lens = [1] * num_short + [self._longest(max(2, (inputs.bucket.size - num_short) // 2), start)]
@@ -67,5 +75,8 @@ class Rehearsal:
             sampled=list(range(len(slots))),
         )
         batch, _ = self._stager.stage_bucket(plan, inputs)
+        if batch.tree is not None:  # chains, as rows that share pages have to be: each writes the same
+            words = [(1 << number + 1) - 1 for length in lens for number in range(length)]
+            batch.tree.visible[: len(words)].copy_(torch.tensor(words))
         inputs.has_rows = False  # these are no step's
         return batch

@@ -151,6 +151,7 @@ class BucketInputs:
 
         self.bucket = bucket
         self.num_rows = num_rows
+        self.samples_per_row = samples_per_row
         max_samples = size if bucket.mode == "verify" else min(max_slots * samples_per_row, size) + 1
         self.num_samples = size if is_decode else min(max_samples, max(size, num_rows))
         """Tokens whose logits it computes."""
