@@ -7,6 +7,7 @@ import torch
 from workers.card import ModelCard
 from workers.config import WorkerConfig
 from workers.draft_card import DraftCard
+from workers.engine import nucleus
 from workers.kvcache.layout import ELEMENT_BYTES
 from workers.kvcache.pool_size import PoolSize, available_host_bytes, left_bytes, pool_size
 from workers.parallel import TPGroup
@@ -14,8 +15,8 @@ from workers.speculative.loop_sizes import loop_bytes
 
 logger = logging.getLogger(__name__)
 
-_LOGITS_COPIES = 5
-"""Of a step's float32 logits, at once: the sampler's own, sorted, their order, probabilities."""
+_LOGITS_COPIES = 3
+"""Of a step's float32 logits, at once: the sampler's own, adjusted, relative to the largest."""
 
 
 def measured_pool_size(
@@ -46,8 +47,9 @@ def work_bytes(config: WorkerConfig, card: ModelCard) -> int:
     model = card.config
     width = 4 * model.hidden_size + 3 * model.intermediate_size + 4 * model.num_heads * model.head_dim
     num_tokens = max(config.max_tokens_per_step, config.max_running_requests)
-    logits = config.max_running_requests * model.vocab_size * 4 * _LOGITS_COPIES
-    return num_tokens * width * 4 + logits
+    num_rows = config.max_running_requests
+    of_token = num_rows * 4 * _LOGITS_COPIES + min(num_rows, nucleus.MAX_ROWS) * nucleus.TOKEN_BYTES
+    return num_tokens * width * 4 + of_token * -(-model.vocab_size // config.tp_size)
 
 
 def draft_bytes(config: WorkerConfig, card: ModelCard, draft: DraftCard) -> int:

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from workers.engine.copies import CopyStream
+from workers.engine.nucleus import MAX_ROWS, nucleus
 from workers.engine.random_numbers import Purpose, gumbel, row_keys
 from workers.engine.sampled import Sampled, SampledLogprobs
 from workers.engine.sampling_table import SamplingTable
-from workers.engine.vocabulary_shard import VocabularyShard, greedy_keys, ids_of, values_of
+from workers.engine.vocabulary_shard import VocabularyShard, greedy_keys, ids_of, keys_of, values_of
 from workers.parallel import TPGroup
 from workers.plan import OpenSlot
 
@@ -64,7 +65,7 @@ class Sampler:
         keys: GreedyKeys = greedy_keys,
     ) -> None:
         """`may_wait`: whether a nucleus is sought among more and more tokens, which takes a look at the
-        device's results, or in one sort. None: on CPU only. `group`: among which the vocabulary is divided;
+        device's results, or by `nucleus`. None: on CPU only. `group`: among which the vocabulary is divided;
         None: it is whole. `keys` take the place of `greedy` where it is divided."""
         self._shard = shard = VocabularyShard(vocab_size, group or TPGroup.single())
         self._vocab_size = vocab_size
@@ -248,10 +249,12 @@ class Sampler:
 
     def _draw_nucleus(self, scores: Tensor, rows: IntArray, places: IntArray) -> Tensor:
         """Draw from the most likely tokens, as many as top_p wants."""
+        if not self._may_wait:
+            starts = range(0, len(rows), MAX_ROWS)
+            parts = [slice(start, start + MAX_ROWS) for start in starts]
+            return torch.cat([self._search_nucleus(scores[part], rows[part], places[part]) for part in parts])
         log_p, filters = self._scaled(scores, rows)
         mass = self._mass(log_p)
-        if not self._may_wait:
-            return self._draw_ranked(log_p, filters, mass, rows, places, self._vocab_size)[0]
         num_candidates = _FIRST_NUM_CANDIDATES
         chosen, is_enough = self._draw_ranked(log_p, filters, mass, rows, places, num_candidates)
         # The host decides whether to rank more tokens: a wait.
@@ -263,6 +266,15 @@ class Sampler:
             )
             chosen[lacking] = tokens
         return chosen
+
+    def _search_nucleus(self, scores: Tensor, rows: IntArray, places: IntArray) -> Tensor:
+        """Draw as `_draw_nucleus` does, without a wait and without ranking anything."""
+        log_p, filters = self._scaled(scores, rows)
+        masses = _whole_probabilities(log_p)
+        target = filters[:, 1:2].double() * self._shard.sum(masses.sum(dim=-1, keepdim=True))
+        is_kept = nucleus(log_p, masses, target, self._shard) & (log_p >= filters[:, 2:])
+        noisy = log_p.add_(gumbel(self._keys(rows, places), self._ids)).masked_fill_(~is_kept, -math.inf)
+        return self._greedy(noisy, rows, places)
 
     def _draw_ranked(
         self,
@@ -295,7 +307,7 @@ class Sampler:
         is_enough = (mass[:, -1:] >= target) | (num_candidates == self._vocab_size)
         noise = gumbel(self._keys(rows, places), ids.to(torch.int32))
         noisy = (log_p + noise).masked_fill_(~is_kept, -math.inf)
-        return ids.gather(-1, noisy.argmax(dim=-1, keepdim=True))[:, 0], is_enough[:, 0]
+        return ids_of(keys_of(noisy, ids).amax(dim=-1)), is_enough[:, 0]
 
     def _scaled(self, scores: Tensor, rows: IntArray) -> tuple[Tensor, Tensor]:
         """Return log-probabilities after temperature relative to the row's largest, [rows, tokens], and the

@@ -18,9 +18,13 @@ def keys_of(values: Tensor, token_ids: Tensor) -> Tensor:
 
     key:  [ order of the float : 32 | 2^32 - 1 - id : 32 ]
     """
+    return (order_of(values).to(torch.int64) << 32) | (_LAST_ID - token_ids)
+
+
+def order_of(values: Tensor) -> Tensor:
+    """Return int32s in the order of float32 values."""
     bits = (values + 0.0).view(torch.int32)  # + 0.0: the two zeros are equal
-    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return (order.to(torch.int64) << 32) | (_LAST_ID - token_ids)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 def greedy_keys(logits: Tensor, first_id: int) -> Tensor:
@@ -87,6 +91,12 @@ class VocabularyShard:
         """Return the sum of all ranks' values, elementwise; it may overwrite them."""
         self._group.all_reduce(values)
         return values
+
+    def before(self, counts: Tensor) -> Tensor:
+        """Return the sum of the counts of the ranks with lower ids, elementwise."""
+        if self.is_whole:
+            return torch.zeros_like(counts)
+        return self._group.all_gather(counts)[: self._group.rank].sum(dim=0)
 
     def place(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return where ids are in this part, 0 for others, and which of them are in it."""
