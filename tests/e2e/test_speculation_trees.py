@@ -30,15 +30,18 @@ def model(tmp_path_factory):
 @pytest.fixture
 def second(monkeypatch):
     """Make `self` a draft whose second choice is right and nearly as likely as its first; all else is far."""
-    logits = SelfDraft.logits
 
-    def exchanged(self, hidden):
-        found = logits(self, hidden)
-        best = found.topk(2, dim=-1).indices
-        likely = torch.tensor([[0.0, 0.1]]).expand(len(found), 2)
-        return torch.full_like(found, -20.0).scatter_(1, best, likely)
+    def exchange(logits):
+        def exchanged(self, hidden):
+            found = logits(self, hidden)
+            best = found.topk(2, dim=-1).indices
+            likely = torch.tensor([[0.0, 0.1]]).expand(len(found), 2)
+            return torch.full_like(found, -20.0).scatter_(1, best, likely)
 
-    monkeypatch.setattr(SelfDraft, "logits", exchanged)
+        return exchanged
+
+    for name in ("logits", "own_logits"):
+        monkeypatch.setattr(SelfDraft, name, exchange(getattr(SelfDraft, name)))
     return "self"
 
 
