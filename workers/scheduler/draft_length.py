@@ -25,7 +25,8 @@ SETTLED_STEPS = 8
 _NEW_PROBE_STEPS = 4
 """With a new number of rows another length is probed so soon: what none costs is not known yet."""
 FIRST_PROBE_STEPS = 16
-"""Else after so many steps, and after twice as many each time that what is probed is not better."""
+"""Else after so many steps, and after twice as many each time that what is probed is not better, or four
+times as many where it was far from that."""
 MAX_PROBE_STEPS = 1024
 """But after so many at the latest while nothing is drafted."""
 _MAX_PROBE_STEPS_ON = 256
@@ -35,7 +36,8 @@ _PROBING_STEPS = 4
 _PROBING_ROWS = 16
 """Where nothing is drafted a probe goes on for so many rows: of what drafts bring there is no other news."""
 _HOPELESS_RATIO = 0.8
-"""A length that brings no more than this part of the chosen one's tokens a second is not probed."""
+"""A length that brings no more than this part of the chosen one's tokens a second is not probed, or, none and
+the next, more rarely."""
 
 
 @dataclass
@@ -157,7 +159,9 @@ class DraftLength:
         choice.probed = min(near, key=lambda length: (self._costs.measured_at(self._kind, length), length))
         choice.num_unprobed, choice.num_probing = 0, _PROBING_STEPS
         most = _MAX_PROBE_STEPS_ON if choice.length else MAX_PROBE_STEPS
-        choice.probe_after = min(2 * choice.probe_after, most)
+        is_known = self._costs.measured_at(self._kind, choice.probed) >= 0
+        is_hopeless = is_known and speeds[choice.probed] < _HOPELESS_RATIO * speeds[choice.length]
+        choice.probe_after = min((4 if is_hopeless else 2) * choice.probe_after, most)
         if not choice.length:
             self._rates.age(_PROBING_ROWS // 2)
             choice.num_probing = max(_PROBING_STEPS, -(-_PROBING_ROWS // num_rows))
