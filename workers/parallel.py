@@ -28,6 +28,7 @@ from torch._C._distributed_c10d import (
 from workers.completion_board import CompletionBoard
 from workers.move_board import MoveBoard
 from workers.one_shot_sums import OneShotSums, RankSums, exchange
+from workers.peer_watch import PeerWatch
 from workers.plan_links import follow, lead, receive
 from workers.process_groups import Collectives, end_collectives, process_group
 
@@ -88,6 +89,9 @@ class TPGroup:
         """Sums what is small by itself; None: the process group sums everything."""
         self._num_agreements = 0
         self._spin_s = spin_s
+        self._num_plans = 0
+        self._watch: PeerWatch | None = None
+        self._has_ended = False
 
     @classmethod
     def single(cls) -> Self:
@@ -164,7 +168,10 @@ class TPGroup:
         collectives = process_group(store, rank, size, host, timedelta(seconds=timeout_s), device)
         sums = OneShotSums.connect(store, rank, size, timeout_s) if one_shot and device == "cuda" else None
         spin_s = _SPIN_S if device == "cuda" else 0.0
-        return cls(rank, size, timeout_s, board, moves, collectives, links, store, sums, spin_s)
+        group = cls(rank, size, timeout_s, board, moves, collectives, links, store, sums, spin_s)
+        if device == "cuda":
+            group._watch = PeerWatch(links, group._steps, timeout_s, group._end_collectives)
+        return group
 
     def sum(self, part: torch.Tensor) -> torch.Tensor:
         """Return the sum of the ranks' `part` [rows, size], contiguous, which it may overwrite."""
@@ -236,7 +243,10 @@ class TPGroup:
         return self._timeout_s if self.size > 1 else None
 
     def check_peers(self) -> None:
-        """Raise TPPeerLostError when the process at the other end of a plan link is gone."""
+        """Raise TPPeerLostError when the process at the other end of a plan link is gone, or collectives have
+        been ended because of a rank: what the device has computed since is worth nothing."""
+        if self._watch is not None and self._watch.reason is not None:
+            raise TPPeerLostError(self._watch.reason)
         for link in self._links:
             try:
                 if select.select([link], [], [], 0)[0] and not link.recv(1, socket.MSG_PEEK):
@@ -247,6 +257,7 @@ class TPGroup:
     def broadcast_plan(self, plan: bytes) -> None:
         """Send a plan to every follower (rank 0). Returns when the kernel has it; a lost peer raises."""
         assert self.rank == 0
+        self._num_plans += bool(plan)
         for follower, link in enumerate(self._links, start=1):
             try:
                 if select.select([link], [], [], 0)[0] and not link.recv(1, socket.MSG_PEEK):
@@ -278,6 +289,7 @@ class TPGroup:
             (num_bytes,) = _LENGTH.unpack(receive(link, _LENGTH.size))
             if num_bytes > _MAX_PLAN_BYTES:
                 raise TPPeerLostError(f"rank 0 announced a plan of {num_bytes} bytes: not our protocol")
+            self._num_plans += bool(num_bytes)
             return receive(link, num_bytes)
         except TimeoutError:
             raise TPTimeoutError(f"rank 0 stopped within a plan for {self._timeout_s} s") from None
@@ -305,11 +317,12 @@ class TPGroup:
     def abort(self) -> None:
         """Take no more part: this rank's collectives end with an error, the device's too, and its peers see
         that it is gone. The boards can still be read and written. Idempotent."""
+        if self._watch is not None:
+            self._watch.stop()
         for link in self._links:
             link.close()
         self._links = []
-        if self._process_group is not None:
-            end_collectives(self._process_group)
+        self._end_collectives()
         self._process_group = None
 
     def close(self) -> None:
@@ -337,6 +350,15 @@ class TPGroup:
         options.reduceOp = ReduceOp(operation)
         options.asyncOp = False
         self._run("all_reduce", lambda: group.allreduce([tensor], options))
+
+    def _steps(self) -> tuple[int, int]:
+        """How many steps have begun on this rank, and how many are complete."""
+        return self._num_plans, self.board.counts()[self.rank]
+
+    def _end_collectives(self) -> None:
+        if self._process_group is not None and not self._has_ended:
+            self._has_ended = True
+            end_collectives(self._process_group)
 
     def _run(self, name: str, enqueue: Callable[[], Work | None]) -> None:
         """Run a collective; on CUDA on the current stream, for which the host does not wait."""

@@ -76,7 +76,7 @@ def run_part(part: str, model: str, tp_size: int, arguments: argparse.Namespace)
     if part == "plans":
         from tests.bench.plan_latency import measure_plans
 
-        return {part: measure_plans(tp_size, is_quick=is_quick)}
+        return {part: measure_plans(tp_size, arguments.device, is_quick=is_quick)}
     if part == "decode":
         from tests.bench.gpu_decode import measure_decode
 

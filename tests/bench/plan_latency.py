@@ -13,10 +13,10 @@ PAUSE_S = 0.002
 _STAMP_BYTES = 8
 
 
-def measure_plans(tp_size: int, *, is_quick: bool) -> dict[str, Any]:
+def measure_plans(tp_size: int, device: str, *, is_quick: bool) -> dict[str, Any]:
     """Return microseconds by bytes: median and 99th percentile over plans, of the slowest follower each."""
-    num_plans = 50 if is_quick else 1_000
-    of_ranks = on_ranks(tp_size, "cpu", _exchange, num_plans)
+    num_plans = 50 if is_quick else 500
+    of_ranks = on_ranks(tp_size, device, _exchange, num_plans)
     return {
         str(size): {
             "p50_us": max(round(1e6 * quantile(told[size], 0.5), 1) for told in of_ranks[1:]),

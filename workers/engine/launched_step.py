@@ -62,6 +62,7 @@ class LaunchedStep:
                 )
             if waited_s > _SPIN_S:
                 sleep(_LOOK_S)
+        check()  # with a rank gone, the device may have gone on without its part of a sum
         if self.sampled is None:
             return StepOutput(self.step, self.relocation_version, [], [])
         token_ids, logprobs = self.sampled.read()
