@@ -171,8 +171,8 @@ class Speculator:
 
     def _load_carried(self, plan: BatchPlan) -> None:
         """Find the feature before each row that was opened since: its prefix' last page has it."""
-        opened = [row for row, slot in enumerate(plan.slots) if not self._is_carried[slot]]
-        if not opened:
+        opened = np.flatnonzero(~self._is_carried[plan.slots])
+        if not opened.size:
             return
         slots, starts = np.array(plan.slots)[opened], np.array(plan.starts)[opened]
         self._is_carried[slots] = True
