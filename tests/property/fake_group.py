@@ -30,6 +30,11 @@ def least_pages(draft_tokens: int | Literal["auto"], page_size: int) -> int:
     return -(-(window + 3) // page_size)
 
 
+def least_step_tokens(draft_tokens: int | Literal["auto"]) -> int:
+    """Return how many tokens a step has that verifies the fewest drafts there are."""
+    return 1 + WorkerConfig(draft="fake", draft_tokens=draft_tokens).draft_lens[0] if draft_tokens else 1
+
+
 RankMaker = Callable[[WorkerConfig, int, int], FakeRank]
 """Makes a rank of the config, the longest context and the incarnation."""
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 from random import Random
 from typing import Any
 
-from tests.property.fake_group import FakeGroup, least_pages, plain_rank
+from tests.property.fake_group import FakeGroup, least_pages, least_step_tokens, plain_rank
 from tests.property.fake_mover import Faults
 from tests.property.fake_sources import SourceOptions
 from tests.property.fake_tier import TierOptions
@@ -64,6 +64,7 @@ def make_group(random: Random, seed: int, move_board: type[MoveBoard], **options
     if draft_tokens := options.get("draft_tokens"):
         least = least_pages(draft_tokens, drawn["page_size"])
         drawn["num_pages"] = max(drawn["num_pages"], least)
+        drawn["max_tokens_per_step"] = max(drawn["max_tokens_per_step"], least_step_tokens(draft_tokens))
     return FakeGroup(**{**drawn, "max_context_len": MAX_CONTEXT_LEN, **options})
 
 

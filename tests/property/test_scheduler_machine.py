@@ -17,7 +17,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from tests.property.fake_group import VOCAB_SIZE, FakeGroup, least_pages
+from tests.property.fake_group import VOCAB_SIZE, FakeGroup, least_pages, least_step_tokens
 from tests.property.sanitized_rank import SanitizedRank
 from workers.engine.forward_batch import ForwardBatch
 from workers.engine.mechanisms import Mechanisms
@@ -45,8 +45,11 @@ def with_room(options: dict[str, Any]) -> dict[str, Any]:
     """Return a group's options, of which those without a draft stay as they are, such that drafts fit in."""
     if not options["draft_tokens"]:
         return options
-    least = least_pages(options["draft_tokens"], options["page_size"])
-    return options | {"num_pages": max(options["num_pages"], least)}
+    num_tokens, num_pages = options["max_tokens_per_step"], options["num_pages"]
+    return options | {
+        "max_tokens_per_step": max(num_tokens, least_step_tokens(options["draft_tokens"])),
+        "num_pages": max(num_pages, least_pages(options["draft_tokens"], options["page_size"])),
+    }
 
 
 class SchedulerMachine(RuleBasedStateMachine):
