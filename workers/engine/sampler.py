@@ -329,10 +329,7 @@ class Sampler:
         if not which.size:
             return None
         nums = self._table.num_logprobs[rows[which]].tolist()
-        largest = self._shard.maximum(wanted.amax(-1, keepdim=True))
-        relative = wanted - largest
-        log_mass = self._mass(relative).double().log()[:, None] - _PROBABILITY_BITS * math.log(2)
-        log_p = (relative - log_mass).float()
+        log_p = self._shard.log_softmax(wanted)
         top = self._shard.largest(log_p, min(max(nums), self._vocab_size))
         at, is_here = self._shard.place(self._part(chosen, has_logprobs)[1])
         own = torch.where(is_here, log_p.gather(-1, at[:, None])[:, 0], 0.0)

@@ -92,6 +92,16 @@ class VocabularyShard:
         self._group.all_reduce(values)
         return values
 
+    def log_softmax(self, values: Tensor) -> Tensor:
+        """Return log-probabilities [rows, num_tokens] of all ranks' values, but for rounding the same however
+        the vocabulary is divided. Row by row on every device: unlike a plain sum's they do not depend on the
+        batch."""
+        own = torch.log_softmax(values, dim=-1)
+        if self.is_whole:
+            return own
+        log_mass = values.amax(-1, keepdim=True) - own.amax(-1, keepdim=True)
+        return own.add_(log_mass - self._group.all_gather(log_mass).logsumexp(dim=0))
+
     def before(self, counts: Tensor) -> Tensor:
         """Return the sum of the counts of the ranks with lower ids, elementwise."""
         if self.is_whole:
