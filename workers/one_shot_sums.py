@@ -49,12 +49,16 @@ class RankSums(Protocol):
         int64 each."""
         ...
 
+    def end(self) -> None:
+        """Wait for no part any more: sums come out wrong from now on, and at once. Any thread may call it."""
+
 
 class OneShotSums:
     """See RankSums. Its memory is the process's to the end: peers have it mapped, and may outlive the group.
 
-    A rank that waits for a part longer than `timeout_s` ends its kernel with an error, which its host sees
-    where it next looks at the device: nobody waits for a dead peer for ever.
+    Who waits for a part waits until `end`, which TPGroup's watch calls when a peer is gone or a step takes
+    too long. Should nobody, a kernel ends with an error after twice `timeout_s`, and with it all use that the
+    process has of the device: nobody waits for a dead peer for ever.
     """
 
     def __init__(self, rank: int, inboxes: list[int], timeout_s: float) -> None:
@@ -68,7 +72,8 @@ class OneShotSums:
             tuple(inboxes),
             torch.zeros(_MAX_ROWS, dtype=torch.int32, device=device),
             _MAX_WORDS,
-            timeout_s,
+            torch.zeros(1, dtype=torch.int32, pin_memory=True),
+            timeout_s=2 * timeout_s,
         )
         self._num_peers = len(inboxes) - 1
         self._pdl = dependent_launch(device)
@@ -121,6 +126,10 @@ class OneShotSums:
     def best_ids(self, keys: torch.Tensor) -> torch.Tensor:
         """See RankSums."""
         return self._kernels.best_ids(self._memory, keys, pdl=self._pdl)
+
+    def end(self) -> None:
+        """See RankSums."""
+        self._memory.is_over.fill_(1)
 
 
 def exchange(store: TCPStore, name: str, rank: int, size: int, value: str, timeout_s: float) -> list[str]:

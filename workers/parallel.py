@@ -358,6 +358,8 @@ class TPGroup:
     def _end_collectives(self) -> None:
         if self._process_group is not None and not self._has_ended:
             self._has_ended = True
+            if self.one_shot is not None:
+                self.one_shot.end()
             end_collectives(self._process_group)
 
     def _run(self, name: str, enqueue: Callable[[], Work | None]) -> None:

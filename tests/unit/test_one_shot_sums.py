@@ -6,7 +6,9 @@ from datetime import timedelta
 import torch
 from torch._C._distributed_c10d import TCPStore
 
-from tests.unit.tensor_parallel_group import on_ranks
+from tests.unit.tensor_parallel_group import GlooSums, on_ranks
+from workers.completion_board import CompletionBoard
+from workers.move_board import MoveBoard
 from workers.one_shot_sums import OneShotSums
 from workers.parallel import TPGroup
 
@@ -43,3 +45,26 @@ def test_what_no_kernel_takes_the_process_group_sums() -> None:
         return group.sum(part)[0].tolist()
 
     assert on_ranks(2, work) == [[3.0] * 4] * 2
+
+
+class EndedSums(GlooSums):
+    num_ends = 0
+
+    def end(self) -> None:
+        self.num_ends += 1
+
+
+class EndedCollectives:
+    num_aborts = 0
+
+    def abort(self) -> None:
+        self.num_aborts += 1
+
+
+def test_who_leaves_the_group_waits_for_no_part_any_more() -> None:
+    sums, collectives = EndedSums(TPGroup.single()), EndedCollectives()
+    boards = CompletionBoard.private(), MoveBoard.private()
+    group = TPGroup(1, 2, 5.0, *boards, process_group=collectives, one_shot=sums)
+    group.abort()
+    group.close()
+    assert (sums.num_ends, collectives.num_aborts) == (1, 1)

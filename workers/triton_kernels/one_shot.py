@@ -22,8 +22,8 @@ from workers.triton_kernels.launching import await_inputs, launch_options, let_n
 
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
-_LOOKS_PER_CLOCK: tl.constexpr = tl.constexpr(1024)
-"""Looks at an inbox between two at the clock, which is slow to read."""
+_LOOKS_AT_ONCE: tl.constexpr = tl.constexpr(1024)
+"""Looks at an inbox between two at the host's word and the clock, which are slow to read."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class OneShotMemory:
     epochs: torch.Tensor
     max_words: int
     """Of a row, a power of two"""
+    is_over: torch.Tensor
+    """[1] int32 of the host's, where the device can read it: not 0 once no part is to be waited for"""
     timeout_s: float
     """A part that has not come by then ends the kernel, and the process's use of the device, with an error;
     0: never."""
@@ -74,16 +76,18 @@ def _have_come(found, inside, epoch):
 
 
 @triton.jit
-def _receive(places, inside, epoch, timeout_ns, TIMED: tl.constexpr):
-    """Return the words of a part, once all have come."""
+def _receive(places, inside, epoch, is_over_at, timeout_ns, TIMED: tl.constexpr):
+    """Return the words of a part, once all have come; whatever is there once the sums are over."""
     found = tl.load(places, mask=inside, other=0, volatile=True)
-    if TIMED:
-        num_looks = 0
-        begun = tl.full([], 0, tl.int64)
-        while _have_come(found, inside, epoch) == 0:
-            found = tl.load(places, mask=inside, other=0, volatile=True)
-            num_looks += 1
-            if num_looks % _LOOKS_PER_CLOCK == 0:
+    is_over = 0
+    num_looks = 0
+    begun = tl.full([], 0, tl.int64)
+    while (_have_come(found, inside, epoch) == 0) & (is_over == 0):
+        found = tl.load(places, mask=inside, other=0, volatile=True)
+        num_looks += 1
+        if num_looks % _LOOKS_AT_ONCE == 0:
+            is_over = tl.load(is_over_at.to(tl.pointer_type(tl.int32)), volatile=True)
+            if TIMED:
                 now = globaltimer()
                 if begun == 0:
                     begun = now
@@ -91,13 +95,10 @@ def _receive(places, inside, epoch, timeout_ns, TIMED: tl.constexpr):
                     tl.inline_asm_elementwise(
                         "trap; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
                     )
-    else:
-        while _have_come(found, inside, epoch) == 0:
-            found = tl.load(places, mask=inside, other=0, volatile=True)
     return found.to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["timeout_ns"])
+@triton.jit(do_not_specialize=["is_over_at", "timeout_ns"])
 def _sum_kernel(
     part,
     x,
@@ -108,6 +109,7 @@ def _sum_kernel(
     epochs,
     eps,
     num_words,
+    is_over_at,
     timeout_ns,
     RANK: tl.constexpr,
     RANKS: tl.constexpr,
@@ -146,7 +148,7 @@ def _sum_kernel(
             high += _high(own, DTYPE)
         else:
             places = inbox + (slot + peer).to(tl.int64) * MAX_WORDS + word
-            words = _receive(places, inside, epoch, timeout_ns, TIMED)
+            words = _receive(places, inside, epoch, is_over_at, timeout_ns, TIMED)
             low += _low(words, DTYPE)
             high += _high(words, DTYPE)
     summed = _words(low, high, DTYPE)
@@ -167,12 +169,13 @@ def _sum_kernel(
     tl.store(epochs + row, epoch)
 
 
-@triton.jit(do_not_specialize=["timeout_ns"])
+@triton.jit(do_not_specialize=["is_over_at", "timeout_ns"])
 def _best_kernel(
     keys,
     ids,
     inboxes,
     epochs,
+    is_over_at,
     timeout_ns,
     RANK: tl.constexpr,
     RANKS: tl.constexpr,
@@ -200,7 +203,9 @@ def _best_kernel(
     for peer in tl.static_range(RANKS):
         if peer != RANK:
             places = inbox + (slot + peer).to(tl.int64) * MAX_WORDS + word
-            best = tl.maximum(best, _whole(_receive(places, inside, epoch, timeout_ns, TIMED), word))
+            best = tl.maximum(
+                best, _whole(_receive(places, inside, epoch, is_over_at, timeout_ns, TIMED), word)
+            )
     tl.store(ids + row, 0xFFFFFFFF - (best & 0xFFFFFFFF))
     tl.store(epochs + row, epoch)
 
@@ -230,7 +235,13 @@ def sum_parts(memory: OneShotMemory, part: torch.Tensor, *, pdl: bool) -> torch.
 
 
 def sum_add_rms_norm(
-    memory: OneShotMemory, x: torch.Tensor, part: torch.Tensor, weight: torch.Tensor, eps: float, *, pdl: bool
+    memory: OneShotMemory,
+    x: torch.Tensor,
+    part: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    *,
+    pdl: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return x + the sum of all ranks' `part`, and that normalised; all [rows, size] contiguous."""
     assert x.is_contiguous() and x.shape == part.shape, (x.stride(), x.shape, part.shape)
@@ -250,6 +261,7 @@ def best_ids(memory: OneShotMemory, keys: torch.Tensor, *, pdl: bool) -> torch.T
             ids,
             memory.inboxes,
             memory.epochs,
+            memory.is_over.data_ptr(),
             int(memory.timeout_s * 1e9),
             RANK=memory.rank,
             RANKS=len(memory.inboxes),
@@ -284,6 +296,7 @@ def _launch(
         memory.epochs,
         eps,
         num_words,
+        memory.is_over.data_ptr(),
         int(memory.timeout_s * 1e9),
         RANK=memory.rank,
         RANKS=len(memory.inboxes),
