@@ -330,20 +330,20 @@ class StepLoop:
 
     def _end_all(self, reason: FinishReason, error: str | None) -> None:
         """Give every request its last output without asking the scheduler, which may be what failed."""
-        self._send()
+        self._tell(self._unsent or [], None)
         code = REPLICA_FAILED if reason == "error" else None
         ends = [RequestOutput(i, [], [], reason, error=error, error_code=code) for i in self._inbox.requests]
-        self._inbox.publish(
-            ends, incarnation=self._incarnation, step=self._step, load=self._load, kv_events=None
-        )
+        self._tell(ends, None)
 
     def _publish(self, outputs: list[RequestOutput]) -> None:
         self._spoke_s = self._clock()
         self._load = self._scheduler.load(self._step_s, self._spoke_s)
         self._recorder.loaded(self._load)
-        events = self._take_kv_events()
+        self._tell(outputs, self._take_kv_events())
+
+    def _tell(self, outputs: list[RequestOutput], kv_events: KVEventBatch | None) -> None:
         self._inbox.publish(
-            outputs, incarnation=self._incarnation, step=self._step, load=self._load, kv_events=events
+            outputs, incarnation=self._incarnation, step=self._step, load=self._load, kv_events=kv_events
         )
 
 

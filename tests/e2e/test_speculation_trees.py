@@ -125,6 +125,25 @@ def test_any_page_size_width_and_length(model, draft, page_size, topk, draft_tok
         assert answer.token_ids == wanted.token_ids
 
 
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_a_draft_that_says_no_numbers_changes_no_answer(model, monkeypatch, value):
+    """As one in float16 whose sums overflow: of some tokens nothing, or only which one is the first."""
+    logits, random = SelfDraft.logits, torch.Generator().manual_seed(3)
+
+    def broken(self, hidden):
+        found = logits(self, hidden).clone()
+        best = found.argmax(dim=-1, keepdim=True)
+        is_broken = torch.rand(len(found), 1, generator=random) < 0.5
+        others = torch.full_like(found, value).scatter_(1, best, found.gather(1, best))
+        return torch.where(is_broken, others, found)
+
+    _, expected = answers(model)
+    monkeypatch.setattr(SelfDraft, "logits", broken)
+    harness, found = answers(model, draft="self", draft_topk=3)
+    assert [answer.token_ids for answer in found] == [answer.token_ids for answer in expected]
+    assert any(plan.num_drafts for plan in harness.plans)
+
+
 def pages_of(model, page_size, sampling=None, **options):
     """Answer a prompt; return the keys of the pages that it completes, all their parts, and its tokens."""
     config = tiny_config(model, page_size=page_size, attention_backend="native", **options)

@@ -88,6 +88,29 @@ def test_of_equal_guesses_the_parent_is_kept():
     assert (3, 3) in texts_of(token_ids[0].tolist(), fields[0].tolist()).values()
 
 
+@pytest.mark.parametrize("others", [-torch.inf, torch.nan])
+@pytest.mark.parametrize("topk", [2, 4])
+def test_of_a_draft_whose_guesses_are_no_numbers_each_node_is_behind_its_parent(others, topk):
+    """One token is certain, what is said of the others cannot be compared; of some nodes nothing is said."""
+    random = torch.Generator().manual_seed(topk)
+
+    def likelihoods(num_nodes):
+        found = torch.full((8, num_nodes, VOCAB), others)
+        found[..., 3] = 0.0
+        found[torch.rand(8, num_nodes, generator=random) < 0.3] = torch.nan
+        return found
+
+    depths, followed = [guess(likelihoods(1), torch.zeros(8, 1), topk)], []
+    for _ in range(3):
+        followed.append(follow(depths[-1], topk))
+        depths.append(guess(likelihoods(topk), depths[-1].scores.gather(1, followed[-1]), topk))
+    _, fields = keep(depths, followed, 4 * topk)
+    for parents, node_depths, _ in fields.tolist():
+        assert max(node_depths) == 4, "its chain is there"
+        assert all(parent <= number for number, parent in enumerate(parents))
+        assert node_depths == [1 + (node_depths[parent - 1] if parent else 0) for parent in parents]
+
+
 def test_a_chain_sees_all_before_it():
     parents = torch.arange(20)[None]
     assert visible(parents, 20).tolist() == [[(1 << number + 2) - 1 for number in range(20)]]

@@ -232,6 +232,29 @@ def test_a_failed_step_ends_every_request_with_a_documented_error(depth, fails_l
         assert "fell over" not in end.error  # the cause is for the log, not for clients
 
 
+def test_a_scheduler_that_fails_is_not_asked_again_and_what_it_brought_is_told():
+    """While the last step is not published: nothing is planned ahead of a step that speculates."""
+    loop, inbox, _, _, _ = build([[submit("a", 9), submit("b", 1)]], depth=1)
+    plan = loop._scheduler.plan
+
+    def broken(*_):
+        raise RuntimeError("its books are torn")
+
+    def planned(now_s):
+        if loop._unsent is not None:
+            loop._scheduler.load = broken
+            broken()
+        return None if loop._launched else plan(now_s)
+
+    loop._scheduler.plan = planned
+    with pytest.raises(RuntimeError, match="its books are torn"):
+        loop.run()
+    told = [output for _, outputs in inbox.published for output in outputs if output.token_ids]
+    assert [(output.request_id, output.finish_reason) for output in told] == [("a", None), ("b", "length")]
+    ends = inbox.ends()
+    assert {name: end.finish_reason for name, end in ends.items()} == {"a": "error", "b": "length"}
+
+
 def encoded(step, slots):
     n = len(slots)
     return msgspec.msgpack.encode(

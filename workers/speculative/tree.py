@@ -24,8 +24,6 @@ MAX_NODES = 62
 PARENT, DEPTH, VISIBLE = range(3)
 """Of what is kept for each node beside its token. VISIBLE: the numbers that it sees, bit by bit."""
 NUM_FIELDS = 3
-_LEAST_LOSS = 1e-4
-"""A child is less likely than its parent by so much at least (of a logarithm): the parent is kept first."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class Guesses:
     token_ids: Tensor
     """int64"""
     scores: Tensor
-    """float32: the logarithm of the likelihood of each one's path"""
+    """float32: the logarithm of the likelihood of each one's path, at most that of what it continues"""
     parents: Tensor
     """int64: which of the nodes that were followed it continues"""
 
@@ -47,7 +45,8 @@ def guess(log_likelihoods: Tensor, scores: Tensor, topk: int) -> Guesses:
     """
     num_rows, num_nodes, _ = log_likelihoods.shape
     best, token_ids = log_likelihoods.topk(topk, dim=-1)
-    paths = scores[:, :, None] + best.clamp_max(-_LEAST_LOSS)
+    # A draft that says no number (NaN is larger than any to a sort) says nothing.
+    paths = scores[:, :, None] + best.nan_to_num(nan=-torch.inf, neginf=-torch.inf).clamp_max(0.0)
     parents = torch.arange(num_nodes * topk, device=scores.device) // topk
     return Guesses(
         token_ids.reshape(num_rows, -1), paths.view(num_rows, -1), parents.expand(num_rows, -1).contiguous()
@@ -74,7 +73,9 @@ def keep(depths: Sequence[Guesses], followed: Sequence[Tensor], num_nodes: int) 
     for above, each, width in zip(followed, depths[1:], widths, strict=False):
         parents.append(first + above.gather(1, each.parents))
         first += width
-    chosen = scores.topk(num_nodes, dim=1).indices.sort(dim=1).values
+    # Of equal ones the first: no node without its parent, however likely they are.
+    ranked = scores.sort(dim=1, descending=True, stable=True).indices
+    chosen = ranked[:, :num_nodes].sort(dim=1).values
     of_candidate = torch.cat([torch.full((width,), d + 1, device=device) for d, width in enumerate(widths)])
     token_ids = torch.cat([each.token_ids for each in depths], dim=1).gather(1, chosen)
     above = torch.cat(parents, dim=1).gather(1, chosen)
