@@ -88,6 +88,7 @@ def run_part(part: str, model: str, tp_size: int, arguments: argparse.Namespace)
             batch_sizes=(1, 4) if is_quick else tuple(map(int, arguments.batch_sizes.split(","))),
             num_tokens=16 if is_quick else 128,
             is_profiled=True,
+            told=lambda found: keep(arguments.out, {part: {model: {f"tp{tp_size}": found}}}),
         )
         for figures in (each for each in found.values() if isinstance(each, dict) and not arguments.profile):
             del figures["profile"]["kernels"]
@@ -95,6 +96,12 @@ def run_part(part: str, model: str, tp_size: int, arguments: argparse.Namespace)
     from tests.bench.gpu_tiers import measure_arm
 
     return {part: {f"tp{tp_size}": measure_arm("tier_on", shape, options, [], is_quick=is_quick)["tier_on"]}}
+
+
+def keep(out: Path | None, found: dict[str, Any]) -> None:
+    """Write what a part has found so far beside --out: all there is of it if its time runs out."""
+    if out is not None:
+        out.with_suffix(".part").write_text(json.dumps(found) + "\n")
 
 
 def scaling(decode: dict[str, Any]) -> dict[str, Any]:

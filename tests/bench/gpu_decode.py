@@ -3,6 +3,7 @@
 import re
 import statistics
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from random import Random
 from typing import Any, NamedTuple
@@ -82,10 +83,12 @@ def measure_decode(
     batch_sizes: tuple[int, ...],
     num_tokens: int = 128,
     is_profiled: bool = False,
+    told: Callable[[dict[str, Any]], None] = lambda found: None,
 ) -> dict[str, Any]:
     """Return figures by `b1`, `b8`, ...: medians over rounds, and the range of the rounds' TPOT.
 
-    Where `is_profiled`, also what the device did in a round more, which counts for nothing else.
+    Where `is_profiled`, also what the device did in a round more, which counts for nothing else. `told` is
+    given what there is after each batch.
     """
     page_size = options.get("page_size", 16)
     pages_per_request = -(-(PROMPT_LEN + num_tokens) // page_size) + 1
@@ -119,9 +122,11 @@ def measure_decode(
                 "replayed_ratio": round(min(one.replayed_ratio for one in rounds), 4),
             }
             say(f"{shape} batch {batch_size}: {found}")
-            if is_profiled:
-                found["profile"] = _profile(rank, batch_size)
+            told(results)
         results["weight_gb_read"] = round(rank.weight_bytes_read / 1e9, 3)
+        for batch_size in batch_sizes if is_profiled else ():
+            results[f"b{batch_size}"]["profile"] = _profile(rank, batch_size)
+            told(results)
     return results
 
 
