@@ -9,7 +9,7 @@ from workers.attention.tree_mask import TreeMask, row_bytes
 from workers.card import load_card
 from workers.draft_card import read_draft_card
 from workers.engine.copies import InlineCopies
-from workers.engine.device_memory import draft_bytes, measured_pool_size
+from workers.engine.device_memory import draft_bytes, measured_pool_size, work_bytes
 from workers.engine.sampler import greedy_tokens
 from workers.kvcache.kv_pool import KVPool
 from workers.kvcache.layout import DraftShape, with_draft
@@ -89,6 +89,34 @@ def test_long_contexts_of_small_pages_and_many_rows_cost_a_draft_room(tmp_path):
         assert found[draft, 1] - found[draft, 16] > 256 * 131_072 * 8 * 15 // 16
     short = tiny_config(model, draft="self", page_size=1, max_running_requests=256, max_context_len=2048)
     assert draft_bytes(short, card, read_draft_card("self", card)) < found["self", 1] / 10
+
+
+def test_every_draft_that_is_verified_has_logits(tmp_path):
+    card = load_card(str(write_tiny_model(tmp_path / "wide", vocab_size=100_000)))
+
+    def logits_bytes(max_tokens_per_step=2048, **draft):
+        config = tiny_config(
+            tmp_path / "wide", max_running_requests=100, max_tokens_per_step=max_tokens_per_step, **draft
+        )
+        return work_bytes(config, card)
+
+    chain, tree = {"draft": "self", "draft_tokens": 5}, {"draft": "self", "draft_topk": 3, "draft_tokens": 5}
+    own = 4 * 100 * 100_000  # float32, of each request's own token
+    assert logits_bytes(**chain) - logits_bytes() >= 5 * own
+    assert logits_bytes(**tree) - logits_bytes() >= 15 * own
+    # But a step has no more tokens than it may have.
+    assert logits_bytes(200, **tree) - logits_bytes(200) < 4 * own
+
+
+def test_a_tree_wants_room_for_what_is_said_of_all_that_it_follows(tmp_path):
+    model = write_tiny_model(tmp_path / "wide", vocab_size=100_000)
+    card, found = load_card(str(model)), {}
+    for topk in (1, 4):
+        config = tiny_config(
+            model, draft="self", draft_topk=topk, draft_tokens=3, max_running_requests=100, max_context_len=64
+        )
+        found[topk] = draft_bytes(config, card, read_draft_card("self", card))
+    assert found[4] - found[1] > 2 * 4 * 4 * 100 * 100_000
 
 
 def test_the_pool_gets_what_a_draft_leaves(tmp_path, monkeypatch):

@@ -47,14 +47,16 @@ def work_bytes(config: WorkerConfig, card: ModelCard) -> int:
     model = card.config
     width = 4 * model.hidden_size + 3 * model.intermediate_size + 4 * model.num_heads * model.head_dim
     num_tokens = max(config.max_tokens_per_step, config.max_running_requests)
-    num_rows = config.max_running_requests
+    # A row that verifies drafts is sampled behind each of them.
+    num_rows = min(config.max_running_requests * (1 + config.max_drafts), num_tokens)
     of_token = num_rows * 4 * _LOGITS_COPIES + min(num_rows, nucleus.MAX_ROWS) * nucleus.TOKEN_BYTES
     return num_tokens * width * 4 + of_token * -(-model.vocab_size // config.tp_size)
 
 
 def draft_bytes(config: WorkerConfig, card: ModelCard, draft: DraftCard) -> int:
     """Estimate what the draft needs beside its weights and pages: its loops' inputs, what it keeps of each
-    slot, and a step's taps, features and entries, all of which are there at once."""
+    slot, a step's taps, features and entries, and what it says of all tokens behind each that it follows, all
+    of which are there at once."""
     dtype = card.config.dtype if config.dtype == "auto" else config.dtype
     element_bytes = ELEMENT_BYTES[dtype]
     feature_bytes = draft.feature_size * element_bytes
@@ -64,7 +66,10 @@ def draft_bytes(config: WorkerConfig, card: ModelCard, draft: DraftCard) -> int:
     width = len(draft.feature_layers) * draft.target_hidden_size + 4 * draft.feature_size
     width += 4 * own.hidden_size + 3 * own.intermediate_size + 4 * own.num_heads * own.head_dim
     context_len = min(config.max_context_len or card.context_len, card.context_len)
-    return loop_bytes(config, context_len, feature_bytes) + slots + 4 * num_tokens * width
+    # A tree ranks likelihoods of the whole vocabulary: logits, these in float32, their logarithms.
+    of_guess = element_bytes if config.draft_topk == 1 else element_bytes + 2 * 4
+    guesses = config.max_running_requests * config.draft_topk * draft.draft_vocab_size * of_guess
+    return loop_bytes(config, context_len, feature_bytes) + slots + 4 * num_tokens * width + guesses
 
 
 def log_memory(device: torch.device, page_bytes: int) -> None:
