@@ -245,8 +245,22 @@ def test_a_tree_that_is_too_large_is_refused(model, topk, draft_tokens):
 
 
 def test_auto_chooses_how_deep_a_tree_is(model):
-    _, expected = answers(model, max_tokens=60)
-    harness, found = answers(model, draft="self", draft_topk=2, draft_tokens="auto", max_tokens=60)
-    assert [answer.token_ids for answer in found] == [answer.token_ids for answer in expected]
-    assert {plan.draft_len for plan in harness.plans} - {0}
-    assert all(num % 2 == 0 for plan in harness.plans for num in plan.num_drafts)
+    """Drafts cost nothing for half of the steps, then more than they bring: trees of several depths are
+    verified by steps that draft others, or none."""
+    _, expected = answers(model, max_tokens=120)
+    config = tiny_config(model, draft="self", draft_topk=2, draft_tokens="auto", max_tokens_per_step=64)
+    with Harness(config) as harness:
+        for number, prompt in enumerate(PROMPTS):
+            harness.submit(f"r{number}", prompt, max_tokens=120, ignore_eos=True)
+        while harness.scheduler.has_requests:
+            num_steps = len(harness.plans)
+            harness.step()
+            for plan in harness.plans[num_steps:]:
+                cost = 0.0 if num_steps < 15 else 9.0
+                harness.scheduler.stepped(plan, 0.01 * (1 + cost * plan.draft_len), now_s=0.01 * plan.step)
+    assert [answer.token_ids for answer in harness.answers.values()] == [each.token_ids for each in expected]
+    assert len({plan.draft_len for plan in harness.plans} - {0}) > 1
+    verified = {(num, plan.draft_len) for plan in harness.plans for num in plan.num_drafts}
+    assert all(num % 2 == 0 for num, _ in verified)
+    assert any(num and 0 < length != num // 2 for num, length in verified), "another depth is drafted"
+    assert any(num and not length for num, length in verified), "it turns itself off"
