@@ -25,6 +25,7 @@ from workers.attention.reference import ReferenceAttention
 from workers.config import WorkerConfig
 from workers.engine.copies import CopyStream
 from workers.engine.forward_batch import ForwardBatch
+from workers.engine.graph_guard import MAX_CAPTURED_ROWS
 from workers.engine.mechanisms import ALL_ON, Mechanisms
 from workers.engine.recording import RecordingKernels
 from workers.engine.sampler import GreedyKeys, GreedyTokens, Sampler, greedy_tokens
@@ -129,6 +130,7 @@ def choose_kernels(
             else:
                 own.greedy_keys(logits, 0)
     most_rows = max(config.max_running_requests, *(config.graph_batch_sizes or (1,)))
+    captured_rows = max(config.graph_batch_sizes or (min(most_rows, MAX_CAPTURED_ROWS),))
     attention = FlashInferAttention(
         pool,
         decoder.attention_layers,
@@ -136,7 +138,7 @@ def choose_kernels(
         copies,
         max_rows=most_rows,
         max_tokens=max_tokens,
-        max_verified=most_rows * (1 + config.max_drafts) if config.max_drafts else 0,
+        max_verified=captured_rows * (1 + config.max_drafts) if config.max_drafts else 0,
         mechanisms=mechanisms,
         pool_kernels=own,
         max_tree_tokens=1 + config.max_drafts if config.draft_topk > 1 else 0,
