@@ -121,6 +121,8 @@ def test_any_page_size_width_and_length(model, draft, page_size, topk, draft_tok
     assert harness.scheduler.stats.num_preemptions > 0
     assert any(plan.num_drafts for plan in harness.plans)
     assert all(plan.mode == "verify" for plan in harness.plans if plan.num_drafts)
+    goes_on = [plan for plan in harness.plans if len(plan.sampled) < len(plan.slots)]
+    assert goes_on and not any(plan.draft_len for plan in goes_on)
     for answer, wanted in zip(found, expected + expected, strict=True):
         assert answer.token_ids == wanted.token_ids
 

@@ -264,9 +264,11 @@ class Scheduler:
         self._num_steps += 1
         self._cache.planned(self._num_steps)
         ops, draft_len = self._cache.take_ops(), max(self._config.draft_lens, default=0)
-        if self._draft_length is not None:
-            draft_len = self._draft_length.choose(sum(request.is_sampled for request in rows))
-        topk = self._config.draft_topk
+        topk, num_sampled = self._config.draft_topk, sum(request.is_sampled for request in rows)
+        if topk > 1 and num_sampled < len(rows):
+            draft_len = 0  # the next step goes on with a prompt, beside which no tree is verified
+        elif self._draft_length is not None:
+            draft_len = self._draft_length.choose(num_sampled)
         step = assemble(self._num_steps, self._cache.version, ops, rows, draft_len, topk)
         self._in_flight.append(step)
         if self._config.draft_lens and step.plan.sampled:
