@@ -87,6 +87,9 @@ def _options(kind: _Options, config: Path | None, given: dict[str, Any]) -> byte
     try:
         file = read_settings(config) if config is not None else {}
         _refuse_unknown(kind, config, file)
+        for name in _LISTS:
+            if name in file and not isinstance(file[name], list):
+                file[name] = [file[name]]
         return adapter.dump_json(adapter.validate_python({"prompts": (), **file, **flags}))
     except ConfigError as error:
         _fail(str(error), OPTIONS_EXIT_CODE)

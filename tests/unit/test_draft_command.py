@@ -189,3 +189,12 @@ def test_what_is_wrong_in_a_file_of_options_is_named(tmp_path: Path, text: str, 
     file.write_text(f"{text}\n")
     ended = CliRunner().invoke(app, ["draft", "train", f"--config={file}", "--model=m", "--out=o"])
     assert ended.exit_code == 2 and message in ended.output, ended.output
+
+
+def test_a_file_of_options_may_name_one_value_where_several_are_allowed(options: TrainOptions) -> None:
+    file = options.out.parent / "one.yaml"
+    file.write_text(
+        f"model: {options.model}\ndraft: nowhere\nprompts: {options.prompts[0]}\nbatch_sizes: 1\n"
+    )
+    result = CliRunner().invoke(app, ["draft", "eval", "--config", str(file)])
+    assert "draft 'nowhere': no existing path" in result.output
