@@ -22,6 +22,17 @@ def pytest_addoption(parser):
         default=200,
         help="seeds of tests/e2e/test_greedy_seeds.py, for all but a few of which it is slow",
     )
+    parser.addoption(
+        "--tp-size",
+        type=int,
+        default=2,
+        help="ranks of the groups in tests/faults/test_rank_drills.py and tests/gpu, where each needs a GPU",
+    )
+
+
+@pytest.fixture(scope="session")
+def tp_size(request):
+    return request.config.getoption("--tp-size")
 
 
 @pytest.fixture(autouse=True)

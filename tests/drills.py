@@ -67,6 +67,7 @@ class Drill:
         options: dict[str, Any],
         folder: Path,
         *,
+        tp_size: int = 2,
         concurrency: int = 24,
         max_prompt_len: int = 60,
         pool_ratio: float = 0.25,
@@ -80,7 +81,8 @@ class Drill:
         self.config = shape_config(
             folder,
             shape,
-            common | {"num_pages": -(-pool_tokens // page_size) + 1, "kv_sanitizer": True, "tp_size": 2},
+            common
+            | {"num_pages": -(-pool_tokens // page_size) + 1, "kv_sanitizer": True, "tp_size": tp_size},
         )
         self._folder = folder
         self._incarnation = 0
@@ -105,6 +107,11 @@ class Drill:
     def deadline_s(self) -> float:
         """Within which a rank that lost another, or its way, has ended."""
         return self.config.collective_timeout_s + SLACK_S
+
+    @property
+    def ranks(self) -> list[int]:
+        """All of a group."""
+        return list(range(self.config.tp_size))
 
     def start(self, faults: dict[int, RankFaults] | None = None) -> RankProcesses:
         """End the group that serves, and start the next."""

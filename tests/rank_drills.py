@@ -1,4 +1,4 @@
-"""What is drilled on two ranks, over gloo in test_rank_drills and over NCCL in test_drills_on_cuda."""
+"""What is drilled on real ranks, over gloo in test_rank_drills and over NCCL in test_drills_on_cuda."""
 
 import signal
 
@@ -14,41 +14,44 @@ def check_late_moves_and_completions(drill: Drill, num_requests: int, late: int)
     told = drill.play(f"late-{late}", num_requests)
     check_answers(told)
     assert told.lost_after_s is None and not told.endings
-    assert not group.endings([0, 1], 0.1), "the group serves on"
+    assert not group.endings(drill.ranks, 0.1), "the group serves on"
 
 
 def check_refusal(drill: Drill, num_requests: int, refuses: int) -> None:
-    """One rank's relocation version differs: it refuses the plan, whose collectives the other is inside."""
+    """One rank's relocation version differs: it refuses the plan, whose collectives the others are inside."""
 
     def befalls(group: RankProcesses) -> list[int]:
         group.lose_an_op(refuses)
-        return [0, 1]
+        return drill.ranks
 
     told = drill.play(f"refused-{refuses}", num_requests, befalls, after_tokens=60)
     assert "RelocationVersionError" in str(told.endings[refuses].error)
-    check_recovery(drill, told, [0, 1])
+    check_recovery(drill, told, drill.ranks)
 
 
 def check_killed_rank(drill: Drill, num_requests: int, killed: int) -> None:
     """A rank is killed while steps are replayed."""
 
+    others = [rank for rank in drill.ranks if rank != killed]
+
     def befalls(group: RankProcesses) -> list[int]:
         group.kill(killed)
-        return [1 - killed]
+        return others
 
     told = drill.play(f"killed-{killed}", num_requests, befalls, after_tokens=60)
-    check_recovery(drill, told, [1 - killed])
+    check_recovery(drill, told, others)
 
 
 def check_hanging_rank(drill: Drill, num_requests: int, hangs: int) -> None:
-    """A rank stops, alive: the other waits for it inside a collective, up to its deadline."""
+    """A rank stops, alive: the others wait for it inside a collective, up to their deadline."""
+    others = [rank for rank in drill.ranks if rank != hangs]
 
     def befalls(group: RankProcesses) -> list[int]:
         group.hang(hangs)
-        return [1 - hangs]
+        return others
 
     told = drill.play(f"hangs-{hangs}", num_requests, befalls, after_tokens=60)
-    check_recovery(drill, told, [1 - hangs])
+    check_recovery(drill, told, others)
 
 
 def check_recovery(drill: Drill, told: Told, ended: list[int]) -> None:

@@ -71,6 +71,7 @@ class FollowerRanks:
     """
 
     def __init__(self, num_ranks: int, device: str, cards: list[str] | None = None) -> None:
+        self.num_ranks = num_ranks
         cards = cards or visible_cards(num_ranks + 1)
         context = multiprocessing.get_context("spawn")
         self._pipes: list[Connection] = []
@@ -102,7 +103,7 @@ class FollowerRanks:
 
         What a follower raised is added to what this process raises.
         """
-        assert config.tp_size == len(self._pipes) + 1, f"there are {len(self._pipes)} followers"
+        assert config.tp_size == self.num_ranks + 1, f"there are {self.num_ranks} followers"
         listener = listen(HOST)
         port = listener.getsockname()[1]
         for rank, pipe in enumerate(self._pipes, start=1):

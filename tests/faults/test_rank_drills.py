@@ -1,4 +1,4 @@
-"""What may befall one of two ranks: the group is rebuilt and goes on, and nothing hangs past its deadline."""
+"""What may befall one rank of a group: it is rebuilt and goes on, and nothing hangs past its deadline."""
 
 import pytest
 
@@ -12,8 +12,8 @@ OPTIONS = {"device": "cpu", "dtype": "float32", "collective_timeout_s": 6.0, "ma
 
 
 @pytest.fixture(scope="module")
-def drill(tmp_path_factory):
-    with Drill("tiny", OPTIONS, tmp_path_factory.mktemp("drill")) as drill:
+def drill(tmp_path_factory, tp_size):
+    with Drill("tiny", OPTIONS, tmp_path_factory.mktemp("drill"), tp_size=tp_size) as drill:
         yield drill
 
 
@@ -37,8 +37,8 @@ def test_a_hanging_rank_ends_the_group_at_its_deadline(drill, hangs):
     rank_drills.check_hanging_rank(drill, NUM_REQUESTS, hangs)
 
 
-def test_with_a_draft(tmp_path):
-    with Drill("tiny", OPTIONS | {"draft": "self", "draft_tokens": 3}, tmp_path) as drill:
+def test_with_a_draft(tmp_path, tp_size):
+    with Drill("tiny", OPTIONS | {"draft": "self", "draft_tokens": 3}, tmp_path, tp_size=tp_size) as drill:
         rank_drills.check_late_moves_and_completions(drill, NUM_REQUESTS, 1)
         rank_drills.check_refusal(drill, NUM_REQUESTS, 1)
         rank_drills.check_killed_rank(drill, NUM_REQUESTS, 1)
