@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch.profiler import ProfilerActivity, profile
 
 from tests.bench.gpu_rank import BenchRank, Launched, StepRecord, prompt
-from tests.bench.measuring import say
+from tests.bench.measuring import compiled_kernels, say
 from workers.plan import BatchPlan
 from workers.protocol import Received, RequestId, RequestOutput, SamplingParams, SubmitRequest
 
@@ -102,10 +102,12 @@ def measure_decode(
     with BenchRank(shape, defaults | options) as rank:
         results["start_s"] = round(rank.start_s, 1)
         for batch_size in batch_sizes:
+            _one_round(rank, f"{batch_size}/-1", batch_size, 8)  # warms up
+            before = compiled_kernels()
             rounds = [
-                _one_round(rank, f"{batch_size}/{round_}", batch_size, num_tokens if round_ >= 0 else 8)
-                for round_ in range(-1, num_rounds)  # the first warms up
-            ][1:]
+                _one_round(rank, f"{batch_size}/{round_}", batch_size, num_tokens)
+                for round_ in range(num_rounds)
+            ]
             tpots = [one.tpot_s for one in rounds]
             tpot_s = statistics.median(tpots)
             mean_len = PROMPT_LEN + num_tokens / 2
@@ -120,6 +122,7 @@ def measure_decode(
                 "tpot_over_floor": round(tpot_s / floor_s, 3),
                 "longest_ms": [round(1000 * one.longest_s, 2) for one in rounds],
                 "replayed_ratio": round(min(one.replayed_ratio for one in rounds), 4),
+                "compiled": dict(compiled_kernels() - before),
             }
             say(f"{shape} batch {batch_size}: {found}")
             told(results)

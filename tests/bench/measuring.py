@@ -3,6 +3,7 @@
 import platform
 import statistics
 import sys
+from collections import Counter
 from pathlib import Path
 
 
@@ -15,6 +16,18 @@ def cpu_name() -> str:
         if line.startswith(("model name", "CPU part")):
             return line.split(":")[1].strip()
     return platform.processor()
+
+
+def compiled_kernels() -> Counter[str]:
+    """Return how many forms of each of our Triton kernels this process has compiled, or read from the disk;
+    a step waits for each that is new. None without Triton."""
+    found: Counter[str] = Counter()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("workers.triton_kernels."):
+            for kernel in vars(module).values():
+                for cache in getattr(kernel, "device_caches", {}).values():
+                    found[kernel.__name__] = max(found[kernel.__name__], len(cache[0]))
+    return found
 
 
 class Medians:
