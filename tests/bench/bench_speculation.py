@@ -2,7 +2,7 @@
 
     python tests/bench/bench_speculation.py [--json] [--draft self] [--model smollm2-135m] [--device cpu|cuda]
         [--draft-tokens auto] [--accept-draft-tokens 3] [--batch-sizes 1,8,32] [--rounds 5] [--tokens 128]
-        [--prompts FILE] [--out FILE] [--quick] [--threads 2] [--graphs off] [--page-size 16] ...
+        [--tp-size 2] [--prompts FILE] [--out FILE] [--quick] [--threads 2] [--graphs off] [--page-size 16] ...
 
 The real Scheduler, Engine and step loop, without Ray and HTTP; greedy; held-out chats, or chosen turns of
 chitchat-dataset where that file is not there. Every option of the workers is one here too. Progress goes to
@@ -216,6 +216,7 @@ def _read() -> argparse.Namespace:
     parser.add_argument("--accept-draft-tokens", type=int, default=3)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--tp-size", type=int, default=1, help="ranks, on cuda a GPU each")
     parser.add_argument("--batch-sizes", help="default: 1,8,32, on cuda also 64 and 256")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=128)
@@ -235,7 +236,12 @@ def _read() -> argparse.Namespace:
     except ValueError as error:
         parser.error(str(error))
     arguments.draft_tokens = draft["draft_tokens"]
-    arguments.options = {"device": arguments.device, "dtype": arguments.dtype, **options}
+    arguments.options = {
+        "device": arguments.device,
+        "dtype": arguments.dtype,
+        "tp_size": arguments.tp_size,
+        **options,
+    }
     sizes = arguments.batch_sizes or ("1,8,32,64,256" if arguments.device == "cuda" else "1,8,32")
     arguments.batch_sizes = tuple(int(size) for size in sizes.split(","))
     arguments.num_origin_chats = NUM_ORIGIN_CHATS
