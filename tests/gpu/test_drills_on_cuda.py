@@ -50,6 +50,7 @@ def test_a_hanging_rank_ends_the_group_at_its_deadline(drill, hangs):
     rank_drills.check_hanging_rank(drill, NUM_REQUESTS, hangs)
 
 
+@pytest.mark.timeout(300)
 def test_with_a_draft(tmp_path, tp_size):
     with Drill("small", OPTIONS | {"draft": "self", "draft_tokens": 3}, tmp_path, tp_size=tp_size) as drill:
         rank_drills.check_late_moves_and_completions(drill, NUM_REQUESTS, 1)
