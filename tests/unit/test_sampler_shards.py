@@ -121,3 +121,25 @@ def test_of_equal_logits_on_several_ranks_the_lower_id_wins(scale: float) -> Non
         return sampler.sample(part, [0, 1], [3, 3]).read()[0]
 
     assert on_ranks(2, work) == [work(TPGroup.single())] * 2 == [[4, 7] if scale else [0, 0]] * 2
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_no_number_is_larger_than_all_numbers_however_many_ranks_there_are(
+    num_ranks: int, sign: float
+) -> None:
+    """As to argmax; a sum that overflows on both sides yields NaN with its sign bit set."""
+    logits = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
+    logits[0, 7] = torch.copysign(torch.tensor(torch.nan), torch.tensor(sign))
+    logits[1, [6, 13]] = torch.tensor([torch.nan, -torch.nan])
+    logits[2, :8], logits[2, 9] = torch.inf, -torch.nan
+
+    def work(group: TPGroup) -> list[int]:
+        sampler = Sampler(16, 3, "cpu", InlineCopies(), group=group)
+        for slot in range(3):
+            sampler.open(open_slot(slot, temperature=0.0))
+        share = 16 // group.size
+        part = logits[:, group.rank * share : (group.rank + 1) * share]
+        return sampler.sample(part, [0, 1, 2], [3, 3, 3]).read()[0]
+
+    assert on_ranks(num_ranks, work) == [work(TPGroup.single())] * num_ranks == [[7, 6, 9]] * num_ranks

@@ -22,9 +22,10 @@ def keys_of(values: Tensor, token_ids: Tensor) -> Tensor:
 
 
 def order_of(values: Tensor) -> Tensor:
-    """Return int32s in the order of float32 values."""
+    """Return int32s in the order of float32 values; NaN of either sign is larger than all numbers, as to
+    argmax."""
     bits = (values + 0.0).view(torch.int32)  # + 0.0: the two zeros are equal
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).masked_fill_(values.isnan(), 0x7FFFFFFF)
 
 
 def greedy_keys(logits: Tensor, first_id: int) -> Tensor:
