@@ -17,6 +17,7 @@ from cluster.replica import Replica
 from tests.bench.cache_node import SECRET, CacheNode
 from tests.bench.gpu_rank import BenchRank
 from tests.bench.gpu_shapes import shape_config
+from tests.bench.measuring import say
 from tests.gpu.storm_clients import MAX_TOKENS, StormClients
 from tests.gpu.storm_compare import Verdict, compare
 from tests.harness import bundle_bytes
@@ -26,7 +27,8 @@ from workers.protocol import AbortRequest, RequestOutput
 
 ANSWER_TIMEOUT_S = 60.0
 SLACK_S = 6.0
-"""Beyond the collectives' deadline: until the interpreter, and on CUDA the driver, have ended a process."""
+"""Beyond the collectives' deadline: until the interpreter, and on CUDA the driver, have ended a process. That
+deadline begins with a step, or a wait for a plan, which one of `deadline_s` may just have gone by."""
 ARENA_POOLS = 6
 
 
@@ -91,7 +93,7 @@ class Drill:
         alone = {"num_pages": concurrency * (-(-request_len // page_size) + 1), "prefix_caching": False}
         with ExitStack() as stack:
             self._reference = stack.enter_context(BenchRank(shape, common | alone | {"draft": None}))
-            slot_bytes = 2 * bundle_bytes(self.config, load_card(self.config.model))
+            slot_bytes = tp_size * bundle_bytes(self.config, load_card(self.config.model))
             arena_bytes = ARENA_POOLS * pool_tokens // page_size * slot_bytes
             self._node = stack.enter_context(CacheNode(arena_bytes / (1 << 30) + 0.001))
             self._groups = stack.enter_context(ExitStack())
@@ -143,7 +145,9 @@ class Drill:
             assert self._group is not None
             asyncio.run(self._serve(clients, self._group, served))
             if not clients.are_done:
-                endings |= self._group.endings(served.to_end, self.deadline_s)
+                assert served.befell_s is not None
+                endings |= self._group.endings(served.to_end, served.befell_s, self.deadline_s)
+                say(f"{name}: clients heard after {served.lost_after_s} s; {endings}")
                 self.start()
         asked = list(clients.asked.values())
         assert not clients.num_after_end, "outputs came after their request's end"

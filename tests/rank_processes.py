@@ -49,6 +49,7 @@ class Ending:
 
     code: int
     after_s: float
+    """From what befell the group"""
     error: str | None = None
     """What its loop raised"""
 
@@ -123,9 +124,9 @@ class RankProcesses:
         """Have a rank miss one op of its next plan that owns pages."""
         self._pipes[rank].send("lose")
 
-    def endings(self, ranks: list[int], timeout_s: float) -> dict[int, Ending]:
-        """Wait for the ranks to end by themselves; those that have not after `timeout_s` are left out."""
-        began_s = time.monotonic()
+    def endings(self, ranks: list[int], began_s: float, timeout_s: float) -> dict[int, Ending]:
+        """Wait for the ranks to end by themselves; those that have not `timeout_s` after `began_s`, by the
+        monotonic clock, are left out."""
         found: dict[int, Ending] = {}
         while len(found) < len(ranks) and (after_s := time.monotonic() - began_s) < timeout_s:
             for rank in ranks:

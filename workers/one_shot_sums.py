@@ -23,6 +23,10 @@ _MAX_WORDS = 4096
 """Of a row: of 8,192 elements of 2 bytes."""
 
 
+_WORDS: list[torch.Tensor] = []
+"""Kernels may look at them to the end of the process, as at the inboxes: a group may be left before."""
+
+
 class RankSums(Protocol):
     """What OneShotSums is to layers and samplers: sums that all ranks make together, in one order."""
 
@@ -67,12 +71,15 @@ class OneShotSums:
 
         self._kernels = one_shot
         device = torch.device("cuda", torch.cuda.current_device())
+        is_over = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+        _WORDS.append(is_over)
         self._memory = one_shot.OneShotMemory(
             rank,
             tuple(inboxes),
             torch.zeros(_MAX_ROWS, dtype=torch.int32, device=device),
             _MAX_WORDS,
-            torch.zeros(1, dtype=torch.int32, pin_memory=True),
+            is_over,
+            torch.zeros(1, dtype=torch.int32, device=device),
             timeout_s=2 * timeout_s,
         )
         self._num_peers = len(inboxes) - 1

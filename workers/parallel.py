@@ -6,7 +6,6 @@ per follower, so that a follower can wait with a timeout and a dead peer shows a
 ends in a typed error.
 """
 
-import select
 import socket
 import struct
 import time
@@ -29,7 +28,7 @@ from workers.completion_board import CompletionBoard
 from workers.move_board import MoveBoard
 from workers.one_shot_sums import OneShotSums, RankSums, exchange
 from workers.peer_watch import PeerWatch
-from workers.plan_links import follow, lead, receive
+from workers.plan_links import can_read, follow, hang_up, lead, receive
 from workers.process_groups import Collectives, end_collectives, process_group
 
 _LENGTH = struct.Struct("<I")
@@ -191,7 +190,7 @@ class TPGroup:
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the ranks' tensors, of one shape, on every rank: [size, *shape]."""
         gathered = tensor.new_empty(self.size, *tensor.shape)
-        group = self._process_group
+        group = self._members()
         if group is None:
             return gathered.copy_(tensor)
         options = AllgatherOptions()
@@ -202,7 +201,7 @@ class TPGroup:
 
     def broadcast(self, tensor: torch.Tensor) -> None:
         """Make `tensor` rank 0's, in place on the others. Any shape and type; contiguous."""
-        group = self._process_group
+        group = self._members()
         if group is None:
             return
         options = BroadcastOptions()
@@ -212,7 +211,7 @@ class TPGroup:
 
     def gather_columns(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """Return the ranks' [rows, n] side by side, [rows, size * n], on rank 0; None on the others."""
-        group = self._process_group
+        group = self._members()
         if group is None:
             return tensor
         parts = [torch.empty_like(tensor) for _ in range(self.size)] if self.rank == 0 else []
@@ -249,7 +248,7 @@ class TPGroup:
             raise TPPeerLostError(self._watch.reason)
         for link in self._links:
             try:
-                if select.select([link], [], [], 0)[0] and not link.recv(1, socket.MSG_PEEK):
+                if can_read(link) and not link.recv(1, socket.MSG_PEEK):
                     raise TPPeerLostError("a rank closed its connection")
             except OSError as error:
                 raise TPPeerLostError(f"a rank is gone: {error}") from error
@@ -260,7 +259,7 @@ class TPGroup:
         self._num_plans += bool(plan)
         for follower, link in enumerate(self._links, start=1):
             try:
-                if select.select([link], [], [], 0)[0] and not link.recv(1, socket.MSG_PEEK):
+                if can_read(link) and not link.recv(1, socket.MSG_PEEK):
                     raise TPPeerLostError(f"rank {follower} closed its connection")
                 link.sendall(_LENGTH.pack(len(plan)) + plan)
             except TimeoutError:
@@ -302,6 +301,8 @@ class TPGroup:
         A follower may still be in the last step's collectives, and those end with rank 0's membership. Return
         False where one is still there after `timeout_s`.
         """
+        if self._watch is not None:
+            self._watch.stop()  # the first that leaves is no rank that is lost
         end_s = time.monotonic() + timeout_s
         for link in self._links if self.rank == 0 else []:
             link.settimeout(max(0.001, end_s - time.monotonic()))
@@ -334,22 +335,28 @@ class TPGroup:
 
     def _has_come(self, timeout_s: float) -> bool:
         """Tell whether the link to rank 0 can be read, be it to its end; wait for it at most so long."""
-        links, now_s = self._links[:1], time.monotonic()
+        link, now_s = self._links[0], time.monotonic()
         end_s, sleep_s = now_s + timeout_s, now_s + min(timeout_s, self._spin_s)
         while now_s < sleep_s:
-            if select.select(links, [], [], 0)[0]:
+            if can_read(link):
                 return True
             now_s = time.monotonic()
-        return bool(select.select(links, [], [], max(0.0, end_s - now_s))[0])
+        return can_read(link, max(0.0, end_s - now_s))
 
     def _reduce(self, tensor: torch.Tensor, operation: ReduceOp.RedOpType) -> None:
-        group = self._process_group
+        group = self._members()
         if group is None:
             return
         options = AllreduceOptions()
         options.reduceOp = ReduceOp(operation)
         options.asyncOp = False
         self._run("all_reduce", lambda: group.allreduce([tensor], options))
+
+    def _members(self) -> Collectives | None:
+        """Return what connects the ranks; None in a group of one. Raise TPPeerLostError once it is left."""
+        if self._process_group is None and self.size > 1:
+            raise TPPeerLostError(f"rank {self.rank} has left its group")
+        return self._process_group
 
     def _steps(self) -> tuple[int, int]:
         """How many steps have begun on this rank, and how many are complete."""
@@ -358,6 +365,7 @@ class TPGroup:
     def _end_collectives(self) -> None:
         if self._process_group is not None and not self._has_ended:
             self._has_ended = True
+            hang_up(self._links)  # first: from now on what this rank computes is worth nothing
             if self.one_shot is not None:
                 self.one_shot.end()
             end_collectives(self._process_group)

@@ -1,34 +1,51 @@
 """The sockets over which rank 0 sends plans: how a group's ranks connect them, and whole reads."""
 
+import contextlib
 import hmac
 import secrets
+import select
 import socket
 import struct
+import time
 
 from torch._C._distributed_c10d import TCPStore
 
 _HELLO = struct.Struct("<I32s")
 _TOKEN_BYTES = 32
+_HELLO_TIMEOUT_S = 2.0
+"""A follower says who it is as soon as it is connected."""
 
 
 def lead(store: TCPStore, size: int, host: str, timeout_s: float) -> list[socket.socket]:
-    """Accept one plan link per follower; each proves with a token from the store that it belongs here."""
+    """Accept one plan link per follower; each proves with a token from the store that it belongs here, and
+    who does not, or says nothing, is hung up on. Raises TimeoutError once `timeout_s` has gone in all."""
+    end_s = time.monotonic() + timeout_s
     token = secrets.token_bytes(_TOKEN_BYTES)
     links: dict[int, socket.socket] = {}
-    with socket.create_server((host, 0), backlog=size) as server:
-        server.settimeout(timeout_s)
+    with socket.create_server((host, 0), backlog=128) as server:
         store.set("plan_token", token.hex())
         store.set("plan_port", str(server.getsockname()[1]))
         while len(links) < size - 1:
+            server.settimeout(max(1e-3, end_s - time.monotonic()))
             link, _ = server.accept()
-            link.settimeout(timeout_s)
-            rank, shown = _HELLO.unpack(receive(link, _HELLO.size))
-            if not hmac.compare_digest(shown, token) or not 0 < rank < size or rank in links:
+            rank = _told_rank(link, token)
+            if rank is None or not 0 < rank < size or rank in links:
                 link.close()
                 continue
+            link.settimeout(timeout_s)
             link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             links[rank] = link
     return [links[rank] for rank in sorted(links)]
+
+
+def _told_rank(link: socket.socket, token: bytes) -> int | None:
+    """Return the rank at the other end; None where it is nobody's."""
+    link.settimeout(_HELLO_TIMEOUT_S)
+    try:
+        rank, shown = _HELLO.unpack(receive(link, _HELLO.size))
+    except OSError:
+        return None
+    return rank if hmac.compare_digest(shown, token) else None
 
 
 def follow(store: TCPStore, rank: int, host: str, timeout_s: float) -> socket.socket:
@@ -50,3 +67,17 @@ def receive(link: socket.socket, num_bytes: int) -> bytes:
             raise ConnectionError("the peer closed its connection")
         view = view[received:]
     return bytes(octets)
+
+
+def can_read(link: socket.socket, timeout_s: float = 0.0) -> bool:
+    """Tell whether a link can be read, be it to its end; wait for it at most so long."""
+    poll = select.poll()  # select() itself takes no descriptors from 1,024 on
+    poll.register(link, select.POLLIN)
+    return bool(poll.poll(1000 * timeout_s))
+
+
+def hang_up(links: list[socket.socket]) -> None:
+    """Let peers see at once that this rank takes no more part; the links are still to be closed."""
+    for link in links:
+        with contextlib.suppress(OSError):  # the peer was first
+            link.shutdown(socket.SHUT_RDWR)

@@ -1,6 +1,7 @@
 """process_group: torch's process groups as TPGroup uses them, each its own: none is registered anywhere."""
 
 import logging
+import os
 import threading
 from datetime import timedelta
 from typing import Literal, Protocol, cast
@@ -69,6 +70,9 @@ def process_group(
     if device == "cuda":
         from torch._C._distributed_c10d import ProcessGroupNCCL  # absent from CPU builds of torch
 
+        # By itself NCCL takes NVLink multicast for more than two ranks; a process that dies in it can put the
+        # machine's cards out of service.
+        os.environ["NCCL_NVLS_ENABLE"] = "0"
         nccl = ProcessGroupNCCL.Options()
         nccl._timeout = timeout
         return cast(Collectives, ProcessGroupNCCL(store, rank, size, nccl))

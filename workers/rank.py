@@ -8,6 +8,7 @@ import logging
 import socket
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -139,11 +140,12 @@ class Rank:
             self._dump(error)
             raise
         finally:
-            if self.inbox is not None:
-                self.inbox.close()
-            if self._host_pages is not None:
-                self._host_pages.close()
-            self._group.close()
+            with ExitStack() as stack:  # whichever of them fails
+                stack.callback(self._group.close)
+                if self._host_pages is not None:
+                    stack.callback(self._host_pages.close)
+                if self.inbox is not None:
+                    stack.callback(self.inbox.close)
 
     def stop(self) -> None:
         """Make `run` return; a follower's returns when rank 0's does. Any thread may call it."""

@@ -2,7 +2,7 @@
 
     python tests/bench/bench_speculation.py [--json] [--draft self] [--model smollm2-135m] [--device cpu|cuda]
         [--draft-tokens auto] [--accept-draft-tokens 3] [--batch-sizes 1,8,32] [--rounds 5] [--tokens 128]
-        [--tp-size 2] [--prompts FILE] [--out FILE] [--quick] [--threads 2] [--graphs off] [--page-size 16] ...
+        [--tp-size 2] [--prompts FILE] [--out FILE] [--quick] [--threads 2] [--graphs off] ...
 
 The real Scheduler, Engine and step loop, without Ray and HTTP; greedy; held-out chats, or chosen turns of
 chitchat-dataset where that file is not there. Every option of the workers is one here too. Progress goes to

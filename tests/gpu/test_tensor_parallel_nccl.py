@@ -1,27 +1,27 @@
-"""A TP group over NCCL, one process a GPU. Run by hand on a machine with two GPUs: pytest -m gpu tests/gpu"""
+"""A TP group over NCCL, one process a GPU. Run by hand on a machine with GPUs: pytest -m gpu tests/gpu"""
 
 import pytest
-import torch
 
 from tests.unit.tensor_parallel_group import Ranks
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
-]
+pytestmark = pytest.mark.gpu
 
 
-def test_ranks_sum_gather_and_replay_a_captured_sum() -> None:
+def test_ranks_sum_gather_and_replay_a_captured_sum(tp_size: int) -> None:
     ranks = Ranks()
     try:
-        ranks.start("work", device="cuda")
-        first, second = ranks.finish()
+        ranks.start("work", device="cuda", size=tp_size)
+        said = ranks.finish()
     finally:
         ranks.close()
-    assert first["sum"] == second["sum"] == [[3.0] * 3] * 2
-    assert first["gathered"] == [[0.0, 10.0, 1.0, 11.0]]
-    assert second["gathered"] is None
-    assert first["graphed"] == second["graphed"] == [3.0, 11.0]
-    assert first["tokens"] == second["tokens"] == [7, 8, 9]
-    assert second["plans"] == [True, True, True]
-    assert first["closed"] and second["closed"]
+    total = sum(range(1, tp_size + 1))
+    assert all(each["sum"] == [[total] * 3] * 2 for each in said)
+    gathered = [value for rank in range(tp_size) for value in (rank, 10.0 + rank)]
+    assert [each["gathered"] for each in said] == [[gathered]] + [None] * (tp_size - 1)
+    assert all(
+        each["graphed"] == [sum(1.0 + r for r in range(tp_size)), sum(5.0 + r for r in range(tp_size))]
+        for each in said
+    )
+    assert all(each["tokens"] == [7, 8, 9] for each in said)
+    assert all(each["plans"] == [True, True, True] for each in said[1:])
+    assert all(each["closed"] for each in said)

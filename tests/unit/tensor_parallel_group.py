@@ -92,13 +92,13 @@ class Ranks:
         )
         self.said: list[dict] = []
 
-    def start(self, scenario: str, timeout_s: float = 30, device: str = "cpu") -> list[dict]:
-        """Start two ranks; return their fields, with their pids, when both have met."""
+    def start(self, scenario: str, timeout_s: float = 30, device: str = "cpu", size: int = 2) -> list[dict]:
+        """Start `size` ranks; return their fields, with their pids, when all have met."""
         assert self.process.stdin is not None
-        group = {"scenario": scenario, "size": 2, "timeout_s": timeout_s, "device": device}
+        group = {"scenario": scenario, "size": size, "timeout_s": timeout_s, "device": device}
         self.process.stdin.write(json.dumps(group) + "\n")
         self.process.stdin.flush()
-        self.said = [{}, {}]
+        self.said = [{} for _ in range(size)]
         self.read_until(lambda: all("pid" in fields for fields in self.said))
         return self.said
 
@@ -108,7 +108,7 @@ class Ranks:
         self.process.communicate()
 
     def finish(self) -> list[dict]:
-        """Return all that the ranks said when both have ended."""
+        """Return all that the ranks said when all have ended."""
         self.read_until(lambda: all("status" in fields for fields in self.said))
         return self.said
 

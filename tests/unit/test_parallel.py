@@ -1,19 +1,27 @@
 """A TP group's calls, and what its ranks see when a peer dies or stalls. Ranks are real processes."""
 
+import fcntl
 import os
+import resource
 import signal
 import socket
 import struct
+import threading
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 
 import pytest
 import torch
+from torch._C._distributed_c10d import TCPStore
 
-from tests.unit.tensor_parallel_group import Ranks
+from tests.unit.tensor_parallel_group import GlooSums, Ranks, on_ranks
 from workers.completion_board import CompletionBoard
 from workers.move_board import MoveBoard
 from workers.parallel import TPGroup, TPPeerLostError, TPTimeoutError, listen
+from workers.peer_watch import PeerWatch
+from workers.plan_links import can_read, follow
+from workers.process_groups import process_group
 
 
 @pytest.fixture(scope="module")
@@ -131,3 +139,113 @@ def test_a_follower_waits_as_long_as_it_is_told_however_it_looks(spin_s: float) 
     with pytest.raises(TPPeerLostError, match="rank 0 is gone"):
         group.receive_plan(5.0)
     group.close()
+
+
+def test_who_has_left_the_group_sums_no_more() -> None:
+    collectives = [
+        lambda group: group.all_reduce(torch.ones(2)),
+        lambda group: group.maximum(torch.ones(2)),
+        lambda group: group.all_gather(torch.ones(2)),
+        lambda group: group.broadcast(torch.ones(2)),
+    ]
+
+    def work(group: TPGroup) -> int:
+        group.abort()
+        for collective in collectives:
+            with pytest.raises(TPPeerLostError, match=f"rank {group.rank} has left its group"):
+                collective(group)
+        return len(collectives)
+
+    assert on_ranks(2, work) == [4, 4]
+
+
+def test_a_rank_hangs_up_before_its_sums_go_wrong() -> None:
+    ours, theirs = socket.socketpair()
+    seen: list[bool] = []
+
+    class Sums(GlooSums):
+        def end(self) -> None:
+            seen.append(can_read(theirs) and not theirs.recv(1))
+
+    class Collectives:
+        def abort(self) -> None: ...
+
+    boards = CompletionBoard.private(), MoveBoard.private()
+    sums = Sums(TPGroup.single())
+    group = TPGroup(1, 2, 5.0, *boards, process_group=Collectives(), links=[ours], one_shot=sums)
+    group._end_collectives()  # as its watch does
+    assert seen == [True]
+    group.close()
+
+
+def test_the_first_of_two_followers_that_leave_ends_no_collectives() -> None:
+    has_left, stays = threading.Event(), threading.Event()
+
+    def work(group: TPGroup) -> object:
+        group._watch = PeerWatch(group._links, group._steps, 30.0, group._end_collectives)  # as on CUDA
+        if group.rank == 1:
+            group.close()
+            has_left.set()
+        elif group.rank == 2:
+            stays.wait(30)
+        else:
+            threading.Timer(0.4, stays.set).start()
+            assert group.see_off(20.0) and has_left.is_set()
+            return group._watch.reason, group._has_ended
+        return None
+
+    assert on_ranks(3, work)[0] == (None, False)
+
+
+@pytest.mark.parametrize("says", [b"", b"x" * 36, b"short"])
+def test_a_stranger_on_the_plan_port_does_not_keep_the_ranks_apart(
+    monkeypatch: pytest.MonkeyPatch, says: bytes
+) -> None:
+    monkeypatch.setattr("workers.plan_links._HELLO_TIMEOUT_S", 0.3)
+    strangers = []
+
+    def follow_behind_one(store: TCPStore, rank: int, host: str, timeout_s: float) -> socket.socket:
+        store.wait(["plan_port"])
+        strangers.append(socket.create_connection((host, int(store.get("plan_port")))))
+        strangers[-1].sendall(says)
+        if not says:
+            strangers[-1].close()
+        return follow(store, rank, host, timeout_s)
+
+    monkeypatch.setattr("workers.parallel.follow", follow_behind_one)
+    assert on_ranks(2, lambda group: group.rank) == [0, 1]
+    for stranger in strangers:
+        stranger.close()
+
+
+def test_links_may_have_any_number() -> None:
+    ours, theirs = socket.socketpair()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard <= 1_030:
+        pytest.skip("no descriptors from 1,024 on here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1_040), hard))
+    link = socket.socket(fileno=fcntl.fcntl(ours.fileno(), fcntl.F_DUPFD, 1_025))
+    group = TPGroup(1, 2, 5.0, CompletionBoard.private(), MoveBoard.private(), links=[link])
+    group.check_peers()
+    theirs.sendall(struct.pack("<I", 3) + b"abc")
+    assert group.has_plan(1.0) and group.receive_plan(1.0) == b"abc"
+    theirs.close()
+    with pytest.raises(TPPeerLostError):
+        group.check_peers()
+    group.close()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_nccl_is_told_to_leave_nvlink_multicast_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str | None] = []
+
+    class Nccl:
+        class Options: ...
+
+        def __init__(self, *_: object) -> None:
+            told.append(os.environ.get("NCCL_NVLS_ENABLE"))
+
+    monkeypatch.setenv("NCCL_NVLS_ENABLE", "2")
+    monkeypatch.setattr("torch._C._distributed_c10d.ProcessGroupNCCL", Nccl, raising=False)
+    process_group(None, 0, 4, "127.0.0.1", timedelta(seconds=1), "cuda")
+    assert told == ["0"]

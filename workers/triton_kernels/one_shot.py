@@ -8,7 +8,8 @@ A message carries its own proof of arrival, so that a sum takes one trip over th
 A program owns one row and counts the sums of that row itself, in `epochs`, so that a captured launch may be
 replayed at any time. Why the next sum but one may write over an inbox: a rank sends sum n + 1 once its whole
 kernel of sum n is over, and nobody begins sum n + 2 before every rank's sum n + 1 has come. Parts are added
-in the order of the ranks, in float32: the result is the same on all of them.
+in the order of the ranks, in float32: the result is the same on all of them. A rank that stopped waiting for
+a part sends nothing from then on: what it computes from there is no peer's to add.
 """
 
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ class OneShotMemory:
     """Of a row, a power of two"""
     is_over: torch.Tensor
     """[1] int32 of the host's, where the device can read it: not 0 once no part is to be waited for"""
+    has_left: torch.Tensor
+    """[1] int32, once 0: not 0 once a part was not waited for"""
     timeout_s: float
     """A part that has not come by then ends the kernel, and the process's use of the device, with an error;
     0: never."""
@@ -76,9 +79,11 @@ def _have_come(found, inside, epoch):
 
 
 @triton.jit
-def _receive(places, inside, epoch, is_over_at, timeout_ns, TIMED: tl.constexpr):
+def _receive(places, inside, epoch, is_over_at, has_left, timeout_ns, TIMED: tl.constexpr):
     """Return the words of a part, once all have come; whatever is there once the sums are over."""
     found = tl.load(places, mask=inside, other=0, volatile=True)
+    # One thread looks for all: they leave together.
+    first = tl.arange(0, places.shape[0]) == 0
     is_over = 0
     num_looks = 0
     begun = tl.full([], 0, tl.int64)
@@ -86,7 +91,8 @@ def _receive(places, inside, epoch, is_over_at, timeout_ns, TIMED: tl.constexpr)
         found = tl.load(places, mask=inside, other=0, volatile=True)
         num_looks += 1
         if num_looks % _LOOKS_AT_ONCE == 0:
-            is_over = tl.load(is_over_at.to(tl.pointer_type(tl.int32)), volatile=True)
+            words_at = is_over_at.to(tl.pointer_type(tl.int32)) + tl.zeros(places.shape, tl.int32)
+            is_over = tl.max(tl.load(words_at, mask=first, other=0, volatile=True), axis=0)
             if TIMED:
                 now = globaltimer()
                 if begun == 0:
@@ -95,6 +101,8 @@ def _receive(places, inside, epoch, is_over_at, timeout_ns, TIMED: tl.constexpr)
                     tl.inline_asm_elementwise(
                         "trap; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
                     )
+    if is_over != 0:
+        tl.store(has_left, 1)
     return found.to(tl.int32)
 
 
@@ -110,6 +118,7 @@ def _sum_kernel(
     eps,
     num_words,
     is_over_at,
+    has_left,
     timeout_ns,
     RANK: tl.constexpr,
     RANKS: tl.constexpr,
@@ -129,13 +138,14 @@ def _sum_kernel(
     place = row.to(tl.int64) * num_words + word
     await_inputs(PDL)
     epoch = tl.load(epochs + row) + 1
+    sends = tl.load(has_left) == 0
     own = tl.load(part + place, mask=inside, other=0)
     slot = ((epoch & 1) * MAX_ROWS + row) * RANKS
     message = (epoch.to(tl.int64) << 32) | (own.to(tl.int64) & 0xFFFFFFFF)
     for peer in tl.static_range(RANKS):
         if peer != RANK:
             inbox = inboxes[peer].to(tl.pointer_type(tl.int64))
-            tl.store(inbox + (slot + RANK).to(tl.int64) * MAX_WORDS + word, message, mask=inside)
+            tl.store(inbox + (slot + RANK).to(tl.int64) * MAX_WORDS + word, message, mask=inside & sends)
     if NORMS:  # on their way while the parts are
         stream = tl.load(x + place, mask=inside, other=0)
         scale = tl.load(weight + word, mask=inside, other=0)
@@ -148,7 +158,7 @@ def _sum_kernel(
             high += _high(own, DTYPE)
         else:
             places = inbox + (slot + peer).to(tl.int64) * MAX_WORDS + word
-            words = _receive(places, inside, epoch, is_over_at, timeout_ns, TIMED)
+            words = _receive(places, inside, epoch, is_over_at, has_left, timeout_ns, TIMED)
             low += _low(words, DTYPE)
             high += _high(words, DTYPE)
     summed = _words(low, high, DTYPE)
@@ -176,6 +186,7 @@ def _best_kernel(
     inboxes,
     epochs,
     is_over_at,
+    has_left,
     timeout_ns,
     RANK: tl.constexpr,
     RANKS: tl.constexpr,
@@ -191,20 +202,21 @@ def _best_kernel(
     inside = word < 2
     await_inputs(PDL)
     epoch = tl.load(epochs + row) + 1
+    sends = tl.load(has_left) == 0
     own = tl.load(keys + row * 2 + word)
     slot = ((epoch & 1) * MAX_ROWS + row) * RANKS
     message = (epoch.to(tl.int64) << 32) | (own.to(tl.int64) & 0xFFFFFFFF)
     for peer in tl.static_range(RANKS):
         if peer != RANK:
             inbox = inboxes[peer].to(tl.pointer_type(tl.int64))
-            tl.store(inbox + (slot + RANK).to(tl.int64) * MAX_WORDS + word, message)
+            tl.store(inbox + (slot + RANK).to(tl.int64) * MAX_WORDS + word, message, mask=inside & sends)
     inbox = inboxes[RANK].to(tl.pointer_type(tl.int64))
     best = _whole(own, word)
     for peer in tl.static_range(RANKS):
         if peer != RANK:
             places = inbox + (slot + peer).to(tl.int64) * MAX_WORDS + word
             best = tl.maximum(
-                best, _whole(_receive(places, inside, epoch, is_over_at, timeout_ns, TIMED), word)
+                best, _whole(_receive(places, inside, epoch, is_over_at, has_left, timeout_ns, TIMED), word)
             )
     tl.store(ids + row, 0xFFFFFFFF - (best & 0xFFFFFFFF))
     tl.store(epochs + row, epoch)
@@ -262,6 +274,7 @@ def best_ids(memory: OneShotMemory, keys: torch.Tensor, *, pdl: bool) -> torch.T
             memory.inboxes,
             memory.epochs,
             memory.is_over.data_ptr(),
+            memory.has_left,
             int(memory.timeout_s * 1e9),
             RANK=memory.rank,
             RANKS=len(memory.inboxes),
@@ -297,6 +310,7 @@ def _launch(
         eps,
         num_words,
         memory.is_over.data_ptr(),
+        memory.has_left,
         int(memory.timeout_s * 1e9),
         RANK=memory.rank,
         RANKS=len(memory.inboxes),
