@@ -26,6 +26,7 @@ SYSTEM_ENVIRONMENT = {
     # Nobody reads them here, and Ray waits 5 s at its end for a GCS that is gone to take them.
     "RAY_task_events_report_interval_ms": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_worker_niceness": "0",  # by default 15: whoever else computes would be served first
 }
 
 

@@ -29,7 +29,7 @@ from workers.move_board import MoveBoard
 from workers.one_shot_sums import OneShotSums, RankSums, exchange
 from workers.peer_watch import PeerWatch
 from workers.plan_links import can_read, follow, hang_up, lead, receive
-from workers.process_groups import Collectives, end_collectives, process_group
+from workers.process_groups import Collectives, check_device, end_collectives, process_group
 
 _LENGTH = struct.Struct("<I")
 _MAX_PLAN_BYTES = 1 << 30
@@ -120,6 +120,7 @@ class TPGroup:
         """
         if not 0 <= rank < size:
             raise ValueError(f"rank {rank} of {size}: ranks run from 0 to size - 1")
+        check_device(device)
         if size == 1:
             if listener is not None:
                 listener.close()

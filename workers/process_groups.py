@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 import threading
 from datetime import timedelta
 from typing import Literal, Protocol, cast
@@ -20,6 +21,10 @@ from torch._C._distributed_c10d import (
 logger = logging.getLogger(__name__)
 
 _END_TIMEOUT_S = 2.0
+
+
+class NoDeviceError(Exception):
+    """There is no such device for this process."""
 
 
 class Collectives(Protocol):
@@ -61,6 +66,15 @@ class GlooBinding(Protocol):
 
     def __call__(self, store: TCPStore, rank: int, size: int, options: GlooOptions) -> Collectives:
         """Build this rank's end."""
+
+
+def check_device(device: Literal["cpu", "cuda"]) -> None:
+    """Raise NoDeviceError, which names the option, where a rank cannot compute on `device`."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise NoDeviceError(
+            f"device: 'cuda', but PyTorch {torch.__version__} finds no CUDA device on {socket.gethostname()}"
+            " for this rank; it needs an NVIDIA card and `pip install 'eyrie[cuda]'`, or `--device cpu`"
+        )
 
 
 def process_group(

@@ -21,7 +21,7 @@ from workers.move_board import MoveBoard
 from workers.parallel import TPGroup, TPPeerLostError, TPTimeoutError, listen
 from workers.peer_watch import PeerWatch
 from workers.plan_links import can_read, follow
-from workers.process_groups import process_group
+from workers.process_groups import NoDeviceError, process_group
 
 
 @pytest.fixture(scope="module")
@@ -234,6 +234,13 @@ def test_links_may_have_any_number() -> None:
         group.check_peers()
     group.close()
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_rank_without_a_cuda_device_says_what_it_needs(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(NoDeviceError, match=r"device: 'cuda'.*eyrie\[cuda\].*--device cpu"):
+        TPGroup.connect(0, size, "127.0.0.1", 0, timeout_s=1, device="cuda")
 
 
 def test_nccl_is_told_to_leave_nvlink_multicast_alone(monkeypatch: pytest.MonkeyPatch) -> None:
