@@ -123,8 +123,8 @@ class WorkerConfig:
     to the peers' memory; off, or where that cannot be mapped: by NCCL."""
     num_threads: Annotated[int, Field(ge=0)] = 0
     """Compute threads of a rank on CPU; 0: cores shared fairly among the ranks of the node."""
-    collective_timeout_s: Annotated[float, Field(gt=0)] = 60.0
-    """Seconds a rank waits for its peers before it takes them for lost."""
+    collective_timeout_s: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 60.0
+    """Seconds a rank waits for its peers, at start and in a step, before it takes them for lost."""
 
     @model_validator(mode="after")
     def _check_draft(self) -> Self:

@@ -153,7 +153,12 @@ def main() -> None:
         worker_options(vars(arguments))
     except ValueError as error:  # before anything runs
         parser().error(str(error))
-    tp_sizes = [int(size) for size in arguments.tp_sizes.split(",")]
+    sizes, models = arguments.tp_sizes.split(","), arguments.models.split(",")
+    if not all(size.isdecimal() and int(size) for size in sizes):
+        parser().error(f"--tp-sizes {arguments.tp_sizes}: numbers of ranks from 1 on, separated by commas")
+    if unknown := set(models) - set(SHAPES):
+        parser().error(f"--models {arguments.models}: no {', '.join(unknown)}; there are {', '.join(SHAPES)}")
+    tp_sizes = [int(size) for size in sizes]
     if arguments.device == "cuda" and torch.cuda.device_count() < max(tp_sizes):
         parser().error(
             f"--tp-sizes {arguments.tp_sizes}: there are {torch.cuda.device_count()} CUDA devices; --device"
@@ -165,7 +170,7 @@ def main() -> None:
         before = json.loads(arguments.add_to.read_text())
         assert before["card"] == results["card"], "measured on other cards"
         results = before | results | {"command": f"{before['command']}; {results['command']}"}
-    for part, model, tp_size in runs_of(arguments.parts.split(","), arguments.models.split(","), tp_sizes):
+    for part, model, tp_size in runs_of(arguments.parts.split(","), models, tp_sizes):
         name = f"{part} {model} on {tp_size}"
         command = [sys.executable, __file__, *sys.argv[1:], "--part", part, "--of", f"{model}:{tp_size}"]
         try:

@@ -11,7 +11,8 @@ of rounds under one draw of page size, write policy and token budget.
 A violation is: a sanitizer or ownership error, a torn or corrupt load, a leak, an output after the end, a
 wrong token. It ends the storm with exit 1, its seed in the progress: `--first-round N --rounds 1` plays it
 again.
-One JSON line ends stdout.
+One JSON line ends stdout. A round is made for a card: on a CPU rehearse with
+`--shape tiny --concurrency 16 --requests 48 --max-prompt-len 60`.
 """
 
 import argparse
