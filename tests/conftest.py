@@ -35,6 +35,16 @@ def tp_size(request):
     return request.config.getoption("--tp-size")
 
 
+@pytest.fixture(scope="session")
+def cuda_tp_size(tp_size):
+    """Skip where there are too few cards for the ranks."""
+    import torch
+
+    if torch.cuda.device_count() < tp_size:
+        pytest.skip(f"needs {tp_size} CUDA devices")
+    return tp_size
+
+
 @pytest.fixture(autouse=True)
 def logging_as_before():
     """Take back what an actor built in a test's own process did to the process's loggers."""

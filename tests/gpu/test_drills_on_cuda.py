@@ -23,9 +23,9 @@ OPTIONS = {
 
 
 @pytest.fixture(scope="module")
-def drill(tmp_path_factory, tp_size):
+def drill(tmp_path_factory, cuda_tp_size):
     with Drill(
-        "small", OPTIONS, tmp_path_factory.mktemp("drill"), tp_size=tp_size, max_prompt_len=120
+        "small", OPTIONS, tmp_path_factory.mktemp("drill"), tp_size=cuda_tp_size, max_prompt_len=120
     ) as drill:
         yield drill
 
@@ -51,8 +51,10 @@ def test_a_hanging_rank_ends_the_group_at_its_deadline(drill, hangs):
 
 
 @pytest.mark.timeout(300)
-def test_with_a_draft(tmp_path, tp_size):
-    with Drill("small", OPTIONS | {"draft": "self", "draft_tokens": 3}, tmp_path, tp_size=tp_size) as drill:
+def test_with_a_draft(tmp_path, cuda_tp_size):
+    with Drill(
+        "small", OPTIONS | {"draft": "self", "draft_tokens": 3}, tmp_path, tp_size=cuda_tp_size
+    ) as drill:
         rank_drills.check_late_moves_and_completions(drill, NUM_REQUESTS, 1)
         rank_drills.check_refusal(drill, NUM_REQUESTS, 1)
         rank_drills.check_killed_rank(drill, NUM_REQUESTS, 1)

@@ -10,14 +10,14 @@ MAX_ENDING_S = 1.0
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(90)]
 
 
-def test_sums_are_those_of_torch(tp_size) -> None:
+def test_sums_are_those_of_torch(cuda_tp_size) -> None:
     from tests.gpu.one_shot_sums import check_sums  # imports Triton
 
-    for wrong in on_ranks(tp_size, "cuda", check_sums):
+    for wrong in on_ranks(cuda_tp_size, "cuda", check_sums):
         assert wrong == {"sum": 0, "norm": 0, "best": 0, "replayed": 0}
 
 
-def test_who_waits_for_a_rank_that_is_gone_is_ended_at_once(tp_size) -> None:
+def test_who_waits_for_a_rank_that_is_gone_is_ended_at_once(cuda_tp_size) -> None:
     from tests.gpu.one_shot_sums import sum_alone  # imports Triton
 
-    assert on_ranks(tp_size, "cuda", sum_alone)[0]["ended_after_s"] < MAX_ENDING_S
+    assert on_ranks(cuda_tp_size, "cuda", sum_alone)[0]["ended_after_s"] < MAX_ENDING_S

@@ -7,19 +7,20 @@ from tests.unit.tensor_parallel_group import Ranks
 pytestmark = pytest.mark.gpu
 
 
-def test_ranks_sum_gather_and_replay_a_captured_sum(tp_size: int) -> None:
+def test_ranks_sum_gather_and_replay_a_captured_sum(cuda_tp_size: int) -> None:
     ranks = Ranks()
     try:
-        ranks.start("work", device="cuda", size=tp_size)
+        ranks.start("work", device="cuda", size=cuda_tp_size)
         said = ranks.finish()
     finally:
         ranks.close()
-    total = sum(range(1, tp_size + 1))
+    total = sum(range(1, cuda_tp_size + 1))
     assert all(each["sum"] == [[total] * 3] * 2 for each in said)
-    gathered = [value for rank in range(tp_size) for value in (rank, 10.0 + rank)]
-    assert [each["gathered"] for each in said] == [[gathered]] + [None] * (tp_size - 1)
+    gathered = [value for rank in range(cuda_tp_size) for value in (rank, 10.0 + rank)]
+    assert [each["gathered"] for each in said] == [[gathered]] + [None] * (cuda_tp_size - 1)
     assert all(
-        each["graphed"] == [sum(1.0 + r for r in range(tp_size)), sum(5.0 + r for r in range(tp_size))]
+        each["graphed"]
+        == [sum(1.0 + r for r in range(cuda_tp_size)), sum(5.0 + r for r in range(cuda_tp_size))]
         for each in said
     )
     assert all(each["tokens"] == [7, 8, 9] for each in said)

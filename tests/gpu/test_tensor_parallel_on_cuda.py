@@ -23,8 +23,8 @@ another text of a sampled answer."""
 
 
 @pytest.fixture(scope="module")
-def followers(tp_size):
-    with FollowerRanks(tp_size - 1, "cuda") as followers:
+def followers(cuda_tp_size):
+    with FollowerRanks(cuda_tp_size - 1, "cuda") as followers:
         yield followers
 
 
