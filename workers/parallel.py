@@ -18,7 +18,6 @@ from torch._C._distributed_c10d import (
     AllgatherOptions,
     AllreduceOptions,
     BroadcastOptions,
-    GatherOptions,
     ReduceOp,
     TCPStore,
     Work,
@@ -209,19 +208,6 @@ class TPGroup:
         options.rootRank = 0
         options.asyncOp = False
         self._run("broadcast", lambda: group.broadcast([tensor], options))
-
-    def gather_columns(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        """Return the ranks' [rows, n] side by side, [rows, size * n], on rank 0; None on the others."""
-        group = self._members()
-        if group is None:
-            return tensor
-        parts = [torch.empty_like(tensor) for _ in range(self.size)] if self.rank == 0 else []
-        options = GatherOptions()
-        options.rootRank = 0
-        options.asyncOp = False
-        part = tensor.contiguous()
-        self._run("gather", lambda: group.gather([parts] if parts else [], [part], options))
-        return torch.cat(parts, dim=-1) if parts else None
 
     def agree(self, is_well: bool) -> bool:
         """Tell whether all is well on every rank, by way of the host: no collective of the device takes part,

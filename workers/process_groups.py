@@ -12,7 +12,6 @@ from torch._C._distributed_c10d import (
     AllgatherOptions,
     AllreduceOptions,
     BroadcastOptions,
-    GatherOptions,
     ProcessGroupGloo,
     TCPStore,
     Work,
@@ -40,11 +39,6 @@ class Collectives(Protocol):
         self, output: torch.Tensor, part: torch.Tensor, opts: AllgatherOptions, /
     ) -> Work | None:
         """Collect the ranks' inputs on every rank, one after another."""
-
-    def gather(
-        self, outputs: list[list[torch.Tensor]], inputs: list[torch.Tensor], opts: GatherOptions
-    ) -> Work | None:
-        """Collect the ranks' inputs on the root."""
 
     def abort(self) -> None:
         """End running collectives with an error."""

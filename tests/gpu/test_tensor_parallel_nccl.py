@@ -16,8 +16,8 @@ def test_ranks_sum_gather_and_replay_a_captured_sum(cuda_tp_size: int) -> None:
         ranks.close()
     total = sum(range(1, cuda_tp_size + 1))
     assert all(each["sum"] == [[total] * 3] * 2 for each in said)
-    gathered = [value for rank in range(cuda_tp_size) for value in (rank, 10.0 + rank)]
-    assert [each["gathered"] for each in said] == [[gathered]] + [None] * (cuda_tp_size - 1)
+    gathered = [[rank, 10.0 + rank] for rank in range(cuda_tp_size)]
+    assert [each["gathered"] for each in said] == [gathered] * cuda_tp_size
     assert all(
         each["graphed"]
         == [sum(1.0 + r for r in range(cuda_tp_size)), sum(5.0 + r for r in range(cuda_tp_size))]

@@ -120,7 +120,7 @@ class SummingDraft:
         self.group.all_reduce(hidden)
         return hidden
 
-    def own_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         best = hidden.sum(1).long() % self.draft_vocab_size - self.group.rank * 20
         return torch.nn.functional.one_hot(best.clamp(-1, 20) + 1, 22)[:, 1:21].float()
 
@@ -134,8 +134,9 @@ class SummingDraft:
 @pytest.mark.parametrize(
     ("failing", "failed"), [((0,), {NUM_SLOTS}), ((2,), {NUM_SLOTS}), ((3,), {2}), ((1, 4), {2, NUM_SLOTS})]
 )
+@pytest.mark.parametrize("topk", [1, 2])
 def test_drafting_that_one_rank_cannot_capture_none_replays(
-    failing: tuple[int, ...], failed: set[int]
+    failing: tuple[int, ...], failed: set[int], topk: int
 ) -> None:
     """A size takes three captures: of accepting, and of drafting one token and three."""
 
@@ -143,7 +144,7 @@ def test_drafting_that_one_rank_cannot_capture_none_replays(
         layout = with_draft(1, PAGE_SIZE, 1, 1, "float32", DraftShape(1, 1, 1, SummingDraft.feature_size))
         pool = KVPool(layout, NUM_PAGES, CPU)
         table = PageTable(NUM_SLOTS, PAGES_PER_ROW, PAGE_SIZE, NUM_PAGES, checked=True)
-        state = DraftState(pool, NUM_SLOTS, 3, 40)
+        state = DraftState(pool, NUM_SLOTS, 3 * topk, 40, topk)
         parts = LoopParts(
             SummingDraft(group),
             state,

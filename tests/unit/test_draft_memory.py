@@ -111,12 +111,20 @@ def test_every_draft_that_is_verified_has_logits(tmp_path):
 def test_a_tree_wants_room_for_what_is_said_of_all_that_it_follows(tmp_path):
     model = write_tiny_model(tmp_path / "wide", vocab_size=100_000)
     card, found = load_card(str(model)), {}
-    for topk in (1, 4):
+    for topk, tp_size in ((1, 1), (4, 1), (4, 4)):
         config = tiny_config(
-            model, draft="self", draft_topk=topk, draft_tokens=3, max_running_requests=100, max_context_len=64
+            model,
+            draft="self",
+            draft_topk=topk,
+            draft_tokens=3,
+            max_running_requests=100,
+            max_context_len=64,
+            tp_size=tp_size,
         )
-        found[topk] = draft_bytes(config, card, read_draft_card("self", card))
-    assert found[4] - found[1] > 2 * 4 * 4 * 100 * 100_000
+        found[topk, tp_size] = draft_bytes(config, card, read_draft_card("self", card))
+    assert found[4, 1] - found[1, 1] > (4 + 8) * 4 * 100 * 100_000
+    # Each of four ranks says it of a quarter of the vocabulary.
+    assert found[4, 1] - found[4, 4] == (4 + 4 + 8) * 3 * 100 * 100_000
 
 
 def test_the_pool_gets_what_a_draft_leaves(tmp_path, monkeypatch):

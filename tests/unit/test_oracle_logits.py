@@ -145,18 +145,19 @@ def oracle_logits(model: PreTrainedModel, token_ids: list[int]) -> torch.Tensor:
         return model(torch.tensor([token_ids])).logits[0].float()
 
 
-def our_logits(card: ModelCard, token_ids: list[int], group: TPGroup) -> torch.Tensor | None:
+def our_logits(card: ModelCard, token_ids: list[int], group: TPGroup) -> torch.Tensor:
+    """Return those of the rank's own tokens."""
     model = load_model(card, group=group, device=CPU, dtype="float32")
     with torch.inference_mode():
         hidden = model.decoder(torch.tensor(token_ids), torch.arange(len(token_ids)), DenseAttention())
-        return model.decoder.whole_logits(hidden)
+        return model.decoder.logits(hidden)
 
 
-def run_ranks(size: int, work: Callable[[TPGroup], torch.Tensor | None]) -> list[torch.Tensor | None]:
-    """Run `work` on every rank of a real gloo group, one thread a rank."""
+def run_ranks(size: int, work: Callable[[TPGroup], torch.Tensor]) -> torch.Tensor:
+    """Run `work` on every rank of a real gloo group, one thread a rank; return the results side by side."""
     listener = listen("127.0.0.1")
     port = listener.getsockname()[1]
-    results: list[torch.Tensor | None] = [None] * size
+    results: dict[int, torch.Tensor] = {}
     errors: list[BaseException] = []
 
     def run(rank: int) -> None:
@@ -178,11 +179,10 @@ def run_ranks(size: int, work: Callable[[TPGroup], torch.Tensor | None]) -> list
         thread.join(60)
     if errors:
         raise errors[0]
-    return results
+    return torch.cat([results[rank] for rank in range(size)], dim=-1)
 
 
-def assert_close(ours: torch.Tensor | None, theirs: torch.Tensor) -> None:
-    assert ours is not None
+def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     assert ours.shape == theirs.shape
     assert ours.dtype == torch.float32
     error = (ours - theirs).abs().max() / theirs.abs().max()
@@ -218,9 +218,7 @@ def test_tensor_parallel_logits_are_the_oracles(name: str, size: int, tmp_path: 
     model = save_random_model(CASES[name], tmp_path)
     theirs = oracle_logits(model, PROMPT)
     card = load_card(str(tmp_path))
-    results = run_ranks(size, lambda group: our_logits(card, PROMPT, group))
-    assert_close(results[0], theirs)
-    assert all(result is None for result in results[1:])
+    assert_close(run_ranks(size, lambda group: our_logits(card, PROMPT, group)), theirs)
 
 
 @pytest.mark.parametrize("name", ["llama", "llama biased tied", "qwen2 yarn sliding"])
@@ -230,12 +228,12 @@ def test_sums_over_ranks_may_be_left_to_the_norms(name: str, tmp_path: Path) -> 
     card = load_card(str(tmp_path))
     sums: list[GlooSums] = []
 
-    def work(group: TPGroup) -> torch.Tensor | None:
+    def work(group: TPGroup) -> torch.Tensor:
         sums.append(GlooSums(group))
         group.one_shot = sums[-1]
         return our_logits(card, PROMPT, group)
 
-    assert_close(run_ranks(2, work)[0], theirs)
+    assert_close(run_ranks(2, work), theirs)
     num_layers = card.config.num_layers
     num_biased = card.config.output_bias + card.config.mlp_bias  # of a layer's two: summed at once
     # The last one is read by no norm; the embedding's is of no layer.
@@ -265,5 +263,4 @@ def test_smollm2_over_two_ranks_gives_the_oracles_logits(
 ) -> None:
     token_ids, theirs = smollm2_oracle
     card = load_card("smollm2-135m")
-    results = run_ranks(2, lambda group: our_logits(card, token_ids, group))
-    assert_close(results[0], theirs)
+    assert_close(run_ranks(2, lambda group: our_logits(card, token_ids, group)), theirs)

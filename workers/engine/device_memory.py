@@ -66,9 +66,10 @@ def draft_bytes(config: WorkerConfig, card: ModelCard, draft: DraftCard) -> int:
     width = len(draft.feature_layers) * draft.target_hidden_size + 4 * draft.feature_size
     width += 4 * own.hidden_size + 3 * own.intermediate_size + 4 * own.num_heads * own.head_dim
     context_len = min(config.max_context_len or card.context_len, card.context_len)
-    # A tree ranks likelihoods of the whole vocabulary: logits, these in float32, their logarithms.
-    of_guess = element_bytes if config.draft_topk == 1 else element_bytes + 2 * 4
-    guesses = config.max_running_requests * config.draft_topk * draft.draft_vocab_size * of_guess
+    # A tree adds likelihoods up over the rank's vocabulary: logits, likelihoods in float32, these in int64.
+    of_guess = element_bytes if config.draft_topk == 1 else element_bytes + 4 + 8
+    num_own_tokens = -(-draft.draft_vocab_size // config.tp_size)
+    guesses = config.max_running_requests * config.draft_topk * num_own_tokens * of_guess
     return loop_bytes(config, context_len, feature_bytes) + slots + 4 * num_tokens * width + guesses
 
 

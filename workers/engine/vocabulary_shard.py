@@ -1,8 +1,8 @@
 """VocabularyShard: what ranks tell each other so that each samples from its own part of the vocabulary.
 
-The Sampler's, on every rank: all of them call the same, in the same order. They exchange a row's best tokens,
-its largest logit, its sums of integers, which come out alike however the vocabulary is divided: never its
-logits. A group of one exchanges nothing.
+The Sampler's and the drafts', on every rank: all of them call the same, in the same order. They exchange a
+row's best tokens, its largest logit, its sums of integers, which come out alike however the vocabulary is
+divided: never its logits. A group of one exchanges nothing.
 """
 
 import torch
@@ -11,6 +11,11 @@ from torch import Tensor
 from workers.parallel import TPGroup
 
 _LAST_ID = 0xFFFFFFFF
+_RUN_LEN = 256
+"""Tokens of a run. Where few of many are wanted, a row is read for its runs' largest values, and of its runs
+only those that can have what is wanted are looked at closely."""
+_MASS_BITS = 40
+"""Masses relative to a row's likeliest token are whole multiples of 2^-40: their sums are exact."""
 
 
 def keys_of(values: Tensor, token_ids: Tensor) -> Tensor:
@@ -70,11 +75,10 @@ class VocabularyShard:
     def largest(self, values: Tensor, num: int) -> Tensor:
         """Return the keys of each row's `num` largest values of all ranks, largest first, [rows, num] int64.
 
-        `values` [rows, num_tokens] float32; equal values rank by id, the lower first, which topk alone leaves
-        open, and logits of bf16 weights are often equal.
+        `values` [rows, num_tokens] of any float type; equal values rank by id, the lower first, which topk
+        alone leaves open, and logits of bf16 weights are often equal.
         """
-        token_ids = torch.arange(self.first, self.first + self.num_tokens, device=values.device)
-        keys = _largest(keys_of(values, token_ids), min(num, self.num_tokens))
+        keys = _largest_of_rank(values, self.first, min(num, self.num_tokens))
         if self.is_whole:
             return keys
         # A row's largest are among the largest of each rank, of which the last may have fewer.
@@ -82,6 +86,22 @@ class VocabularyShard:
         padded = torch.nn.functional.pad(keys, (0, width - keys.shape[1]), value=-(1 << 63))
         gathered = self._group.all_gather(padded)  # [ranks, rows, width]
         return _largest(gathered.transpose(0, 1).reshape(len(values), -1), num)
+
+    def likeliest(self, logits: Tensor, num: int) -> tuple[Tensor, Tensor]:
+        """Return each row's `num` likeliest tokens of all ranks, the likeliest first: ids [rows, num] int64,
+        and the logarithms of their probabilities, float32. The same bits on every rank and in a group of one.
+
+        `logits` [rows, num_tokens] of any float type; of equal ones the lower id comes first. Where a row's
+        largest is no finite number, it says nothing: its logarithms are -inf.
+        """
+        keys = self.largest(logits, num)
+        values = values_of(keys)
+        largest = values[:, :1]
+        # Anything where the largest is not finite, but the same on all ranks: it is not used.
+        masses = (logits - largest).exp_().mul_(2.0**_MASS_BITS).to(torch.int64)
+        mass = self.sum(masses.sum(dim=-1, keepdim=True)).double().mul_(2.0**-_MASS_BITS)
+        log_p = ((values - largest).double() - mass.log_()).float()
+        return ids_of(keys), log_p.masked_fill_(~largest.isfinite(), -torch.inf)
 
     def maximum(self, values: Tensor) -> Tensor:
         """Return the largest of all ranks' values, elementwise; it may overwrite them."""
@@ -114,6 +134,24 @@ class VocabularyShard:
         places = token_ids - self.first
         is_here = (places >= 0) & (places < self.num_tokens)
         return places * is_here, is_here
+
+
+def _largest_of_rank(values: Tensor, first_id: int, num: int) -> Tensor:
+    """Return the keys of each row's `num` largest values, largest first; values [rows, n] of any float type
+    are those of the tokens from `first_id` on."""
+    num_rows, num_tokens = values.shape
+    num_runs = num_tokens // _RUN_LEN
+    places = torch.arange(num_tokens, device=values.device)
+    if num_runs > 2 * num:
+        # What is among the largest is in one of `num` runs: those with the largest values, of equal ones the
+        # first. Or it is behind the last run.
+        tail = places[num_runs * _RUN_LEN :].expand(num_rows, -1)
+        best = values[:, : num_runs * _RUN_LEN].view(num_rows, num_runs, _RUN_LEN).amax(dim=-1)
+        runs = ids_of(_largest(keys_of(best.float(), places[:num_runs]), num))
+        places = (runs[:, :, None] * _RUN_LEN + places[:_RUN_LEN]).flatten(1)
+        places = torch.cat([places, tail], dim=1)  # [rows, num * _RUN_LEN + tail]
+        values = values.gather(1, places)
+    return _largest(keys_of(values.float(), places + first_id), num)
 
 
 def _largest(keys: Tensor, num: int) -> Tensor:

@@ -73,15 +73,10 @@ class VocabularyHead(Linear):
         """Return where this rank's share of the checkpoint's [vocab, hidden] matrix goes."""
         return vocabulary_placement(self.weight, self._vocab_size, self._group.rank)
 
-    def own_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return [rows, num_tokens], of this rank's share; rows may lie apart."""
         logits: torch.Tensor = self(hidden)
         return logits[:, : self.num_tokens]
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
-        """Return [rows, vocab] on rank 0, which gathers the ranks' shares, and None on the others."""
-        gathered = self._group.gather_columns(self(hidden))
-        return None if gathered is None else gathered[:, : self._vocab_size]
 
 
 def vocabulary_placement(weight: torch.Tensor, vocab_size: int, rank: int) -> Placement:

@@ -153,10 +153,6 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return [S, this rank's tokens] in the model's dtype for rows [S, hidden] of `forward`."""
-        return self.head.own_logits(self.norm(hidden))
-
-    def whole_logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
-        """Return [S, vocab] as `logits` does on rank 0, None on the others."""
         return self.head.logits(self.norm(hidden))
 
 

@@ -43,7 +43,7 @@ class DraftModel(Protocol):
 
     @property
     def draft_vocab_size(self) -> int:
-        """Columns of `logits`."""
+        """Columns of `logits`, of all ranks together."""
         ...
 
     def feature(self, taps: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -76,13 +76,9 @@ class DraftModel(Protocol):
         known, of rows [S, hidden] of `forward`."""
         ...
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
-        """Return [S, draft vocabulary] in the model's dtype for rows [S, hidden] of `forward`; None on ranks
-        but 0."""
-        ...
-
-    def own_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return what `logits` does of this rank's part of the draft's vocabulary alone, on every rank."""
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return [S, this rank's part of the draft's vocabulary] in the model's dtype for rows [S, hidden] of
+        `forward`."""
         ...
 
     def target_ids(self, draft_ids: torch.Tensor) -> torch.Tensor:

@@ -91,13 +91,9 @@ class EagleDraft:
         """Return the output: it was trained to be the next feature."""
         return hidden
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """See DraftModel. No norm: `hidden` stands for a normalised state."""
         return self.ends.head.logits(hidden)
-
-    def own_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """See DraftModel."""
-        return self.ends.head.own_logits(hidden)
 
     def target_ids(self, draft_ids: torch.Tensor) -> torch.Tensor:
         """Return them as they are."""
@@ -181,13 +177,9 @@ class Eagle3Draft:
         """Return the stream before the norm, as it was trained to read it."""
         return hidden
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """See DraftModel."""
         return self.ends.head.logits(self._norm(hidden))
-
-    def own_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """See DraftModel."""
-        return self.ends.head.own_logits(self._norm(hidden))
 
     def target_ids(self, draft_ids: torch.Tensor) -> torch.Tensor:
         """See DraftModel."""
@@ -282,13 +274,9 @@ class MTPDraft:
         """Return the output, normalised as the target's are."""
         return hidden
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """See DraftModel."""
         return self.ends.head.logits(hidden)
-
-    def own_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """See DraftModel."""
-        return self.ends.head.own_logits(hidden)
 
     def target_ids(self, draft_ids: torch.Tensor) -> torch.Tensor:
         """Return them as they are."""

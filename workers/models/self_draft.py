@@ -57,12 +57,8 @@ class SelfDraft:
         """Return zeros."""
         return hidden.new_zeros(hidden.shape[0], self.feature_size)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the target's."""
-        return self._decoder.whole_logits(hidden)
-
-    def own_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """See DraftModel."""
         return self._decoder.logits(hidden)
 
     def target_ids(self, draft_ids: torch.Tensor) -> torch.Tensor:

@@ -70,7 +70,7 @@ class ChainPasses:
     def _next_tokens(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the likeliest token behind each row, [rows] int64, equal on every rank."""
         model, parts = self._parts.draft, self._parts
-        logits, shard = model.own_logits(hidden), VocabularyShard(model.draft_vocab_size, parts.group)
+        logits, shard = model.logits(hidden), VocabularyShard(model.draft_vocab_size, parts.group)
         if shard.is_whole:
             return model.target_ids(parts.greedy_tokens(logits))
         return model.target_ids(shard.best(parts.greedy_keys(logits, shard.first)))

@@ -38,15 +38,14 @@ class Guesses:
     """int64: which of the nodes that were followed it continues"""
 
 
-def guess(log_likelihoods: Tensor, scores: Tensor, topk: int) -> Guesses:
-    """Return the `topk` likeliest continuations of each node that was followed, in the draft's vocabulary.
+def guess(token_ids: Tensor, log_likelihoods: Tensor, scores: Tensor) -> Guesses:
+    """Return the continuations of each node that was followed, in the draft's vocabulary.
 
-    log_likelihoods [rows, nodes, vocab] float32, of the nodes' next tokens; scores [rows, nodes].
+    token_ids [rows, nodes, topk] int64, of each node the likeliest first, with log_likelihoods, float32, at
+    most 0 and never NaN; scores [rows, nodes].
     """
-    num_rows, num_nodes, _ = log_likelihoods.shape
-    best, token_ids = log_likelihoods.topk(topk, dim=-1)
-    # A draft that says no number (NaN is larger than any to a sort) says nothing.
-    paths = scores[:, :, None] + best.nan_to_num(nan=-torch.inf, neginf=-torch.inf).clamp_max(0.0)
+    num_rows, num_nodes, topk = token_ids.shape
+    paths = scores[:, :, None] + log_likelihoods
     parents = torch.arange(num_nodes * topk, device=scores.device) // topk
     return Guesses(
         token_ids.reshape(num_rows, -1), paths.view(num_rows, -1), parents.expand(num_rows, -1).contiguous()
@@ -55,8 +54,8 @@ def guess(log_likelihoods: Tensor, scores: Tensor, topk: int) -> Guesses:
 
 def follow(guesses: Guesses, topk: int) -> Tensor:
     """Return which candidates are followed at the next depth, [rows, topk] int64: the chain's, and then the
-    likeliest."""
-    return _chain_first(guesses.scores).topk(topk, dim=-1).indices
+    likeliest, of equal ones the first."""
+    return _chain_first(guesses.scores).sort(dim=1, descending=True, stable=True).indices[:, :topk]
 
 
 def keep(depths: Sequence[Guesses], followed: Sequence[Tensor], num_nodes: int) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ numbers. Those that were right are then moved to where their text has them: targ
 import torch
 
 from workers.engine.forward_batch import TokenTree
+from workers.engine.vocabulary_shard import VocabularyShard
 from workers.kvcache.kv_pool import DUMMY_PAGE
 from workers.speculative.loop_inputs import LoopInputs, LoopParts
 from workers.speculative.tree import Guesses, follow, guess, keep, right_path
@@ -89,20 +90,22 @@ class TreePasses:
         topk = state.topk
         self._root_attention.begin()
         hidden = model.forward(token_ids, feature, self._places, self._root_attention)
+        # Every rank grows the same tree by itself.
+        shard = VocabularyShard(model.draft_vocab_size, self._parts.group)
         depths: list[Guesses] = []
         followed: list[torch.Tensor] = []
         scores = torch.zeros(size, 1, device=hidden.device)
         seen = torch.ones(size, 1, dtype=torch.int64, device=hidden.device)
         for number in range(draft_len):
-            if (logits := model.logits(hidden)) is not None:
-                likelihoods = torch.log_softmax(logits.float(), dim=-1).view(size, -1, logits.shape[-1])
-                depths.append(guess(likelihoods, scores, topk))
+            found, log_likelihoods = shard.likeliest(model.logits(hidden), topk)
+            guesses = guess(found.view(size, -1, topk), log_likelihoods.view(size, -1, topk), scores)
+            depths.append(guesses)
             if number == draft_len - 1:
                 break
-            beam = self._follow(depths, followed)
-            tokens, parents = beam[0], beam[1]
-            if depths:
-                scores = depths[-1].scores.gather(1, followed[-1])
+            chosen = follow(guesses, topk)
+            followed.append(chosen)
+            tokens = model.target_ids(guesses.token_ids.gather(1, chosen))
+            parents, scores = guesses.parents.gather(1, chosen), guesses.scores.gather(1, chosen)
             seen = seen.gather(1, parents) | torch.ones_like(parents) << self._numbers[number]
             self._visible[number].copy_(seen)
             features = model.next_feature(hidden).view(size, -1, feature.shape[1])
@@ -119,30 +122,12 @@ class TreePasses:
         context_lens = self._root_lens if draft_len == 1 else self._context_lens[draft_len - 2]
         return torch.cat([self._root_locations[:, None], followed], dim=1), context_lens
 
-    def _follow(self, depths: list[Guesses], followed: list[torch.Tensor]) -> torch.Tensor:
-        """Return tokens and parents of the nodes to be followed, [2, rows, topk], equal on every rank."""
-        size, topk = self._inputs.size, self._parts.state.topk
-        beam = torch.empty(2, size, topk, dtype=torch.int64, device=self._places.device)
-        if depths:  # rank 0's
-            followed.append(follow(depths[-1], topk))
-            tokens = depths[-1].token_ids.gather(1, followed[-1])
-            beam[0].copy_(self._parts.draft.target_ids(tokens))
-            beam[1].copy_(depths[-1].parents.gather(1, followed[-1]))
-        self._parts.group.broadcast(beam)
-        return beam
-
     def _keep(self, depths: list[Guesses], followed: list[torch.Tensor], num_nodes: int) -> None:
         """Leave the tree where its slots' next step finds it."""
         state, slots = self._parts.state, self._inputs.slots
-        shape = (self._inputs.size, 1 + state.fields.shape[1], num_nodes)
-        kept = torch.empty(shape, dtype=torch.int64, device=slots.device)
-        if depths:
-            token_ids, fields = keep(depths, followed, num_nodes)
-            kept[:, 0].copy_(self._parts.draft.target_ids(token_ids))
-            kept[:, 1:].copy_(fields)
-        self._parts.group.broadcast(kept)
-        state.drafts[:, :num_nodes].index_copy_(0, slots, kept[:, 0])
-        state.fields[:, :, :num_nodes].index_copy_(0, slots, kept[:, 1:])
+        token_ids, fields = keep(depths, followed, num_nodes)
+        state.drafts[:, :num_nodes].index_copy_(0, slots, self._parts.draft.target_ids(token_ids))
+        state.fields[:, :, :num_nodes].index_copy_(0, slots, fields)
 
     def _move(self, path: torch.Tensor, num_right: torch.Tensor) -> None:
         """Move the entries of right nodes, of `path` [rows, depth], to their texts' places."""
