@@ -18,6 +18,7 @@ from workers.card import HubSource, ModelCard, check_heads, fetch_metadata, is_h
 from workers.card_directory import ARCHITECTURES, read_decoder_config
 from workers.card_fields import Fields
 from workers.card_files import PICKLED_WEIGHTS, draft_files
+from workers.config import WorkerConfig
 from workers.draft_layouts import (
     DRAFT_ARCHITECTURES,
     DraftKind,
@@ -30,7 +31,7 @@ from workers.draft_layouts import (
 )
 from workers.kvcache.layout import DraftShape
 from workers.models.config import ModelConfig, ModelError
-from workers.models.sharding import kv_shape
+from workers.models.sharding import ceil_div, kv_shape, leaves_none_out
 
 SELF_DRAFT = "self"
 """Names the target itself as its draft."""
@@ -99,6 +100,27 @@ def read_draft_card(draft: str, target: ModelCard) -> DraftCard:
         return _read_card(draft, target)
     except ModelError as error:
         raise ModelError(f"draft {draft!r}: {error}") from error
+
+
+def check_vocabularies(options: WorkerConfig, card: ModelCard, draft: DraftCard | None) -> None:
+    """Raise ModelError where a rank would have no token of a vocabulary, or a draft fewer than it follows."""
+    tp_size, sizes = options.tp_size, {f"model {card.name!r}: vocab_size": card.vocab_size}
+    if draft is not None:
+        sizes[f"draft {draft.name!r}: draft_vocab_size"] = draft.draft_vocab_size
+    for field, size in sizes.items():
+        if not leaves_none_out(size, tp_size):
+            lower = next(fewer for fewer in range(tp_size - 1, 0, -1) if leaves_none_out(size, fewer))
+            raise ModelError(
+                f"{field} is {size}, of which each of {tp_size} ranks takes {ceil_div(size, tp_size)}, and"
+                f" none are left for the last; allowed is tp_size {lower}, the next below that leaves each a"
+                f" token: set --tp-size {lower}"
+            )
+    if draft is not None and draft.draft_vocab_size < options.draft_topk:
+        raise ModelError(
+            f"draft {draft.name!r}: draft_vocab_size is {draft.draft_vocab_size}, and draft_topk asks"
+            f" for {options.draft_topk} guesses side by side: set --draft-topk to"
+            f" {draft.draft_vocab_size} at most"
+        )
 
 
 def _read_card(draft: str, target: ModelCard) -> DraftCard:

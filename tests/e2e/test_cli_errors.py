@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from cluster.__main__ import app
 from cluster.config import API_KEYS_VARIABLE
+from tests.harness import write_tiny_model
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +63,21 @@ def test_the_schema_is_json_schema_of_the_file():
 def test_a_bad_flag_is_named_with_what_is_allowed(arguments, exit_code, parts):
     result = run("serve", *arguments)
     assert result.exit_code == exit_code
+    for part in parts:
+        assert part in result.output
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "flags", "parts"),
+    [
+        (9, ["--tp-size", "8"], ["vocab_size is 9", "--tp-size 5"]),
+        (5, ["--draft", "self", "--draft-topk", "8"], ["draft_vocab_size is 5", "--draft-topk to 5 at most"]),
+    ],
+)
+def test_a_vocabulary_too_small_for_what_is_asked_is_told(tmp_path, vocab_size, flags, parts):
+    model = write_tiny_model(tmp_path / "few", vocab_size=vocab_size)
+    result = run("serve", str(model), *flags, "--port", "0")
+    assert result.exit_code == 1
     for part in parts:
         assert part in result.output
 

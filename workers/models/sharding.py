@@ -15,6 +15,11 @@ def ceil_div(amount: int, parts: int) -> int:
     return -(-amount // parts)
 
 
+def leaves_none_out(vocab_size: int, tp_size: int) -> bool:
+    """Tell whether each rank has tokens of a vocabulary: in equal shares, but for the last one's."""
+    return (tp_size - 1) * ceil_div(vocab_size, tp_size) < vocab_size
+
+
 @dataclass(frozen=True)
 class HeadLayout:
     """The heads of each rank, as global indices; None is a zero head.
