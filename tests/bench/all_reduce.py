@@ -15,6 +15,7 @@ import torch
 
 from tests.bench.follower_ranks import HOST, START_TIMEOUT_S, environment, visible_cards
 from tests.bench.measuring import say
+from workers.one_shot_sums import RankSums
 from workers.parallel import TPGroup
 
 SIZES = [1 << power for power in range(10, 27)]
@@ -94,9 +95,8 @@ def _sum_all(group: TPGroup, device: str, sizes: list[int], num_rounds: int) -> 
     for size in sizes:
         part = _part(size, device)
         ways: dict[str, Callable[[], object]] = {"nccl" if device == "cuda" else "gloo": _summer(group, part)}
-        one_shot = getattr(group, "one_shot", None)
-        if one_shot is not None and one_shot.takes(part):
-            ways |= _own_ways(one_shot, part)
+        if group.one_shot is not None and group.one_shot.takes(part):
+            ways |= _own_ways(group.one_shot, part)
         for way, call in ways.items():
             with _many(call, device) as run:
                 us = 1e6 * _seconds(run, group, device, num_rounds)
@@ -106,7 +106,7 @@ def _sum_all(group: TPGroup, device: str, sizes: list[int], num_rounds: int) -> 
     return found
 
 
-def _own_ways(one_shot: Any, part: torch.Tensor) -> dict[str, Callable[[], object]]:
+def _own_ways(one_shot: RankSums, part: torch.Tensor) -> dict[str, Callable[[], object]]:
     x, weight = torch.zeros_like(part), torch.ones_like(part[0])
     return {
         "one_shot": lambda: one_shot.sum(part),

@@ -1,4 +1,4 @@
-"""Acceptance: which drafted tokens the target would have chosen itself. Rank 0's Engine calls it.
+"""Acceptance: which drafted tokens the target would have chosen itself. Every rank's Engine calls it.
 
 Drafts are deterministic, so the target needs no more than its own choice at each place: it is the draft's
 token, and what follows it counts, or it is another, and the answer goes on with that. The Sampler draws by
@@ -117,9 +117,9 @@ def choose(
 ) -> Choices:
     """Choose tokens behind all numbers of `rows`; `all_drafts` [slots, max_drafts] int64 are on the device.
 
-    `logits` [samples, vocab]: of each row one for its own last token and one for each of its drafts, in
-    order. `trees`: what the drafts are, unless they are chains; may be None where every row is plain. Waits
-    for the device only where penalties make a token depend on those before it, and for `trees`.
+    `logits` [samples, this rank's tokens]: of each row one for its own last token and one for each of its
+    drafts, in order. `trees`: what the drafts are, unless they are chains; may be None where every row is
+    plain. Waits for the device only where penalties make a token depend on those before it, and for `trees`.
     """
     #   rows      |    row 0 (2 drafts)     | row 1 (none) | ...
     #   logits    | own | draft 1 | draft 2 |     own      |
