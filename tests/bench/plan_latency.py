@@ -11,19 +11,21 @@ SIZES = [256, 4 << 10, 64 << 10]
 PAUSE_S = 0.002
 """Between plans, as between steps"""
 _STAMP_BYTES = 8
+_QUANTILES = {"p50_us": 0.5, "p99_us": 0.99}
 
 
 def measure_plans(tp_size: int, device: str, *, is_quick: bool) -> dict[str, Any]:
-    """Return microseconds by bytes: median and 99th percentile over plans, of the slowest follower each."""
+    """Return microseconds by bytes: see `until_the_last`."""
     num_plans = 50 if is_quick else 500
     of_ranks = on_ranks(tp_size, device, _exchange, num_plans)
-    return {
-        str(size): {
-            "p50_us": max(round(1e6 * quantile(told[size], 0.5), 1) for told in of_ranks[1:]),
-            "p99_us": max(round(1e6 * quantile(told[size], 0.99), 1) for told in of_ranks[1:]),
-        }
-        for size in SIZES
-    }
+    return {str(size): until_the_last([told[size] for told in of_ranks[1:]]) for size in SIZES}
+
+
+def until_the_last(of_followers: list[list[float]]) -> dict[str, float]:
+    """Return the median and the 99th percentile over plans, in microseconds, of how long each took to reach
+    the follower that had it last; seconds of every plan, in order, as each follower tells them."""
+    of_plans = [max(took) for took in zip(*of_followers, strict=True)]
+    return {name: round(1e6 * quantile(of_plans, ratio), 1) for name, ratio in _QUANTILES.items()}
 
 
 def _exchange(group: TPGroup, device: str, num_plans: int) -> dict[int, list[float]]:

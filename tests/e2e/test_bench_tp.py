@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.bench.plan_latency import until_the_last
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -31,6 +33,14 @@ def test_every_part_runs_on_two_ranks(tmp_path):
     assert results["scaling"]["llama8b"]["tp2"]["b1"]["of_one_rank"] > 0
     multiturn = results["multiturn"]["tp2"]
     assert multiturn["failed_loads"] == multiturn["failed_saves"] == 0 and multiturn["cached_share"] > 0
+
+
+def test_a_plan_has_arrived_once_its_last_follower_has_it():
+    """Each follower is late for two plans of five, but for other ones: four of five are late somewhere."""
+    early, late = [1e-6], [9e-6]
+    first, second = (late * 2 + early * 3) * 20, (early * 2 + late * 2 + early) * 20
+    assert until_the_last([first]) == {"p50_us": 1.0, "p99_us": 9.0}
+    assert until_the_last([first, second]) == {"p50_us": 9.0, "p99_us": 9.0}
 
 
 def test_more_ranks_than_cards_are_refused():
