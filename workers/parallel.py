@@ -8,6 +8,7 @@ ends in a typed error.
 
 import socket
 import struct
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -89,7 +90,7 @@ class TPGroup:
         self._spin_s = spin_s
         self._num_plans = 0
         self._watch: PeerWatch | None = None
-        self._has_ended = False
+        self._ending = threading.Lock()
 
     @classmethod
     def single(cls) -> Self:
@@ -311,7 +312,6 @@ class TPGroup:
             link.close()
         self._links = []
         self._end_collectives()
-        self._process_group = None
 
     def close(self) -> None:
         """Leave the group: peers still in a collective, or waiting for a plan, get an error. Idempotent."""
@@ -342,7 +342,8 @@ class TPGroup:
     def _members(self) -> Collectives | None:
         """Return what connects the ranks; None in a group of one. Raise TPPeerLostError once it is left."""
         if self._process_group is None and self.size > 1:
-            raise TPPeerLostError(f"rank {self.rank} has left its group")
+            why = None if self._watch is None else self._watch.reason
+            raise TPPeerLostError(why or f"rank {self.rank} has left its group")
         return self._process_group
 
     def _steps(self) -> tuple[int, int]:
@@ -350,12 +351,15 @@ class TPGroup:
         return self._num_plans, self.board.counts()[self.rank]
 
     def _end_collectives(self) -> None:
-        if self._process_group is not None and not self._has_ended:
-            self._has_ended = True
+        with self._ending:  # this rank's thread and its watch's
+            if self._process_group is None:
+                return
             hang_up(self._links)  # first: from now on what this rank computes is worth nothing
             if self.one_shot is not None:
                 self.one_shot.end()
-            end_collectives(self._process_group)
+            held = [self._process_group]
+            self._process_group = None
+            end_collectives(held)
 
     def _run(self, name: str, enqueue: Callable[[], Work | None]) -> None:
         """Run a collective; on CUDA on the current stream, for which the host does not wait."""

@@ -93,11 +93,13 @@ def process_group(
     return gloo(store, rank, size, options)
 
 
-def end_collectives(group: Collectives) -> None:
+def end_collectives(held: list[Collectives]) -> None:
     """End running collectives, the device's too, with an error; what the group holds is freed if that can be
-    soon: NCCL waits for the last captured graph that holds one of its collectives, and for the device."""
-    thread = threading.Thread(target=group.abort, name="group-abort", daemon=True)
+    soon: NCCL waits for the last captured graph that holds one of its collectives, for the device, and for a
+    thread of torch's that may be asking rank 0, which may hang. `held` is the one reference to the group: it
+    goes where nobody waits for it."""
+    thread = threading.Thread(target=lambda: held.pop().abort(), name="group-abort", daemon=True)
     thread.start()
     thread.join(_END_TIMEOUT_S)
     if thread.is_alive():
-        logger.warning("a group's memory is not freed yet: graphs, or the device, still hold it")
+        logger.warning("a group's memory is not freed yet: graphs, the device or a rank still hold it")

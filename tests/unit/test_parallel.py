@@ -190,7 +190,7 @@ def test_the_first_of_two_followers_that_leave_ends_no_collectives() -> None:
         else:
             threading.Timer(0.4, stays.set).start()
             assert group.see_off(20.0) and has_left.is_set()
-            return group._watch.reason, group._has_ended
+            return group._watch.reason, group._process_group is None
         return None
 
     assert on_ranks(3, work)[0] == (None, False)
@@ -233,6 +233,25 @@ def test_links_may_have_any_number() -> None:
         group.check_peers()
     group.close()
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_nobody_waits_for_what_a_group_holds() -> None:
+    """NCCL's joins a thread that may be asking the store of a rank 0 that hangs."""
+    freed = threading.Event()
+
+    class Collectives:
+        def abort(self) -> None: ...
+
+        def __del__(self) -> None:
+            freed.wait(20)
+
+    boards = CompletionBoard.private(), MoveBoard.private()
+    began_s = time.monotonic()
+    group = TPGroup(1, 2, 5.0, *boards, process_group=Collectives())
+    group.abort()
+    group.close()
+    assert time.monotonic() - began_s < 10
+    freed.set()
 
 
 @pytest.mark.parametrize("size", [1, 2])

@@ -13,6 +13,7 @@ from workers.kvcache.kv_pool import DUMMY_PAGE, KVPool
 from workers.kvcache.layout import target_only
 from workers.kvcache.page_table import PageTable
 from workers.kvcache.sanitizer import KVSanitizer, SanitizerError
+from workers.parallel import TPPeerLostError
 from workers.plan import BatchPlan, CloseSlot, CompletePages, FreePages, OwnPages, SetRow
 
 CPU = torch.device("cpu")
@@ -277,3 +278,14 @@ def test_finite_logits(rank: Rank, value: float) -> None:
     with pytest.raises(SanitizerError) as caught:
         rank.sanitizer.check_outputs(logits, [0, 1])
     assert (caught.value.check, caught.value.slot) == ("finite_logits", 1)
+
+
+def test_logits_that_a_lost_rank_has_spoilt_are_no_finding() -> None:
+    def lost() -> None:
+        raise TPPeerLostError("rank 1 is gone")
+
+    pool = KVPool(target_only(1, PAGE_SIZE, 1, 8, "float32"), NUM_PAGES, CPU)
+    sanitizer = KVSanitizer(pool, MAX_SLOTS, PAGES_PER_ROW, check_peers=lost)
+    sanitizer.check_outputs(torch.zeros(2, 7), [0, 1])
+    with pytest.raises(TPPeerLostError, match="rank 1 is gone"):
+        sanitizer.check_outputs(torch.full((2, 7), float("nan")), [0, 1])

@@ -183,6 +183,7 @@ class Engine:
                 pages_per_row,
                 mechanisms.poisons_pages,
                 checks_bytes=config.kv_sanitizer,
+                check_peers=tp_group.check_peers,
             )
         self._speculator: Speculator | None = None
         if self._draft is not None:

@@ -5,6 +5,7 @@ freed pages are poisoned with NaN. Owned by the Engine, in its thread; it reads 
 Of pages that a SAVE or LOAD may touch its MoveShadow knows.
 """
 
+from collections.abc import Callable
 from typing import NoReturn
 
 import numpy as np
@@ -40,7 +41,8 @@ class KVSanitizer:
     """Shadow of one rank's pool and page table. `poisons_pages` is false in mutation tests only.
 
     `checks_bytes` off, the mode `checked`, leaves every check of an index, its owner and its order; the bytes
-    of pages, logits and copies are nobody's.
+    of pages, logits and copies are nobody's. `check_peers` raises where the device has computed without some
+    rank: what then looks wrong is not.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class KVSanitizer:
         poisons_pages: bool = True,
         *,
         checks_bytes: bool = True,
+        check_peers: Callable[[], None] = lambda: None,
     ) -> None:
         num_pages = pool.num_pages + 1
         rows = (max_slots + 1, pages_per_row)
@@ -59,6 +62,7 @@ class KVSanitizer:
         self._page_size = pool.page_size
         self._dummy_slot = max_slots
         self._checks_bytes = checks_bytes
+        self._check_peers = check_peers
         self._poisons_pages = poisons_pages = poisons_pages and checks_bytes
         # A page: its state, its id's generation, the tokens written from its first place on, the slot that
         # may write it and, once it is complete, its key.
@@ -148,6 +152,7 @@ class KVSanitizer:
             return
         finite = torch.isfinite(logits).all(dim=-1)
         if not finite.all().item():  # a sanitizer may wait for the device
+            self._check_peers()
             slot = slots[int((~finite).nonzero()[0].item())]
             raise SanitizerError(
                 "finite_logits", slot, int(self._row_page[slot, 0]), "finite logits", "inf or NaN"
