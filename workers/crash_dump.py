@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Iterable
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import msgspec
@@ -138,8 +138,12 @@ def _moves(plans: Iterable[BatchPlan], board: MoveBoard) -> list[DumpedMove]:
 
 
 def _versions() -> dict[str, str]:
+    try:
+        own = version("eyrie")
+    except PackageNotFoundError:  # run from its sources
+        own = "not installed"
     found = {
-        "eyrie": version("eyrie"),
+        "eyrie": own,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "system": platform.platform(),

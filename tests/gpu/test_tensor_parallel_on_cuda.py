@@ -16,7 +16,12 @@ QUIET = ["--shape", "small", "--requests", "96", "--concurrency", "24", "--max-p
 QUIET += ["--injection", "off", "--max-tokens-per-step", "256", "--page-size", "8"]
 # Few, to be captured soon.
 QUIET += ["--graph-batch-sizes", "[4, 12, 24]", "--graph-token-sizes", "[64, 256]"]
-DRAFTING = {None: [], "self": ["--draft", "self"], "random": ["--draft", "random-eagle3"]}
+DRAFTING = {
+    None: [],
+    "self": ["--draft", "self"],
+    "random": ["--draft", "random-eagle3"],
+    "tree": ["--draft", "self", "--draft-topk", "3"],
+}
 MAX_ACCEPT_RATIO = 0.05
 """Between accept lengths of equal requests: bfloat16 rounds otherwise with other ranks, and each tie makes
 another text of a sampled answer."""
@@ -56,7 +61,7 @@ def test_tokens_are_those_of_one_rank_without_graphs(followers, draft) -> None:
     assert {name.split()[1] for name in found.outcomes} == {"eager"}
 
 
-@pytest.mark.parametrize("draft", ["self", "random"])
+@pytest.mark.parametrize("draft", ["self", "random", "tree"])
 def test_as_many_drafts_are_right_as_on_one_rank(followers, draft) -> None:
     several, one = (mean_accept_len([play(ranks, *DRAFTING[draft])]) for ranks in (followers, None))
     assert several is not None and one is not None
