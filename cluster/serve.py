@@ -28,7 +28,7 @@ from cluster.config import API_KEYS_VARIABLE, ClusterConfig, describe, take_envi
 from cluster.local_ray import OwnRay, join_ray, leave_ray, start_local_ray, tell_plainly
 from cluster.run_folder import RunFolder
 from workers.card import ModelError, load_card, page_layout
-from workers.draft_card import check_vocabularies, read_draft_card
+from workers.draft_card import check_sizes, read_draft_card
 
 if TYPE_CHECKING:
     from cluster.launcher import Launcher
@@ -164,7 +164,7 @@ def _check(config: ClusterConfig) -> tuple[str, ...]:
         draft = None
         if config.worker.draft is not None:
             draft = read_draft_card(config.worker.draft, card)
-        check_vocabularies(config.worker, card, draft)
+        check_sizes(config.worker, card, draft)
         if config.ray_address is None and config.cache.is_on:
             shape = None if draft is None else draft.page_shape(config.worker.tp_size)
             check_host_cache(config, page_layout(card, config.worker, shape).bundle_bytes)

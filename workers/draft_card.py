@@ -102,8 +102,9 @@ def read_draft_card(draft: str, target: ModelCard) -> DraftCard:
         raise ModelError(f"draft {draft!r}: {error}") from error
 
 
-def check_vocabularies(options: WorkerConfig, card: ModelCard, draft: DraftCard | None) -> None:
-    """Raise ModelError where a rank would have no token of a vocabulary, or a draft fewer than it follows."""
+def check_sizes(options: WorkerConfig, card: ModelCard, draft: DraftCard | None) -> None:
+    """Raise ModelError where a rank would have no token of a vocabulary or no attention head, or a draft has
+    fewer tokens than it follows."""
     tp_size, sizes = options.tp_size, {f"model {card.name!r}: vocab_size": card.vocab_size}
     if draft is not None:
         sizes[f"draft {draft.name!r}: draft_vocab_size"] = draft.draft_vocab_size
@@ -115,6 +116,11 @@ def check_vocabularies(options: WorkerConfig, card: ModelCard, draft: DraftCard 
                 f" none are left for the last; allowed is tp_size {lower}, the next below that leaves each a"
                 f" token: set --tp-size {lower}"
             )
+    if tp_size > card.config.num_heads:
+        raise ModelError(
+            f"model {card.name!r}: {card.config.num_heads} attention heads, of which {tp_size} ranks cannot"
+            f" have one each: set --tp-size to {card.config.num_heads} at most"
+        )
     if draft is not None and draft.draft_vocab_size < options.draft_topk:
         raise ModelError(
             f"draft {draft.name!r}: draft_vocab_size is {draft.draft_vocab_size}, and draft_topk asks"

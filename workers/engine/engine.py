@@ -13,7 +13,7 @@ from cache_service.keys import KVNamespace
 from workers.attention.choice import choose_kernels
 from workers.card import ModelCard, page_layout
 from workers.config import WorkerConfig
-from workers.draft_card import check_vocabularies, read_draft_card
+from workers.draft_card import check_sizes, read_draft_card
 from workers.engine.copies import Fence, copies_to
 from workers.engine.device_memory import available_bytes, log_memory, measured_pool_size
 from workers.engine.forward_batch import ForwardBatch
@@ -84,7 +84,7 @@ class Engine:
         device = self._device = torch.device(config.device)
         dtype = card.config.dtype if config.dtype == "auto" else config.dtype
         draft_card = None if config.draft is None else read_draft_card(config.draft, card)
-        check_vocabularies(config, card, draft_card)
+        check_sizes(config, card, draft_card)
         draft_shape = None if draft_card is None else draft_card.page_shape(config.tp_size)
         self.layout = page_layout(card, config, draft_shape)
         size = None if is_measured(config) else self._asked_pool_size(config, card.context_len)
