@@ -18,7 +18,6 @@ import torch
 from torch._C._distributed_c10d import (
     AllgatherOptions,
     AllreduceOptions,
-    BroadcastOptions,
     ReduceOp,
     TCPStore,
     Work,
@@ -199,16 +198,6 @@ class TPGroup:
         part = tensor.contiguous()
         self._run("all_gather", lambda: group._allgather_base(gathered.view(-1), part.view(-1), options))
         return gathered
-
-    def broadcast(self, tensor: torch.Tensor) -> None:
-        """Make `tensor` rank 0's, in place on the others. Any shape and type; contiguous."""
-        group = self._members()
-        if group is None:
-            return
-        options = BroadcastOptions()
-        options.rootRank = 0
-        options.asyncOp = False
-        self._run("broadcast", lambda: group.broadcast([tensor], options))
 
     def agree(self, is_well: bool) -> bool:
         """Tell whether all is well on every rank, by way of the host: no collective of the device takes part,

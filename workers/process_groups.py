@@ -11,7 +11,6 @@ import torch
 from torch._C._distributed_c10d import (
     AllgatherOptions,
     AllreduceOptions,
-    BroadcastOptions,
     ProcessGroupGloo,
     TCPStore,
     Work,
@@ -31,9 +30,6 @@ class Collectives(Protocol):
 
     def allreduce(self, tensors: list[torch.Tensor], opts: AllreduceOptions) -> Work | None:
         """Sum each tensor over the ranks, in place. None: on the current stream, which waits for it."""
-
-    def broadcast(self, tensors: list[torch.Tensor], opts: BroadcastOptions) -> Work | None:
-        """Make each tensor the root's, in place."""
 
     def _allgather_base(
         self, output: torch.Tensor, part: torch.Tensor, opts: AllgatherOptions, /

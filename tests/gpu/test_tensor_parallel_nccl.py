@@ -23,6 +23,5 @@ def test_ranks_sum_gather_and_replay_a_captured_sum(cuda_tp_size: int) -> None:
         == [sum(1.0 + r for r in range(cuda_tp_size)), sum(5.0 + r for r in range(cuda_tp_size))]
         for each in said
     )
-    assert all(each["tokens"] == [7, 8, 9] for each in said)
     assert all(each["plans"] == [True, True, True] for each in said[1:])
     assert all(each["closed"] for each in said)

@@ -23,9 +23,6 @@ def work(group: TPGroup, device: str) -> None:
     say(group.rank, sum=tensor.tolist())
     gathered = group.all_gather(torch.tensor([group.rank, 10.0 + group.rank], device=device))
     say(group.rank, gathered=gathered.tolist())
-    tokens = torch.tensor([7, 8, 9] if group.rank == 0 else [0, 0, 0], device=device)
-    group.broadcast(tokens)
-    say(group.rank, tokens=tokens.tolist())
     sizes = [0, 1, 100_000]
     if group.rank == 0:
         for size in sizes:
