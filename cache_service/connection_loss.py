@@ -13,7 +13,7 @@ _LOST_EVENTS = {
     zmq.Event.CLOSED: "nobody listens there",
     zmq.Event.HANDSHAKE_FAILED_AUTH: "the other side does not know this cluster's secret",
     zmq.Event.HANDSHAKE_FAILED_PROTOCOL: "the other side does not speak CURVE",
-    zmq.Event.HANDSHAKE_FAILED_NO_DETAIL: "the other side ended meanwhile, or holds another cluster secret",
+    zmq.Event.HANDSHAKE_FAILED_NO_DETAIL: "the other side ended, or holds not the same cluster secret",
 }
 
 

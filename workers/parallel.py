@@ -1,6 +1,7 @@
 """TPGroup: the communicator of one tensor-parallel group, and the boards that say how far its ranks are.
 
-Owned by a Worker, used from its engine's thread. No process-wide state: a process may hold several groups.
+Owned by a Worker, used from its engine's thread. No process-wide state, but for the environment variable
+that keeps NCCL off NVLink multicast: a process may hold several groups.
 Collectives run over gloo (CPU) or NCCL (CUDA), small sums there by OneShotSums; plans travel over one socket
 per follower, so that a follower can wait with a timeout and a dead peer shows at once. Every wait of the host
 ends in a typed error.
@@ -27,7 +28,7 @@ from workers.completion_board import CompletionBoard
 from workers.move_board import MoveBoard
 from workers.one_shot_sums import OneShotSums, RankSums, exchange
 from workers.peer_watch import PeerWatch
-from workers.plan_links import can_read, follow, hang_up, lead, receive
+from workers.plan_links import can_read, follow, hang_up, has_hung_up, lead, receive
 from workers.process_groups import Collectives, check_device, end_collectives, process_group
 
 _LENGTH = struct.Struct("<I")
@@ -190,13 +191,14 @@ class TPGroup:
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the ranks' tensors, of one shape, on every rank: [size, *shape]."""
         gathered = tensor.new_empty(self.size, *tensor.shape)
-        group = self._members()
-        if group is None:
+        if self._is_alone:
             return gathered.copy_(tensor)
         options = AllgatherOptions()
         options.asyncOp = False
         part = tensor.contiguous()
-        self._run("all_gather", lambda: group._allgather_base(gathered.view(-1), part.view(-1), options))
+        self._run(
+            "all_gather", lambda: self._members._allgather_base(gathered.view(-1), part.view(-1), options)
+        )
         return gathered
 
     def agree(self, is_well: bool) -> bool:
@@ -221,22 +223,18 @@ class TPGroup:
     def check_peers(self) -> None:
         """Raise TPPeerLostError when the process at the other end of a plan link is gone, or collectives have
         been ended because of a rank: what the device has computed since is worth nothing."""
-        if self._watch is not None and self._watch.reason is not None:
-            raise TPPeerLostError(self._watch.reason)
-        for link in self._links:
-            try:
-                if can_read(link) and not link.recv(1, socket.MSG_PEEK):
-                    raise TPPeerLostError("a rank closed its connection")
-            except OSError as error:
-                raise TPPeerLostError(f"a rank is gone: {error}") from error
+        self._check_watch()
+        if any(map(has_hung_up, self._links)):
+            raise TPPeerLostError("a rank closed its connection")
 
     def broadcast_plan(self, plan: bytes) -> None:
         """Send a plan to every follower (rank 0). Returns when the kernel has it; a lost peer raises."""
         assert self.rank == 0
+        self._check_watch()
         self._num_plans += bool(plan)
         for follower, link in enumerate(self._links, start=1):
             try:
-                if can_read(link) and not link.recv(1, socket.MSG_PEEK):
+                if has_hung_up(link):
                     raise TPPeerLostError(f"rank {follower} closed its connection")
                 link.sendall(_LENGTH.pack(len(plan)) + plan)
             except TimeoutError:
@@ -258,10 +256,10 @@ class TPGroup:
         A plan that has begun is read to its end within the group's own timeout.
         """
         assert self.rank > 0
-        link = self._links[0]
         try:
             if not self._has_come(timeout_s):
                 raise TPTimeoutError(f"rank 0 sent no plan for {timeout_s} s")
+            link = self._links[0]
             (num_bytes,) = _LENGTH.unpack(receive(link, _LENGTH.size))
             if num_bytes > _MAX_PLAN_BYTES:
                 raise TPPeerLostError(f"rank 0 announced a plan of {num_bytes} bytes: not our protocol")
@@ -311,6 +309,9 @@ class TPGroup:
 
     def _has_come(self, timeout_s: float) -> bool:
         """Tell whether the link to rank 0 can be read, be it to its end; wait for it at most so long."""
+        self._check_watch()
+        if not self._links:
+            raise TPPeerLostError(f"rank {self.rank} has left its group")
         link, now_s = self._links[0], time.monotonic()
         end_s, sleep_s = now_s + timeout_s, now_s + min(timeout_s, self._spin_s)
         while now_s < sleep_s:
@@ -320,20 +321,29 @@ class TPGroup:
         return can_read(link, max(0.0, end_s - now_s))
 
     def _reduce(self, tensor: torch.Tensor, operation: ReduceOp.RedOpType) -> None:
-        group = self._members()
-        if group is None:
+        if self._is_alone:
             return
         options = AllreduceOptions()
         options.reduceOp = ReduceOp(operation)
         options.asyncOp = False
-        self._run("all_reduce", lambda: group.allreduce([tensor], options))
+        self._run("all_reduce", lambda: self._members.allreduce([tensor], options))
 
-    def _members(self) -> Collectives | None:
-        """Return what connects the ranks; None in a group of one. Raise TPPeerLostError once it is left."""
-        if self._process_group is None and self.size > 1:
-            why = None if self._watch is None else self._watch.reason
-            raise TPPeerLostError(why or f"rank {self.rank} has left its group")
+    @property
+    def _is_alone(self) -> bool:
+        return self.size == 1 and self._process_group is None
+
+    @property
+    def _members(self) -> Collectives:
+        """Return what connects the ranks; nobody keeps it. Raise TPPeerLostError once the group is left."""
+        if self._process_group is None:
+            self._check_watch()
+            raise TPPeerLostError(f"rank {self.rank} has left its group")
         return self._process_group
+
+    def _check_watch(self) -> None:
+        """Raise TPPeerLostError with the reason for which the watch has ended collectives, if it has."""
+        if self._watch is not None and self._watch.reason is not None:
+            raise TPPeerLostError(self._watch.reason)
 
     def _steps(self) -> tuple[int, int]:
         """How many steps have begun on this rank, and how many are complete."""
@@ -358,7 +368,11 @@ class TPGroup:
             if work is not None:
                 work.wait()
 
-        _named_errors(f"rank {self.rank}: {name}", self._timeout_s, run)
+        try:
+            _named_errors(f"rank {self.rank}: {name}", self._timeout_s, run)
+        except TPGroupError:
+            self._check_watch()
+            raise
 
 
 def _named_errors(action: str, timeout_s: float, call: Callable[[], T]) -> T:

@@ -12,7 +12,7 @@ from torch._C._distributed_c10d import TCPStore
 
 _HELLO = struct.Struct("<I32s")
 _TOKEN_BYTES = 32
-_HELLO_TIMEOUT_S = 2.0
+_HELLO_TIMEOUT_S = 5.0
 """A follower says who it is as soon as it is connected."""
 
 
@@ -26,7 +26,7 @@ def lead(store: TCPStore, size: int, host: str, timeout_s: float) -> list[socket
         store.set("plan_token", token.hex())
         store.set("plan_port", str(server.getsockname()[1]))
         while len(links) < size - 1:
-            server.settimeout(max(1e-3, end_s - time.monotonic()))
+            server.settimeout(_left_s(end_s))
             link, _ = server.accept()
             rank = _told_rank(link, token)
             if rank is None or not 0 < rank < size or rank in links:
@@ -40,12 +40,26 @@ def lead(store: TCPStore, size: int, host: str, timeout_s: float) -> list[socket
 
 def _told_rank(link: socket.socket, token: bytes) -> int | None:
     """Return the rank at the other end; None where it is nobody's."""
-    link.settimeout(_HELLO_TIMEOUT_S)
+    end_s, hello = time.monotonic() + _HELLO_TIMEOUT_S, b""
     try:
-        rank, shown = _HELLO.unpack(receive(link, _HELLO.size))
+        while len(hello) < _HELLO.size:
+            link.settimeout(_left_s(end_s))
+            more = link.recv(_HELLO.size - len(hello))
+            if not more:
+                return None
+            hello += more
     except OSError:
         return None
-    return rank if hmac.compare_digest(shown, token) else None
+    rank, shown = _HELLO.unpack(hello)
+    return int(rank) if hmac.compare_digest(shown, token) else None
+
+
+def _left_s(end_s: float) -> float:
+    """Return the seconds until then. Raises TimeoutError behind it."""
+    left_s = end_s - time.monotonic()
+    if left_s <= 0:
+        raise TimeoutError
+    return left_s
 
 
 def follow(store: TCPStore, rank: int, host: str, timeout_s: float) -> socket.socket:
@@ -74,6 +88,13 @@ def can_read(link: socket.socket, timeout_s: float = 0.0) -> bool:
     poll = select.poll()  # select() itself takes no descriptors from 1,024 on
     poll.register(link, select.POLLIN)
     return bool(poll.poll(1000 * timeout_s))
+
+
+def has_hung_up(link: socket.socket) -> bool:
+    """Tell whether the peer takes no more part, whatever of it is still to be read."""
+    poll = select.poll()
+    poll.register(link, select.POLLRDHUP)
+    return bool(poll.poll(0))
 
 
 def hang_up(links: list[socket.socket]) -> None:

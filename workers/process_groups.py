@@ -3,7 +3,9 @@
 import logging
 import os
 import socket
+import sys
 import threading
+import time
 from datetime import timedelta
 from typing import Literal, Protocol, cast
 
@@ -19,6 +21,9 @@ from torch._C._distributed_c10d import (
 logger = logging.getLogger(__name__)
 
 _END_TIMEOUT_S = 2.0
+_LOOK_S = 0.05
+_OWN_REFERENCES = 2
+"""To a group that a function's name alone refers to, as sys.getrefcount counts: its argument, too."""
 
 
 class NoDeviceError(Exception):
@@ -90,12 +95,19 @@ def process_group(
 
 
 def end_collectives(held: list[Collectives]) -> None:
-    """End running collectives, the device's too, with an error; what the group holds is freed if that can be
-    soon: NCCL waits for the last captured graph that holds one of its collectives, for the device, and for a
-    thread of torch's that may be asking rank 0, which may hang. `held` is the one reference to the group: it
-    goes where nobody waits for it."""
-    thread = threading.Thread(target=lambda: held.pop().abort(), name="group-abort", daemon=True)
+    """End running collectives, the device's too, with an error; what the group in `held` holds is freed if
+    that can be soon: NCCL waits for the last captured graph with one of its collectives, for the device, and
+    for a thread of torch's that may be asking rank 0, which may hang. So it is freed where nobody waits: by a
+    thread that keeps it until nobody else does."""
+    thread = threading.Thread(target=_end, args=(held,), name="group-abort", daemon=True)
     thread.start()
     thread.join(_END_TIMEOUT_S)
     if thread.is_alive():
         logger.warning("a group's memory is not freed yet: graphs, the device or a rank still hold it")
+
+
+def _end(held: list[Collectives]) -> None:
+    group = held.pop()
+    group.abort()
+    while sys.getrefcount(group) > _OWN_REFERENCES:
+        time.sleep(_LOOK_S)

@@ -58,13 +58,13 @@ class EndedCollectives:
     num_aborts = 0
 
     def abort(self) -> None:
-        self.num_aborts += 1
+        EndedCollectives.num_aborts += 1
 
 
 def test_who_leaves_the_group_waits_for_no_part_any_more() -> None:
-    sums, collectives = EndedSums(TPGroup.single()), EndedCollectives()
+    sums = EndedSums(TPGroup.single())
     boards = CompletionBoard.private(), MoveBoard.private()
-    group = TPGroup(1, 2, 5.0, *boards, process_group=collectives, one_shot=sums)
+    group = TPGroup(1, 2, 5.0, *boards, process_group=EndedCollectives(), one_shot=sums)
     group.abort()
     group.close()
-    assert (sums.num_ends, collectives.num_aborts) == (1, 1)
+    assert (sums.num_ends, EndedCollectives.num_aborts) == (1, 1)

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from functools import partial
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from workers.completion_board import CompletionBoard
 from workers.move_board import MoveBoard
 from workers.parallel import TPGroup, TPPeerLostError, TPTimeoutError, listen
 from workers.peer_watch import PeerWatch
-from workers.plan_links import can_read, follow
+from workers.plan_links import can_read, follow, hang_up
 from workers.process_groups import NoDeviceError, process_group
 
 
@@ -214,12 +215,18 @@ def test_a_stranger_on_the_plan_port_does_not_keep_the_ranks_apart(
         stranger.close()
 
 
-def test_links_may_have_any_number() -> None:
-    ours, theirs = socket.socketpair()
+@pytest.fixture
+def many_descriptors() -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard <= 1_030:
         pytest.skip("no descriptors from 1,024 on here")
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1_040), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_links_may_have_any_number(many_descriptors: None) -> None:
+    ours, theirs = socket.socketpair()
     link = socket.socket(fileno=fcntl.fcntl(ours.fileno(), fcntl.F_DUPFD, 1_025))
     group = TPGroup(1, 2, 5.0, CompletionBoard.private(), MoveBoard.private(), links=[link])
     group.check_peers()
@@ -229,7 +236,6 @@ def test_links_may_have_any_number() -> None:
     with pytest.raises(TPPeerLostError):
         group.check_peers()
     group.close()
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_nobody_waits_for_what_a_group_holds() -> None:
@@ -249,6 +255,53 @@ def test_nobody_waits_for_what_a_group_holds() -> None:
     group.close()
     assert time.monotonic() - began_s < 10
     freed.set()
+
+
+def test_a_group_that_ends_within_a_collective_is_freed_by_nobody_who_steps() -> None:
+    is_in, has_ended, freed_by = threading.Event(), threading.Event(), []
+
+    class Collectives:
+        def allreduce(self, *_: object) -> None:
+            del self  # as C++'s: no error's traceback keeps it
+            is_in.set()
+            has_ended.wait(20)
+            raise RuntimeError("aborted")
+
+        def abort(self) -> None:
+            has_ended.set()
+
+        def __del__(self) -> None:
+            freed_by.append(threading.current_thread().name)
+
+    boards = CompletionBoard.private(), MoveBoard.private()
+    group = TPGroup(1, 2, 5.0, *boards, process_group=Collectives())
+    watch = threading.Thread(target=lambda: is_in.wait(20) and group._end_collectives())
+    watch.start()
+    with pytest.raises(TPPeerLostError) as kept:
+        group.all_reduce(torch.ones(2))
+    watch.join(20)
+    group.close()
+    assert freed_by == ["group-abort"], kept
+
+
+def test_a_rank_that_gave_up_says_why_and_blames_no_peer() -> None:
+    for rank, call in (
+        (0, lambda group: group.broadcast_plan(b"plan")),
+        (1, lambda group: group.has_plan(0.1)),
+        (1, lambda group: group.receive_plan(0.1)),
+        (1, lambda group: group.check_peers()),
+        (1, lambda group: group.all_reduce(torch.ones(2))),
+    ):
+        ours, theirs = socket.socketpair()
+        boards = CompletionBoard.private(), MoveBoard.private()
+        group = TPGroup(rank, 2, 5.0, *boards, links=[ours])
+        group._watch = PeerWatch([ours], lambda: (7, 6), 0.05, partial(hang_up, [ours]))
+        while group._watch.reason is None:
+            time.sleep(0.01)
+        with pytest.raises(TPPeerLostError, match=r"step 7 is not over after 0\.05 s"):
+            call(group)
+        group.close()
+        theirs.close()
 
 
 @pytest.mark.parametrize("size", [1, 2])

@@ -10,6 +10,7 @@ from workers.draft_card import DraftCard
 from workers.engine import nucleus
 from workers.kvcache.layout import ELEMENT_BYTES
 from workers.kvcache.pool_size import PoolSize, available_host_bytes, left_bytes, pool_size
+from workers.models.sharding import ceil_div
 from workers.parallel import TPGroup
 from workers.speculative.loop_sizes import loop_bytes
 
@@ -50,7 +51,7 @@ def work_bytes(config: WorkerConfig, card: ModelCard) -> int:
     # A row that verifies drafts is sampled behind each of them.
     num_rows = min(config.max_running_requests * (1 + config.max_drafts), num_tokens)
     of_token = num_rows * 4 * _LOGITS_COPIES + min(num_rows, nucleus.MAX_ROWS) * nucleus.TOKEN_BYTES
-    return num_tokens * width * 4 + of_token * -(-model.vocab_size // config.tp_size)
+    return num_tokens * width * 4 + of_token * ceil_div(model.vocab_size, config.tp_size)
 
 
 def draft_bytes(config: WorkerConfig, card: ModelCard, draft: DraftCard) -> int:
@@ -68,7 +69,7 @@ def draft_bytes(config: WorkerConfig, card: ModelCard, draft: DraftCard) -> int:
     context_len = min(config.max_context_len or card.context_len, card.context_len)
     # A tree adds likelihoods up over the rank's vocabulary: logits, likelihoods in float32, these in int64.
     of_guess = element_bytes if config.draft_topk == 1 else element_bytes + 4 + 8
-    num_own_tokens = -(-draft.draft_vocab_size // config.tp_size)
+    num_own_tokens = ceil_div(draft.draft_vocab_size, config.tp_size)
     guesses = config.max_running_requests * config.draft_topk * num_own_tokens * of_guess
     return loop_bytes(config, context_len, feature_bytes) + slots + 4 * num_tokens * width + guesses
 

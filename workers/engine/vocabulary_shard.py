@@ -8,6 +8,7 @@ divided: never its logits. A group of one exchanges nothing.
 import torch
 from torch import Tensor
 
+from workers.models.sharding import ceil_div
 from workers.parallel import TPGroup
 
 _LAST_ID = 0xFFFFFFFF
@@ -55,7 +56,7 @@ class VocabularyShard:
     """Tokens `first` .. `first + num_tokens` of a vocabulary that is divided as VocabularyHead divides it."""
 
     def __init__(self, vocab_size: int, group: TPGroup) -> None:
-        share = -(-vocab_size // group.size)
+        share = ceil_div(vocab_size, group.size)
         self.vocab_size = vocab_size
         self.first = group.rank * share
         self.num_tokens = min(share, vocab_size - self.first)
