@@ -113,14 +113,20 @@ def test_of_equal_logits_on_several_ranks_the_lower_id_wins(scale: float) -> Non
     logits[1, [7, 8]] = scale
 
     def work(group: TPGroup) -> list[int]:
-        sampler = Sampler(10, 2, "cpu", InlineCopies(), group=group)
-        for slot in range(2):
-            sampler.open(open_slot(slot, temperature=0.0))
-        share = 10 // group.size
-        part = logits[:, group.rank * share : (group.rank + 1) * share]
-        return sampler.sample(part, [0, 1], [3, 3]).read()[0]
+        return greedy(logits, group)
 
     assert on_ranks(2, work) == [work(TPGroup.single())] * 2 == [[4, 7] if scale else [0, 0]] * 2
+
+
+def greedy(logits: torch.Tensor, group: TPGroup) -> list[int]:
+    """Return the greedy tokens of rows [rows, vocab], of which each rank has an equal share of columns."""
+    num_rows, vocab_size = logits.shape
+    sampler = Sampler(vocab_size, num_rows, "cpu", InlineCopies(), group=group)
+    for slot in range(num_rows):
+        sampler.open(open_slot(slot, temperature=0.0))
+    share = vocab_size // group.size
+    part = logits[:, group.rank * share : (group.rank + 1) * share]
+    return sampler.sample(part, list(range(num_rows)), [3] * num_rows).read()[0]
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
@@ -135,11 +141,6 @@ def test_no_number_is_larger_than_all_numbers_however_many_ranks_there_are(
     logits[2, :8], logits[2, 9] = torch.inf, -torch.nan
 
     def work(group: TPGroup) -> list[int]:
-        sampler = Sampler(16, 3, "cpu", InlineCopies(), group=group)
-        for slot in range(3):
-            sampler.open(open_slot(slot, temperature=0.0))
-        share = 16 // group.size
-        part = logits[:, group.rank * share : (group.rank + 1) * share]
-        return sampler.sample(part, [0, 1, 2], [3, 3, 3]).read()[0]
+        return greedy(logits, group)
 
     assert on_ranks(num_ranks, work) == [work(TPGroup.single())] * num_ranks == [[7, 6, 9]] * num_ranks
